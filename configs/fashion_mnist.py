@@ -1,0 +1,25 @@
+"""AFD on Fashion-MNIST: 60,000 + 10,000 real grey 28x28 images in ten classes.
+
+The images come from Debian's package: apt-get install dataset-fashion-mnist
+Command: python launch.py --config configs/fashion_mnist.py
+On a small machine, with the first 10,000 images of a fixed permutation:
+  python launch.py --config configs/fashion_mnist.py --config.data.train_examples=10000
+
+Measured: see README, "Measured". The recipe is ours (the paper has no such experiment).
+"""
+
+from configs import default
+
+
+def get_config():
+    """Returns the config of the Fashion-MNIST experiment."""
+    config = default.get_config()
+    config.dataset = 'idx:/usr/share/datasets/fashion-mnist'
+    config.networks = ('resnet8', 'resnet8')
+    config.epochs = 12
+    config.data.validation_fraction = 0.1
+    config.data.pad = 2
+    config.logit.schedule = 'cosine'
+    config.feature.boundaries = (3.0, 6.0)
+    config.discriminator.boundaries = (3.0, 6.0)
+    return config
