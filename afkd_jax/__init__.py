@@ -1,0 +1,1 @@
+"""Online adversarial feature-map distillation (AFD) in JAX."""

@@ -1,0 +1,110 @@
+"""From the command line to a mode, and from an error to one sentence and an exit code."""
+
+import json
+import pathlib
+import re
+import sys
+
+from absl import flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from afkd_jax import config as config_lib
+from afkd_jax.errors import UserError
+
+# Exit codes: finished; an input to be corrected; stopped by a signal, the same command continues.
+DONE, WRONG, CONTINUE = 0, 1, 75
+
+_OVERRIDE = re.compile(r'--?(?:no)?config\.([^=]+)')
+
+
+def parse(argv: list[str]) -> list[str]:
+    """Parses the flags, of which --config also runs the config file; ends with one sentence."""
+    try:
+        config_lib.check_names(
+            match[1] for argument in argv[1:] if (match := _OVERRIDE.match(argument))
+        )
+        try:
+            rest = flags.FLAGS(argv)
+        except Exception as error:  # a config file is code and may raise anything
+            if isinstance(error, UserError):
+                raise
+            raise UserError(_flag_sentence(error)) from error
+        if not flags.FLAGS['verbosity'].present:
+            logging.set_verbosity(logging.WARNING)  # Orbax reports every step of every save
+        if len(rest) > 1:
+            raise UserError(f'{rest[1]}: not understood; every option starts with --')
+        return rest
+    except UserError as error:
+        _fail(error)
+
+
+def _flag_sentence(error: Exception) -> str:
+    words = ' '.join(str(error).split()) or type(error).__name__
+    if isinstance(error, flags.Error):
+        return f'{words}; see python launch.py --help'
+    return f'--config: the file cannot be loaded ({type(error).__name__}: {words})'
+
+
+def _fail(error: UserError) -> None:
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(WRONG)
+
+
+def main(mode: str, config_flag: flags.FlagHolder, workdir: str | None, step: int | None) -> int:
+    """Runs a mode and returns the exit code.
+
+    Args:
+      mode: 'train', 'eval' or 'describe'.
+      config_flag: the holder of --config.
+      workdir: None for runs/<config name>.
+      step: which checkpoint 'eval' takes; None for the last.
+    """
+    try:
+        config = config_flag.value
+        if config is None:
+            raise UserError('--config: name a config file, e.g. --config configs/digits.py')
+        if not isinstance(config, ConfigDict):
+            raise UserError(
+                f'--config: get_config() must return a ConfigDict, not a {type(config).__name__}'
+            )
+        config_lib.validate(config)
+        if step is not None and mode != 'eval':
+            raise UserError(f'--step: {step} is only for --mode eval, not for --mode {mode}')
+        path = config_flags.get_config_filename(flags.FLAGS['config'])
+        folder = pathlib.Path(workdir or pathlib.Path('runs', pathlib.Path(path).stem))
+        return {'train': _train, 'eval': _eval, 'describe': _describe}[mode](config, folder, step)
+    except UserError as error:
+        _fail(error)
+
+
+def _train(config: ConfigDict, workdir: pathlib.Path, step: None) -> int:
+    from afkd_jax import summary, train, writer
+
+    result = train.train(config, workdir)
+    if result is None:
+        return CONTINUE
+    writer.console.print(summary.table(result))
+    writer.console.print(
+        f'{result["steps"]} steps, {result["images_per_s"]:.0f} img/s, compiled in '
+        f'{result["compile_s"]:.1f} s, {result["wall_s"]:.1f} s in all, {result["device"]}; '
+        f'fingerprint {result["fingerprint"][:16]}; written to {workdir}'
+    )
+    return DONE
+
+
+def _eval(config: ConfigDict, workdir: pathlib.Path, step: int | None) -> int:
+    from afkd_jax import evaluate, summary, writer
+
+    result = evaluate.evaluate(config, workdir, step)
+    writer.console.print(summary.table(result))
+    print(json.dumps(result))
+    return DONE
+
+
+def _describe(config: ConfigDict, workdir: pathlib.Path, step: None) -> int:
+    from afkd_jax import describe
+
+    facts = describe.describe(config)
+    print(describe.text(facts))
+    print(json.dumps(facts))
+    return DONE

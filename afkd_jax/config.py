@@ -1,0 +1,134 @@
+"""What a valid config is, and the numbers derived from it. Imports no JAX."""
+
+import math
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from afkd_jax.errors import UserError, nearest
+from configs import default
+
+MAPPINGS = ('shard_map', 'pmap')
+SCHEDULES = ('constant', 'steps', 'cosine')
+
+
+def flatten(config: ConfigDict | dict, prefix: str = '') -> dict[str, Any]:
+    """Returns {'data.pad': 4, ...}: every leaf under its dotted name, in the config's order."""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, ConfigDict | dict):
+            flat |= flatten(value, f'{prefix}{key}.')
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _positive(value):
+    return value > 0
+
+
+def _not_negative(value):
+    return value >= 0
+
+
+def _is_optimizer(name: str) -> dict:
+    """Returns the rules of the optimizer section `name`."""
+    return {
+        f'{name}.learning_rate': (_positive, 'above 0'),
+        f'{name}.weight_decay': (_not_negative, 'at least 0'),
+        f'{name}.schedule': (lambda v: v in SCHEDULES, f'one of {", ".join(SCHEDULES)}'),
+        f'{name}.boundaries': (
+            lambda v: all(_is(x, float) and x > 0 for x in v) and list(v) == sorted(set(v)),
+            'a tuple of rising numbers of epochs above 0',
+        ),
+        f'{name}.factor': (_positive, 'above 0'),
+    }
+
+
+# Every field of the schema: its test, and the words that finish "must be ...".
+RULES = {
+    'networks': (
+        lambda v: len(v) >= 2 and all(isinstance(x, str) for x in v),
+        'a tuple of at least two network names (one network has nobody to learn from)',
+    ),
+    'method': (bool, 'the name of a method'),
+    'temperature': (_positive, 'above 0'),
+    'epochs': (_positive, 'at least 1'),
+    'batch_size': (_positive, 'at least 1'),
+    'eval_batch_size': (_positive, 'at least 1'),
+    'seed': (lambda v: 0 <= v < 2**32, 'in 0 .. 4294967295'),
+    'mapping': (lambda v: v in MAPPINGS, f'one of {", ".join(MAPPINGS)}'),
+    'dataset': (
+        lambda v: re.fullmatch(r'digits|(idx|tfds):.+', v),
+        'digits, idx:DIR or tfds:NAME',
+    ),
+    'data.train_examples': (_not_negative, 'at least 0 (0: all)'),
+    'data.validation_fraction': (lambda v: 0 <= v < 1, 'in [0, 1)'),
+    'data.pad': (_not_negative, 'at least 0'),
+    'data.flip': (lambda v: True, ''),
+    'data.manual_dir': (lambda v: True, ''),
+    'data.data_dir': (lambda v: True, ''),
+    **_is_optimizer('logit'),
+    'logit.momentum': (lambda v: 0 <= v < 1, 'in [0, 1)'),
+    **_is_optimizer('feature'),
+    **_is_optimizer('discriminator'),
+    'log_every': (_positive, 'at least 1'),
+    'keep_checkpoints': (_positive, 'at least 1'),
+}
+
+
+def _is(value: Any, kind: type) -> bool:
+    """Returns whether the value is a `kind`; whole numbers are floats too, truth values are not."""
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    if kind is tuple:
+        return type(value) in (tuple, list)
+    return type(value) is kind
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Refuses the first dotted name that is not a field, or section, of the schema."""
+    fields = flatten(default.get_config())
+    sections = {field.rsplit('.', 1)[0] for field in fields if '.' in field}
+    for name in names:
+        if name not in fields and name not in sections:
+            raise UserError(f'config.{name}: there is no such field{nearest(name, fields)}')
+
+
+def validate(config: ConfigDict) -> None:
+    """Refuses an unknown, missing, wrongly typed or impossible field, with one UserError.
+
+    What depends on the images, the networks or the devices is checked where those are known.
+    """
+    fields, given = flatten(default.get_config()), flatten(config)
+    check_names(given)
+    for name, like in fields.items():
+        if name not in given:
+            raise UserError(f'config.{name}: missing; start from configs/default.py and assign')
+        value, kind = given[name], type(like)
+        if not _is(value, kind):
+            raise UserError(f'config.{name}: must be a {kind.__name__}, but is {value!r}')
+        test, words = RULES[name]
+        if not test(value):
+            raise UserError(f'config.{name}: must be {words}, but is {value!r}')
+
+
+def differences(old: dict, new: dict) -> list[str]:
+    """Returns 'field: old -> new' for every field in which two flattened configs differ."""
+    absent = '(absent)'
+    return [
+        f'{name}: {old.get(name, absent)!r} -> {new.get(name, absent)!r}'
+        for name in dict.fromkeys([*old, *new])
+        if old.get(name, absent) != new.get(name, absent)
+    ]
+
+
+def steps_in(epochs: float, examples: int, batch_size: int) -> int:
+    """Returns the number of steps after which `epochs` passes over the examples are complete.
+
+    The order of the data is one endless stream of whole passes (batches.py), so a batch may hold
+    the end of one pass and the start of the next: ceil(epochs * examples / batch_size).
+    """
+    return math.ceil(round(epochs * examples, 6) / batch_size)

@@ -1,0 +1,50 @@
+"""curves.png: a run's losses, accuracies and discriminator outputs, one colour per network."""
+
+import json
+import pathlib
+
+
+def draw(workdir: pathlib.Path) -> None:
+    """Draws curves.png from metrics.jsonl; of lines that name one step twice the last counts."""
+    import matplotlib as mpl
+
+    mpl.use('Agg')
+    from matplotlib import pyplot as plt
+
+    with (workdir / 'metrics.jsonl').open() as file:
+        lines = [json.loads(line) for line in file]
+    train = list({line['step']: line for line in lines if line['kind'] == 'train'}.values())
+    evaluations = {
+        (line['split'], line['step']): line for line in lines if line['kind'] == 'evaluation'
+    }
+    split = 'validation' if any(key[0] == 'validation' for key in evaluations) else 'test'
+    evaluated = [line for (name, _), line in evaluations.items() if name == split]
+    panels = [
+        ('logit loss', train, {'cross_entropy': '-', 'mimicry_kl': '--'}),
+        (f'{split} accuracy, %', evaluated, {'accuracy': '-'}),
+        ('adversarial losses', train, {'adversarial': '-', 'discriminator': '--'}),
+        ('discriminator outputs', train, {'d_own': '-', 'd_teacher': '--'}),
+    ]
+    # A method draws only what it has.
+    panels = [panel for panel in panels if panel[1] and panel[2].keys() & panel[1][0]['networks'][0]]
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(4.5 * len(panels), 3.6), layout='constrained', squeeze=False
+    )
+    for axis, (title, rows, styles) in zip(axes[0], panels, strict=True):
+        for k, network in enumerate(rows[0]['networks']):
+            for name, style in styles.items():
+                if name in network:
+                    axis.plot(
+                        [row['epoch'] for row in rows],
+                        [row['networks'][k][name] for row in rows],
+                        style,
+                        color='black' if network['name'] == 'ensemble' else f'C{k}',
+                        linewidth=1.2,
+                        label=f'{k + 1} {network["name"]}: {name}',
+                    )
+        axis.set_title(title)
+        axis.set_xlabel('epoch')
+        axis.legend(fontsize='x-small')
+        axis.grid(alpha=0.3)
+    figure.savefig(workdir / 'curves.png', dpi=120)
+    plt.close(figure)

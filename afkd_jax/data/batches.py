@@ -1,0 +1,64 @@
+"""In which order the images come: a function of (seed, epoch), so nothing about it is stored."""
+
+import dataclasses
+import functools
+
+import numpy as np
+
+from afkd_jax import config as config_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """One endless stream of whole passes over the training images, cut into batches.
+
+    Pass e is a permutation drawn from (seed, e). Batch t holds places t B .. (t + 1) B - 1 of
+    the stream, so where B does not divide the number of images a batch holds the end of one pass
+    and the start of the next: every image comes exactly once in every pass, and every batch is
+    full. Any batch is found without the ones before it.
+
+    Attributes:
+      seed: of the run.
+      examples: number of training images, N.
+      batch_size: B, at most N.
+    """
+
+    seed: int
+    examples: int
+    batch_size: int
+
+    def indices(self, step: int) -> np.ndarray:
+        """Returns the images of the step (counted from 0): int32 [B] in 0 .. N - 1."""
+        start = step * self.batch_size
+        epoch, place = divmod(start, self.examples)
+        first = self._permutation(epoch)[place : place + self.batch_size]
+        missing = self.batch_size - len(first)
+        if not missing:
+            return first
+        return np.concatenate([first, self._permutation(epoch + 1)[:missing]])
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019 - an Order lives as long as its run
+    def _permutation(self, epoch: int) -> np.ndarray:
+        order = np.random.default_rng((self.seed, epoch)).permutation(self.examples)
+        return order.astype(np.int32)
+
+    def end_of(self, epoch: float) -> int:
+        """Returns the number of steps after which `epoch` passes are complete."""
+        return config_lib.steps_in(epoch, self.examples, self.batch_size)
+
+    def epoch_at(self, step: int) -> float:
+        """Returns how many passes are complete after `step` steps, with its fraction."""
+        return step * self.batch_size / self.examples
+
+
+def padded(places: range, batch_size: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Returns (indices int32 [B], mask bool [B]) that visit every place once, in order.
+
+    The last batch is filled up with the first place and mask False.
+    """
+    batches = []
+    for start in range(places.start, places.stop, batch_size):
+        index = np.arange(start, start + batch_size, dtype=np.int32)
+        mask = index < places.stop
+        batches.append((np.where(mask, index, places.start).astype(np.int32), mask))
+    return batches

@@ -1,0 +1,176 @@
+"""TFDS sets without TensorFlow: prepared as array_record, read by random access into memory."""
+
+import contextlib
+import dataclasses
+import pathlib
+import socket
+import sys
+import types
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from unittest import mock
+
+import numpy as np
+import tensorflow_datasets as tfds
+from ml_collections import ConfigDict
+
+from afkd_jax.data.sources import Info
+from afkd_jax.errors import UserError, nearest
+
+# TFDS learns a set's size only when it prepares it; these are published, so that `describe`
+# works before that. Training counts what it has read.
+_PUBLISHED_SIZES = {
+    'cifar10': (50_000, 10_000),
+    'cifar100': (50_000, 10_000),
+    'fashion_mnist': (60_000, 10_000),
+    'kmnist': (60_000, 10_000),
+    'mnist': (60_000, 10_000),
+    'stl10': (5_000, 8_000),
+    'svhn_cropped': (73_257, 26_032),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Keys:
+    image: str
+    label: str
+
+
+def _builder(config: ConfigDict, name: str) -> tfds.core.DatasetBuilder:
+    data_dir = config.data.data_dir or None
+    try:
+        return tfds.builder(name, data_dir=data_dir, file_format='array_record')
+    except tfds.core.DatasetNotFoundError:
+        raise UserError(
+            f'config.dataset: TFDS has no set called "{name}"{nearest(name, tfds.list_builders())}'
+        ) from None
+    except (ValueError, AssertionError) as error:
+        raise UserError(f'config.dataset: TFDS refuses "{name}": {_first_line(error)}') from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _keys(builder: tfds.core.DatasetBuilder, name: str) -> _Keys:
+    """Returns the names of the image and the label feature; refuses sets that have none."""
+    keys, features = builder.info.supervised_keys, builder.info.features
+    if not keys or len(keys) != 2 or not all(isinstance(key, str) for key in keys):
+        raise UserError(f'config.dataset: tfds:{name} has no (image, label) pair to learn from')
+    image, label = features[keys[0]], features[keys[1]]
+    if not isinstance(image, tfds.features.Image) or not isinstance(
+        label, tfds.features.ClassLabel
+    ):
+        raise UserError(f'config.dataset: tfds:{name} is not an image-classification set')
+    if None in image.shape or image.np_dtype != np.uint8:
+        raise UserError(
+            f'config.dataset: the images of tfds:{name} are {image.shape} of '
+            f'{np.dtype(image.np_dtype)}; they must be uint8, all of one size'
+        )
+    return _Keys(*keys)
+
+
+def describe(config: ConfigDict, name: str) -> Info:
+    """Returns shape, classes and sizes (train before any hold-out); needs no data on disk."""
+    builder = _builder(config, name)
+    keys, splits = _keys(builder, name), builder.info.splits
+    if splits:
+        train, test = (splits[split].num_examples for split in _split_names(builder, name))
+    elif builder.name in _PUBLISHED_SIZES:
+        train, test = _PUBLISHED_SIZES[builder.name]
+    else:
+        raise UserError(
+            f'config.dataset: the size of tfds:{name} is not known before it is prepared; '
+            'run --mode train once, where it can be downloaded'
+        )
+    features = builder.info.features
+    return Info(features[keys.image].shape, features[keys.label].num_classes, train, 0, test)
+
+
+def _split_names(builder: tfds.core.DatasetBuilder, name: str) -> tuple[str, str]:
+    splits = builder.info.splits
+    test = 'test' if 'test' in splits else 'validation'
+    if 'train' not in splits or test not in splits:
+        raise UserError(
+            f'config.dataset: tfds:{name} has the splits {", ".join(splits)}; '
+            'train, and test or validation, are needed'
+        )
+    return 'train', test
+
+
+@contextlib.contextmanager
+def _files_without_tensorflow(builder: tfds.core.DatasetBuilder) -> Iterator[None]:
+    """TFDS's CIFAR and MNIST builders use TensorFlow to open files, and for nothing else."""
+    module = sys.modules[type(builder).__module__]
+    gfile = types.SimpleNamespace(GFile=open)
+    stand_in = types.SimpleNamespace(io=types.SimpleNamespace(gfile=gfile))
+    if not hasattr(module, 'tf'):
+        yield
+        return
+    with mock.patch.object(module, 'tf', stand_in):
+        yield
+
+
+def _missing_host(builder: tfds.core.DatasetBuilder, manual_dir: str) -> str | None:
+    """Returns a host that is needed but unknown to DNS, so that TFDS need not retry for minutes."""
+    if urllib.request.getproxies():
+        return None
+    for url, file in builder.url_infos.items():
+        if manual_dir and (pathlib.Path(manual_dir).expanduser() / file.filename).exists():
+            continue
+        host = urllib.parse.urlparse(url).hostname
+        try:
+            socket.getaddrinfo(host, 443)
+        except OSError:
+            return host
+    return None
+
+
+def _prepare(builder: tfds.core.DatasetBuilder, config: ConfigDict, name: str) -> None:
+    manual_dir = config.data.manual_dir
+    archives = ', '.join(file.filename for file in builder.url_infos.values()) or 'its archives'
+    remedy = (
+        f'put {archives} into a directory and name it by --config.data.manual_dir, '
+        'or copy a prepared set from elsewhere and name its directory by --config.data.data_dir'
+    )
+    if host := _missing_host(builder, manual_dir):
+        raise UserError(
+            f'config.dataset: tfds:{name} is not prepared in {builder.data_path} and cannot be '
+            f'downloaded ({host} is not reachable); {remedy}'
+        )
+    try:
+        with _files_without_tensorflow(builder):
+            builder.download_and_prepare(
+                download_config=tfds.download.DownloadConfig(
+                    manual_dir=pathlib.Path(manual_dir).expanduser() if manual_dir else None,
+                    try_download_gcs=False,
+                )
+            )
+    except Exception as error:  # TFDS raises whatever its builders and their libraries raise
+        raise UserError(
+            f'config.dataset: tfds:{name} could not be prepared in {builder.data_path} '
+            f'({type(error).__name__}: {_first_line(error)}); {remedy}'
+        ) from error
+
+
+def load(config: ConfigDict, name: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Returns [(pixels, labels) of train, (pixels, labels) of test]; prepares the set if needed.
+
+    Raises:
+      UserError: no such set, not image classification, or not to be had; with the remedy.
+    """
+    builder = _builder(config, name)
+    keys = _keys(builder, name)
+    if not builder.is_prepared():
+        _prepare(builder, config, name)
+    splits = []
+    for split in _split_names(builder, name):
+        source = builder.as_data_source(split=split)
+        shape = (len(source), *builder.info.features[keys.image].shape)
+        pixels, labels = np.empty(shape, np.uint8), np.empty(len(source), np.int32)
+        for i in range(len(source)):
+            example = source[i]
+            pixels[i], labels[i] = example[keys.image], example[keys.label]
+        splits.append((pixels, labels))
+    return splits

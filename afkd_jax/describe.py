@@ -1,0 +1,145 @@
+"""--mode describe: what a config would train, without training, data or a device."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from afkd_jax import cohort as cohort_lib
+from afkd_jax import config as config_lib
+from afkd_jax import optim, ring, summary
+from afkd_jax import state as state_lib
+from afkd_jax.data import sources
+
+
+def multiply_adds(function: Any, *arguments: Any) -> int:
+    """Returns the multiply-adds of a function's convolutions and matrix products.
+
+    Counted in its jaxpr by formula; element-wise work, norms and pooling do not count, as in the
+    literature. The taps that fall on padding do count.
+    """
+    return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def _count(jaxpr: Any) -> int:
+    total = 0
+    for equation in jaxpr.eqns:
+        outputs = math.prod(equation.outvars[0].aval.shape)
+        if equation.primitive.name == 'conv_general_dilated':
+            kernel = equation.invars[1].aval.shape
+            out_channels = kernel[equation.params['dimension_numbers'].rhs_spec[0]]
+            total += outputs * math.prod(kernel) // out_channels
+        elif equation.primitive.name == 'dot_general':
+            (contracted, _), _ = equation.params['dimension_numbers']
+            shape = equation.invars[0].aval.shape
+            total += outputs * math.prod(shape[axis] for axis in contracted)
+        total += sum(_count(inner) for inner in jax.core.jaxprs_in_params(equation.params))
+    return total
+
+
+def _forward_cost(network: Any, variables: Any, image_shape: tuple[int, ...]) -> int:
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    return multiply_adds(lambda v, x: network.apply(v, x, False), variables, image)
+
+
+def _schedule(schedule: optim.Schedule) -> dict[str, Any]:
+    return {
+        'schedule': schedule.kind,
+        'learning_rate': schedule.initial,
+        'changes': [{'step': step, 'factor': factor} for step, factor in schedule.changes],
+        'steps': schedule.steps,
+    }
+
+
+def describe(config: ConfigDict) -> dict[str, Any]:
+    """Returns the facts of a valid config; `networks` and `ensemble` as in summary.json.
+
+    Raises:
+      UserError: method, networks or data set do not fit.
+    """
+    info = sources.info(config)
+    cohort = cohort_lib.assemble(config, info.image_shape, info.num_classes, info.train)
+    state, count = state_lib.abstract(cohort), len(cohort.names)
+    networks, ensemble = summary.entries(cohort)
+    for k, entry in enumerate(networks):
+        own = state.networks[k]
+        variables = {'params': own.params, 'batch_stats': own.batch_stats['network']}
+        cost = _forward_cost(cohort.networks[k], variables, cohort.image_shape)
+        entry |= {
+            'multiply_adds': cost,
+            'teacher': ring.teacher_of(k, count) + 1 if cohort.method.teaches else None,
+            'transfer': None,
+            'discriminator': None,
+        }
+        if own.transfer is not None:
+            entry['transfer'] = {
+                'parameters': state_lib.parameter_count(own.transfer),
+                'feature_map': list(cohort.shared_map),
+            }
+        if cohort.adversarial:
+            params = state.discriminators[k].params
+            entry['discriminator'] = {'parameters': state_lib.parameter_count(params)}
+    return {
+        'method': config.method,
+        'dataset': config.dataset,
+        'image_shape': list(info.image_shape),
+        'num_classes': info.num_classes,
+        'images': {'train': info.train, 'validation': info.validation, 'test': info.test},
+        'networks': networks,
+        'ensemble': ensemble,
+        'steps': config_lib.steps_in(config.epochs, info.train, config.batch_size),
+        'epochs': config.epochs,
+        'optimizers': {
+            name: _schedule(rule.schedule) for name, rule in cohort.optimizers.used().items()
+        },
+    }
+
+
+def text(facts: dict[str, Any]) -> str:
+    """Returns the facts as lines for a reader."""
+    images = ', '.join(f'{count:,} {split}' for split, count in facts['images'].items())
+    height, width, channels = facts['image_shape']
+    lines = [
+        f'{facts["dataset"]}: {height}x{width}x{channels}, {facts["num_classes"]} classes; {images}',
+        f'method {facts["method"]}, {facts["epochs"]} epochs, {facts["steps"]:,} steps',
+        '',
+    ]
+    for k, row in enumerate(facts['networks'], start=1):
+        lines.append(
+            f'network {k}: {row["name"]}, {row["parameters"]:,} parameters, '
+            f'{row["multiply_adds"]:,} multiply-adds per image, map '
+            + 'x'.join(map(str, row['feature_map']))
+        )
+        if row['transfer']:
+            shape = 'x'.join(map(str, row['transfer']['feature_map']))
+            parameters = row['transfer']['parameters']
+            lines.append(f'  transfer layer to {shape}, {parameters:,} parameters')
+        if row['discriminator']:
+            lines.append(f'  discriminator, {row["discriminator"]["parameters"]:,} parameters')
+    lines += ['', *_ring_lines(facts), '']
+    for name, rule in facts['optimizers'].items():
+        lines.append(f'{name} optimizer: {_schedule_words(rule)}')
+    return '\n'.join(lines)
+
+
+def _ring_lines(facts: dict[str, Any]) -> list[str]:
+    names = [row['name'] for row in facts['networks']]
+    return [
+        f'network {row["teacher"]} ({names[row["teacher"] - 1]}) teaches '
+        f'network {k} ({row["name"]})'
+        for k, row in enumerate(facts['networks'], start=1)
+        if row['teacher']
+    ] or ['nobody teaches']
+
+
+def _schedule_words(rule: dict[str, Any]) -> str:
+    words = f'learning rate {rule["learning_rate"]:g}'
+    if rule['schedule'] == 'cosine':
+        return f'{words}, along a cosine to 0 at step {rule["steps"]:,}'
+    for change in rule['changes']:
+        words += f', x{change["factor"]:g} at step {change["step"]:,}'
+        if change['step'] >= rule['steps']:
+            words += ' (after the end: never)'
+    return words

@@ -1,0 +1,86 @@
+"""Every network and the ensemble over a whole split, each image counted once."""
+
+import functools
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from afkd_jax import run as run_lib
+from afkd_jax import state as state_lib
+from afkd_jax import step as step_lib
+from afkd_jax import summary, writer
+from afkd_jax.checkpoints import Checkpoints
+from afkd_jax.data import batches
+from afkd_jax.errors import UserError
+
+
+class Evaluator:
+    """The evaluation step of a run, mapped over its devices and compiled once.
+
+    Args:
+      run: what is evaluated, and on what.
+    """
+
+    def __init__(self, run: run_lib.Run):
+        self._run = run
+        step = functools.partial(step_lib.eval_step, run.cohort)
+        mapped = run.devices.map(step, split=(False, False, True, True))
+        networks = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=run.devices.replicated
+            ),
+            state_lib.abstract(run.cohort).networks,
+        )
+        self._step = mapped.lower(networks, run.images, *self._batches('test')[0]).compile()
+
+    def _batches(self, split: str) -> list[tuple[jax.Array, jax.Array]]:
+        put, places = self._run.devices.split, self._run.info.places(split)
+        return [
+            (put(index), put(mask))
+            for index, mask in batches.padded(places, self._run.config.eval_batch_size)
+        ]
+
+    def __call__(self, networks: tuple[state_lib.NetworkState, ...], split: str) -> summary.Scores:
+        """Returns the scores on 'train', 'validation' or 'test'; waits until they are there."""
+        size = len(self._run.info.places(split))
+        parts = jax.device_get(
+            [self._step(networks, self._run.images, *batch) for batch in self._batches(split)]
+        )
+        correct = np.sum([part['correct'] for part in parts], axis=0)
+        entropy = np.sum([part['cross_entropy'] for part in parts], axis=0, dtype=np.float64)
+        return summary.Scores((100 * correct / size).tolist(), (entropy / size).tolist())
+
+
+def evaluate(config: ConfigDict, workdir: pathlib.Path, step: int | None) -> dict[str, Any]:
+    """Returns the scores of a checkpoint: `networks` and `ensemble` as in summary.json, `step`.
+
+    Args:
+      config: valid, the one the workdir was trained with.
+      workdir: of the run.
+      step: which checkpoint; None for the last.
+
+    Raises:
+      UserError: there is no such run or checkpoint, or the config is another.
+    """
+    if not (workdir / 'config.json').exists():
+        raise UserError(f'--workdir: {workdir} holds no run; train first, with --mode train')
+    writer.claim(workdir, config)
+    run = run_lib.prepare(config)
+    checkpoints = Checkpoints(workdir, config.keep_checkpoints)
+    state, progress = checkpoints.restore(
+        state_lib.abstract(run.cohort), run.devices.replicated, step
+    )
+    checkpoints.close()
+    evaluator = Evaluator(run)
+    scores = {
+        split: evaluator(state.networks, split)
+        for split in ('validation', 'test')
+        if run.info.places(split)
+    }
+    networks, ensemble = summary.entries(
+        run.cohort, scores.get('validation'), scores['test'], progress
+    )
+    return {'step': int(state.step), 'networks': networks, 'ensemble': ensemble}

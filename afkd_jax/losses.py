@@ -1,0 +1,64 @@
+"""The losses: pure functions of arrays, one value per example; the step takes the one mean."""
+
+import jax
+import jax.numpy as jnp
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Returns -log softmax(logits)[label].
+
+    Args:
+      logits: [..., B, C].
+      labels: integers [B] in 0 .. C - 1; the same for every leading axis of the logits.
+
+    Returns:
+      [..., B], at least 0, in nats.
+
+    Source: paper, logit loss, first term.
+    """
+    log_p = jax.nn.log_softmax(logits)
+    index = jnp.broadcast_to(labels, logits.shape[:-1])[..., None]
+    return -jnp.take_along_axis(log_p, index, axis=-1)[..., 0]
+
+
+def mimicry_kl(logits: jax.Array, teacher_logits: jax.Array, temperature: float) -> jax.Array:
+    """Returns T^2 KL(softmax(teacher / T) || softmax(own / T)).
+
+    The factor T^2 keeps the scale of the gradient as T grows (Hinton et al. 2015).
+
+    Args:
+      logits: the pupil's, [..., B, C].
+      teacher_logits: the teacher's, the same shape; the caller stops their gradient (ring.py).
+      temperature: T, above 0.
+
+    Returns:
+      [..., B], at least 0, in nats times T^2.
+
+    Source: paper, logit loss, second term; T = 3 is remembered, not verified.
+    """
+    log_q = jax.nn.log_softmax(teacher_logits / temperature)
+    log_p = jax.nn.log_softmax(logits / temperature)
+    return temperature**2 * jnp.sum(jnp.exp(log_q) * (log_q - log_p), axis=-1)
+
+
+def fool(d_own: jax.Array) -> jax.Array:
+    """Returns (1 - D(own map))^2: network k wants its map called the teacher's.
+
+    Args:
+      d_own: the discriminator's output on the own map, in (0, 1), any shape.
+
+    Source: paper, L_G, least-squares form.
+    """
+    return jnp.square(1.0 - d_own)
+
+
+def discern(d_own: jax.Array, d_teacher: jax.Array) -> jax.Array:
+    """Returns (1 - D(teacher's map))^2 + D(own map)^2: teacher is real (1), own is fake (0).
+
+    Args:
+      d_own: the discriminator's output on the own map, in (0, 1), any shape.
+      d_teacher: its output on the teacher's map, the same shape.
+
+    Source: paper, L_D, least-squares form.
+    """
+    return jnp.square(1.0 - d_teacher) + jnp.square(d_own)

@@ -1,0 +1,105 @@
+"""Residual networks for small images, depth 6n + 2: `resnet20`, `resnet20x2`, `resnet20-A`.
+
+Source: He et al. 2016, "Deep residual learning", section 4.2. Three stages of n blocks with
+16, 32 and 64 channels (times the width multiplier, which widens the stem too: our choice); the
+second and third stage halve height and width. The feature map is the last block's output after
+its ReLU, before pooling.
+"""
+
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from afkd_jax.errors import UserError
+from afkd_jax.models.layers import Conv, Norm
+
+NAMES = tuple(f'resnet{depth}' for depth in (8, 14, 20, 26, 32, 38, 44, 50, 56, 110))
+_NAME = re.compile(r'resnet(\d{1,4})(?:x(\d{1,2}))?(?:-(A|B))?')
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions and a shortcut: x + F(x), then ReLU."""
+
+    channels: int
+    stride: int
+    shortcut: str
+    conv: Conv
+    norm: Norm
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Returns the block's output after its ReLU."""
+        y = self.conv(self.channels, (3, 3), self.stride, padding=1, name='conv1')(x)
+        y = nn.relu(self.norm(use_running_average=not train, name='norm1')(y))
+        y = self.conv(self.channels, (3, 3), padding=1, name='conv2')(y)
+        y = self.norm(use_running_average=not train, name='norm2')(y)
+        if x.shape != y.shape:
+            if self.shortcut == 'A':
+                more = self.channels - x.shape[-1]
+                x = jnp.pad(
+                    x[:, :: self.stride, :: self.stride],
+                    ((0, 0), (0, 0), (0, 0), (more // 2, more - more // 2)),
+                )
+            else:
+                x = self.conv(self.channels, (1, 1), self.stride, padding=0, name='conv_short')(x)
+                x = self.norm(use_running_average=not train, name='norm_short')(x)
+        return nn.relu(x + y)
+
+
+class ResNetCifar(nn.Module):
+    """The trunk of a residual network of depth 6 `blocks` + 2.
+
+    Attributes:
+      blocks: n, per stage.
+      width: multiplies every channel count.
+      shortcut: where a stage changes the shape: 'A' subsamples and pads channels with zeros (no
+        parameters), 'B' is a 1x1 convolution with norm.
+      conv: makes a convolution without bias.
+      norm: makes a batch norm from `use_running_average`.
+    """
+
+    blocks: int
+    width: int
+    shortcut: str
+    conv: Conv
+    norm: Norm
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
+        """Returns the feature map, [B, H / 4, W / 4, 64 width], sizes rounded up."""
+        x = self.conv(16 * self.width, (3, 3), padding=1, name='conv')(images)
+        x = nn.relu(self.norm(use_running_average=not train, name='norm')(x))
+        for stage in range(3):
+            for block in range(self.blocks):
+                x = Block(
+                    channels=16 * self.width * 2**stage,
+                    stride=2 if stage > 0 and block == 0 else 1,
+                    shortcut=self.shortcut,
+                    conv=self.conv,
+                    norm=self.norm,
+                    name=f'stage{stage + 1}_block{block + 1}',
+                )(x, train)
+        return x
+
+
+def from_name(name: str, conv: Conv, norm: Norm) -> ResNetCifar | None:
+    """Returns the trunk called `name`, None where the name is of another family.
+
+    Raises:
+      UserError: the depth is not 6n + 2, or the width multiplier is 0.
+    """
+    match = _NAME.fullmatch(name)
+    if not match:
+        return None
+    depth, width = int(match[1]), int(match[2] or 1)
+    if depth < 8 or depth % 6 != 2:
+        below = max(8, (depth - 2) // 6 * 6 + 2)
+        raise UserError(
+            f'config.networks: "{name}" has depth {depth}, but these networks have depth 6n + 2; '
+            f'nearest: "resnet{below}" and "resnet{below + 6}"'
+        )
+    if width == 0:
+        raise UserError(f'config.networks: "{name}" has width multiplier 0; the smallest is 1')
+    return ResNetCifar((depth - 2) // 6, width, match[3] or 'B', conv, norm)

@@ -1,0 +1,69 @@
+"""The result of a run: summary.json, and the table a reader sees."""
+
+import dataclasses
+from typing import Any
+
+import rich.box
+import rich.table
+
+from afkd_jax import state as state_lib
+from afkd_jax.checkpoints import Progress
+from afkd_jax.cohort import Cohort
+
+_ACCURACIES = ('validation_accuracy', 'test_accuracy', 'test_accuracy_at_best_validation')
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """An evaluation on one split; each list holds the K networks and, last, the ensemble.
+
+    Attributes:
+      accuracy: top-1, percent.
+      cross_entropy: mean over the images, nats.
+    """
+
+    accuracy: list[float]
+    cross_entropy: list[float]
+
+
+def entries(
+    cohort: Cohort,
+    validation: Scores | None = None,
+    test: Scores | None = None,
+    progress: Progress | None = None,
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Returns the entry of each network, and the ensemble's; accuracies in percent.
+
+    What is not known is None. The ensemble is the mean of the networks' probabilities.
+    """
+    networks = state_lib.abstract(cohort).networks
+    counts = [state_lib.parameter_count(network.params) for network in networks]
+    rows = [
+        {'name': name, 'parameters': count, 'feature_map': list(shape)}
+        for name, count, shape in zip(cohort.names, counts, cohort.map_shapes, strict=True)
+    ]
+    rows.append({'name': 'ensemble', 'parameters': sum(counts), 'feature_map': None})
+    for i, row in enumerate(rows):
+        best = progress and progress.best[i]
+        values = (
+            validation and validation.accuracy[i],
+            test and test.accuracy[i],
+            best and best['test'],
+        )
+        row |= dict(zip(_ACCURACIES, values, strict=True))
+    return rows[:-1], rows[-1]
+
+
+def table(summary: dict[str, Any]) -> rich.table.Table:
+    """Returns a summary's networks and ensemble as a table for the terminal."""
+    result = rich.table.Table(box=rich.box.SIMPLE)
+    result.add_column('network')
+    columns = ('parameters', 'map', 'validation %', 'test %', 'test % at best validation')
+    for column in columns:
+        result.add_column(column, justify='right')
+    for i, row in enumerate([*summary['networks'], summary['ensemble']]):
+        number = '' if row is summary['ensemble'] else f'{i + 1} '
+        shape = 'x'.join(map(str, row['feature_map'])) if row['feature_map'] else ''
+        accuracies = ('-' if row[key] is None else f'{row[key]:.2f}' for key in _ACCURACIES)
+        result.add_row(number + row['name'], f'{row["parameters"]:,}', shape, *accuracies)
+    return result

@@ -1,0 +1,22 @@
+"""Train, evaluate or describe an experiment: python launch.py --config configs/digits.py."""
+
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from afkd_jax import cli
+
+_CONFIG = config_flags.DEFINE_config_file('config', None, 'The experiment; see configs/.')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Where the run is kept [runs/<config name>].')
+_MODE = flags.DEFINE_enum('mode', 'train', ['train', 'eval', 'describe'], 'What to do.')
+_STEP = flags.DEFINE_integer('step', None, 'Which checkpoint eval takes [the last].')
+
+
+def main(_: list[str]) -> None:
+    """Runs the mode and exits with its code."""
+    sys.exit(cli.main(_MODE.value, _CONFIG, _WORKDIR.value, _STEP.value))
+
+
+if __name__ == '__main__':
+    app.run(main, flags_parser=cli.parse)
