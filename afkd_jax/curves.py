@@ -26,7 +26,13 @@ def draw(workdir: pathlib.Path) -> None:
         ('discriminator outputs', train, {'d_own': '-', 'd_teacher': '--'}),
     ]
     # A method draws only what it has.
-    panels = [panel for panel in panels if panel[1] and panel[2].keys() & panel[1][0]['networks'][0]]
+    panels = [
+        panel for panel in panels if panel[1] and panel[2].keys() & panel[1][0]['networks'][0]
+    ]
+
+    def label(index: int, name: str) -> str:
+        return name if name == 'ensemble' else f'{index + 1} {name}'
+
     figure, axes = plt.subplots(
         1, len(panels), figsize=(4.5 * len(panels), 3.6), layout='constrained', squeeze=False
     )
@@ -40,7 +46,7 @@ def draw(workdir: pathlib.Path) -> None:
                         style,
                         color='black' if network['name'] == 'ensemble' else f'C{k}',
                         linewidth=1.2,
-                        label=f'{k + 1} {network["name"]}: {name}',
+                        label=f'{label(k, network["name"])}: {name}',
                     )
         axis.set_title(title)
         axis.set_xlabel('epoch')

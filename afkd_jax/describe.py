@@ -100,9 +100,9 @@ def describe(config: ConfigDict) -> dict[str, Any]:
 def text(facts: dict[str, Any]) -> str:
     """Returns the facts as lines for a reader."""
     images = ', '.join(f'{count:,} {split}' for split, count in facts['images'].items())
-    height, width, channels = facts['image_shape']
+    shape = 'x'.join(map(str, facts['image_shape']))
     lines = [
-        f'{facts["dataset"]}: {height}x{width}x{channels}, {facts["num_classes"]} classes; {images}',
+        f'{facts["dataset"]}: {shape}, {facts["num_classes"]} classes; {images}',
         f'method {facts["method"]}, {facts["epochs"]} epochs, {facts["steps"]:,} steps',
         '',
     ]

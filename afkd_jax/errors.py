@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """One sentence that names the thing, its value and the remedy; launch.py prints it and exits 1."""
+    """One sentence that names the thing, its value and the remedy; the exit code is 1."""
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

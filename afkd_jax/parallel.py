@@ -77,9 +77,7 @@ class Devices:
                 devices=self.mesh.devices.tolist(),
             )
         specs = tuple(PartitionSpec(AXIS) if is_split else PartitionSpec() for is_split in split)
-        mapped = jax.shard_map(
-            function, mesh=self.mesh, in_specs=specs, out_specs=PartitionSpec()
-        )
+        mapped = jax.shard_map(function, mesh=self.mesh, in_specs=specs, out_specs=PartitionSpec())
         return jax.jit(mapped, donate_argnums=donate)
 
 

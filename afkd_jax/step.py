@@ -24,10 +24,10 @@ from afkd_jax.state import DiscriminatorState, NetworkState, TrainState
 def value_shapes(cohort: Cohort) -> dict[str, tuple[int, ...]]:
     """Returns the names and shapes of the values that a step of this cohort reports.
 
-    One per network, [K]: cross_entropy and mimicry_kl (with its T^2) add up to the logit loss; adversarial is L_G;
-    discriminator is L_D; d_own and d_teacher are mean outputs on own ("fake") and teacher's
-    ("real") maps; grad_norm_* are the L2 norms of the three gradients. One per step:
-    learning_rate_*, of each optimizer.
+    One per network, [K]: cross_entropy and mimicry_kl (with its T^2) add up to the logit loss;
+    accuracy is in percent; adversarial is L_G and discriminator L_D; d_own and d_teacher are the
+    discriminator's mean outputs on own ("fake") and teacher's ("real") maps; grad_norm_* are the
+    L2 norms of the three gradients. One per step: learning_rate_*, of each optimizer.
     """
     names = ['cross_entropy', 'accuracy', 'grad_norm_logit']
     if cohort.method.logits == 'ring':
@@ -160,7 +160,7 @@ def update(
 
     logits_KxBxC = jnp.stack([logits for logits, _ in outputs])
     to_logits_KxBxC, values = _learn_from_logits(cohort, logits_KxBxC, labels_B)
-    values['accuracy'] = (logits_KxBxC.argmax(-1) == labels_B[None]).mean(1)
+    values['accuracy'] = 100.0 * (logits_KxBxC.argmax(-1) == labels_B[None]).mean(1)
     gradients = []
     for k, (_, maps) in enumerate(outputs):
         to_params, _ = pullbacks[k]((to_logits_KxBxC[k], jnp.zeros_like(maps)))

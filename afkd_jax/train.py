@@ -126,7 +126,9 @@ class _Loop:
       step: how many steps were taken; state.step, known without a fetch.
     """
 
-    def __init__(self, run, order, train_step, evaluate, checkpoints, out, state, progress, started):
+    def __init__(
+        self, run, order, train_step, evaluate, checkpoints, out, state, progress, started
+    ):
         self._run, self._order, self._train_step = run, order, train_step
         self._evaluate, self._checkpoints, self._out = evaluate, checkpoints, out
         self.state, self.step, self._progress = state, int(state.step), progress
