@@ -147,8 +147,11 @@ class _Loop:
         with Interrupt() as interrupt:
             while self.step < last_step and not interrupt.requested:
                 index = self._run.devices.split(order.indices(self.step))
+                before = sums
                 self.state, sums = self._train_step(self.state, sums, index)
                 self.step += 1
+                # At most two steps on their way, so that a signal does not wait for many.
+                before.steps.block_until_ready()
                 if pending:  # fetched only now that the next step is on its way
                     self._log(*pending)
                     pending = None
