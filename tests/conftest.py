@@ -1,0 +1,80 @@
+"""Strictness for every test, and the small cohorts they share."""
+
+import os
+
+os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from afkd_jax import cohort as cohort_lib
+from afkd_jax import parallel
+from afkd_jax import state as state_lib
+from afkd_jax import step as step_lib
+from configs import digits
+
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+PAIR = ('resnet8', 'resnet8')
+
+
+def tiny_config(networks=PAIR, **fields):
+    """Returns the digits config with these networks and (dotted) fields, 'a__b' for a.b."""
+    config = digits.get_config()
+    config.networks = networks
+    for name, value in fields.items():
+        config.update_from_flattened_dict({name.replace('__', '.'): value})
+    return config
+
+
+def tiny_cohort(config, axis_name=None):
+    """Returns the cohort of a config on 8x8 grey images, 10 classes, 64 images an epoch."""
+    return cohort_lib.assemble(config, (8, 8, 1), 10, 64, axis_name)
+
+
+def random_batch(size, seed=0):
+    """Returns standard normal images [size, 8, 8, 1] and labels [size] in 0 .. 9."""
+    rng = np.random.default_rng(seed)
+    images = rng.standard_normal((size, 8, 8, 1)).astype(np.float32)
+    return images, rng.integers(0, 10, size).astype(np.int32)
+
+
+def mapped_update(config, devices, donate=()):
+    """Returns update() of the config's cohort, mapped: (state, images, labels) -> (state, values)."""
+    cohort = tiny_cohort(config, parallel.AXIS)
+    return devices.map(
+        functools.partial(step_lib.update, cohort), split=(False, True, True), donate=donate
+    )
+
+
+def initial_state(config, seed=0):
+    """Returns the state before the first step, on the host."""
+    cohort = tiny_cohort(config)
+    return jax.device_get(
+        jax.jit(functools.partial(state_lib.create, cohort))(jax.random.key(seed))
+    )
+
+
+def relative_difference(a, b):
+    """Returns the largest |a - b| / max |b| over the arrays of two trees, and where it is."""
+    worst = (0.0, '')
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(jax.device_get(a)),
+        jax.tree.leaves(jax.device_get(b)),
+        strict=True,
+    ):
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        assert x.shape == y.shape
+        difference = np.abs(x - y).max() / max(np.abs(y).max(), 1e-12)
+        worst = max(worst, (difference, jax.tree_util.keystr(path)))
+    return worst
+
+
+@pytest.fixture
+def x64():
+    """Double precision, so that a law holds to many digits or not at all."""
+    with jax.enable_x64(True):
+        yield
