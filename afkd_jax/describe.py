@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
@@ -35,7 +36,7 @@ def _count(jaxpr: Any) -> int:
             (contracted, _), _ = equation.params['dimension_numbers']
             shape = equation.invars[0].aval.shape
             total += outputs * math.prod(shape[axis] for axis in contracted)
-        total += sum(_count(inner) for inner in jax.core.jaxprs_in_params(equation.params))
+        total += sum(_count(inner) for inner in jax.extend.core.jaxprs_in_params(equation.params))
     return total
 
 

@@ -2,7 +2,10 @@
 
 import os
 
-os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'
+# Eight devices, to test mapping; tests compile much and compute little, so XLA optimises less.
+os.environ['XLA_FLAGS'] = (
+    '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0'
+)
 
 import functools
 
@@ -71,6 +74,15 @@ def relative_difference(a, b):
         difference = np.abs(x - y).max() / max(np.abs(y).max(), 1e-12)
         worst = max(worst, (difference, jax.tree_util.keystr(path)))
     return worst
+
+
+def as_float64(tree):
+    """Returns the tree with its float32 arrays in double precision."""
+
+    def convert(leaf):
+        return leaf.astype(np.float64) if np.asarray(leaf).dtype == np.float32 else leaf
+
+    return jax.tree.map(convert, tree)
 
 
 @pytest.fixture

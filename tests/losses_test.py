@@ -67,9 +67,7 @@ def test_temperature_squared_keeps_the_scale_of_the_gradient(x64):
 def test_least_squares_terms_equal_numpy():
     own, teacher = np.random.default_rng(5).uniform(size=(2, 9))
     np.testing.assert_allclose(losses.fool(own), (1 - own) ** 2, rtol=1e-6)
-    np.testing.assert_allclose(
-        losses.discern(own, teacher), (1 - teacher) ** 2 + own**2, rtol=1e-6
-    )
+    np.testing.assert_allclose(losses.discern(own, teacher), (1 - teacher) ** 2 + own**2, rtol=1e-6)
     assert losses.fool(1.0) == 0
     assert losses.discern(0.0, 1.0) == 0
     assert losses.discern(1.0, 0.0) == 2

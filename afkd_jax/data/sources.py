@@ -88,13 +88,19 @@ class Splits:
 
 
 def _held_out(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (kept, held out) indices: a fixed permutation, cut at the same fraction per class."""
+    """Returns (kept, held out) indices, both in the order of one fixed permutation.
+
+    round(fraction * N) images are held out, of every class the same fraction as nearly as can be.
+    """
     order = np.random.RandomState(_SPLIT_SEED).permutation(len(labels))
-    held = np.zeros(len(labels), bool)
+    # How far through its class each image comes, in (0, 1): the first ones are held out.
+    place = np.empty(len(labels))
     for label in np.unique(labels):
-        members = order[labels[order] == label]
-        held[members[: round(fraction * len(members))]] = True
-    return order[~held[order]], order[held[order]]
+        members = np.flatnonzero(labels[order] == label)
+        place[members] = (np.arange(len(members)) + 0.5) / len(members)
+    held = np.zeros(len(labels), bool)
+    held[np.argsort(place, kind='stable')[: round(fraction * len(labels))]] = True
+    return order[~held], order[held]
 
 
 def _digits() -> tuple[Images, Images, int]:
@@ -232,7 +238,6 @@ def info(config: ConfigDict) -> Info:
     from afkd_jax.data import tfds_source
 
     known = tfds_source.describe(config, name)
-    # Exact where every class is equally frequent, as in CIFAR; else off by a few images.
     held = round(config.data.validation_fraction * known.train)
     train = _sizes(config, known.train, held)
     return dataclasses.replace(known, train=train, validation=held)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import pathlib
 import socket
 import sys
@@ -14,6 +15,10 @@ from unittest import mock
 import numpy as np
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
+from PIL import Image
+from tensorflow_datasets.core import shuffle
+from tensorflow_datasets.core.download import extractor
+from tensorflow_datasets.core.features import image_feature
 
 from afkd_jax.data.sources import Info
 from afkd_jax.errors import UserError, nearest
@@ -42,11 +47,15 @@ def _builder(config: ConfigDict, name: str) -> tfds.core.DatasetBuilder:
     try:
         return tfds.builder(name, data_dir=data_dir, file_format='array_record')
     except tfds.core.DatasetNotFoundError:
+        known = tfds.list_builders(with_community_datasets=False)
         raise UserError(
-            f'config.dataset: TFDS has no set called "{name}"{nearest(name, tfds.list_builders())}'
+            f'config.dataset: TFDS has no set called "{name}"{nearest(name, known)}'
         ) from None
-    except (ValueError, AssertionError) as error:
-        raise UserError(f'config.dataset: TFDS refuses "{name}": {_first_line(error)}') from None
+    except Exception as error:  # whatever a builder's constructor, and its imports, raise
+        raise UserError(
+            f'config.dataset: TFDS cannot offer "{name}" here: {_first_line(error)}; '
+            'choose another set'
+        ) from error
 
 
 def _first_line(error: BaseException) -> str:
@@ -100,15 +109,29 @@ def _split_names(builder: tfds.core.DatasetBuilder, name: str) -> tuple[str, str
 
 
 @contextlib.contextmanager
-def _files_without_tensorflow(builder: tfds.core.DatasetBuilder) -> Iterator[None]:
-    """TFDS's CIFAR and MNIST builders use TensorFlow to open files, and for nothing else."""
-    module = sys.modules[type(builder).__module__]
-    gfile = types.SimpleNamespace(GFile=open)
-    stand_in = types.SimpleNamespace(io=types.SimpleNamespace(gfile=gfile))
-    if not hasattr(module, 'tf'):
-        yield
-        return
-    with mock.patch.object(module, 'tf', stand_in):
+def _without_tensorflow(builder: tfds.core.DatasetBuilder) -> Iterator[None]:
+    """Lets TFDS prepare a set where it uses TensorFlow to open files and to write PNG, no more.
+
+    That holds for the CIFAR and MNIST families. A builder that needs more of TensorFlow fails
+    with an error that _prepare() reports.
+    """
+
+    def encode_png(encoder, pixels):
+        if encoder.encoding_format != 'png':
+            raise NotImplementedError(f'{encoder.encoding_format} cannot be written here')
+        return encoder._encode_pil_image(Image.fromarray(pixels.squeeze()))
+
+    gfile = types.SimpleNamespace(GFile=open, exists=os.path.exists, remove=os.remove)
+    stand_in = types.SimpleNamespace(
+        io=types.SimpleNamespace(gfile=gfile),
+        compat=types.SimpleNamespace(as_text=os.fsdecode),
+    )
+    with contextlib.ExitStack() as stack:
+        for module in (sys.modules[type(builder).__module__], extractor, shuffle):
+            if hasattr(module, 'tf'):
+                stack.enter_context(mock.patch.object(module, 'tf', stand_in))
+        encoder = image_feature._ImageEncoder
+        stack.enter_context(mock.patch.object(encoder, '_encode_image', encode_png))
         yield
 
 
@@ -140,7 +163,7 @@ def _prepare(builder: tfds.core.DatasetBuilder, config: ConfigDict, name: str) -
             f'downloaded ({host} is not reachable); {remedy}'
         )
     try:
-        with _files_without_tensorflow(builder):
+        with _without_tensorflow(builder):
             builder.download_and_prepare(
                 download_config=tfds.download.DownloadConfig(
                     manual_dir=pathlib.Path(manual_dir).expanduser() if manual_dir else None,

@@ -1,0 +1,66 @@
+"""Discriminator and transfer layer."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from afkd_jax import adversary
+from afkd_jax import state as state_lib
+from afkd_jax.models import layers
+
+NORM = layers.batch_norm(None)
+
+
+def judged(maps):
+    module = adversary.Discriminator(NORM)
+    params = module.init(jax.random.key(0), maps)['params']
+    return params, module.apply({'params': params}, maps, mutable=['batch_stats'])[0]
+
+
+@pytest.mark.parametrize('size', [2, 3, 7, 8])
+def test_one_number_in_0_1_per_map(size):
+    maps = np.random.default_rng(0).standard_normal((5, size, size, 4)).astype(np.float32)
+    params, d_B = judged(maps * 10)
+    assert d_B.shape == (5,)
+    assert 0 < d_B.min() < d_B.max() < 1
+    rest = (size + 1) // 2  # 3x3, stride 2, padding 1
+    # conv 9 c^2, norm 2 c, conv over the rest to one channel with bias
+    assert state_lib.parameter_count(params) == 9 * 16 + 8 + rest * rest * 4 + 1
+
+
+def test_discriminator_equals_numpy(x64):
+    rng = np.random.default_rng(1)
+    maps = rng.standard_normal((3, 4, 4, 2))
+    params, d_B = judged(maps)
+    # The first convolution: at (i, j) the 3x3 window of the padded map at (2 i, 2 j).
+    padded = np.pad(maps, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    kernel = np.asarray(params['Conv_0']['kernel'])
+    x = np.zeros((3, 2, 2, 2))
+    for i in range(2):
+        for j in range(2):
+            window = padded[:, 2 * i : 2 * i + 3, 2 * j : 2 * j + 3]
+            x[:, i, j] = np.einsum('bhwc,hwcd->bd', window, kernel)
+    x = (x - x.mean((0, 1, 2))) / np.sqrt(x.var((0, 1, 2)) + 1e-5)
+    x = np.where(x > 0, x, 0.2 * x)
+    last = params['Conv_1']
+    z = np.einsum('bhwc,hwcd->bd', x, np.asarray(last['kernel'])) + np.asarray(last['bias'])
+    np.testing.assert_allclose(d_B, 1 / (1 + np.exp(-z[:, 0])), rtol=1e-6)
+
+
+def test_transfer_equals_numpy(x64):
+    rng = np.random.default_rng(2)
+    maps = rng.standard_normal((3, 4, 5, 2))
+    module = adversary.Transfer(6, layers.conv, NORM)
+    variables = module.init(jax.random.key(0), maps, False)
+    mapped, _ = module.apply(variables, maps, True, mutable=['batch_stats'])
+    kernel = np.asarray(variables['params']['Conv_0']['kernel'])[0, 0]
+    x = maps @ kernel
+    x = (x - x.mean((0, 1, 2))) / np.sqrt(x.var((0, 1, 2)) + 1e-5)
+    np.testing.assert_allclose(mapped, np.maximum(x, 0), rtol=1e-6, atol=1e-9)
+
+
+def test_a_discriminator_keeps_no_running_statistics():
+    variables = adversary.Discriminator(NORM).init(jax.random.key(0), jnp.zeros((2, 4, 4, 3)))
+    state = state_lib.DiscriminatorState(variables['params'], None)
+    assert not [path for path, _ in jax.tree_util.tree_leaves_with_path(state) if 'stats' in path]

@@ -1,0 +1,105 @@
+"""Configs: every impossible field is refused with one sentence that names it and its value."""
+
+import re
+
+import pytest
+from conftest import tiny_config
+
+from afkd_jax import config as config_lib
+from afkd_jax.errors import UserError
+from configs import default, digits, fashion_mnist
+
+
+@pytest.mark.parametrize('module', [default, digits, fashion_mnist])
+def test_shipped_configs_are_valid(module):
+    config_lib.validate(module.get_config())
+
+
+def test_every_field_has_a_rule():
+    assert set(config_lib.RULES) == set(config_lib.flatten(default.get_config()))
+
+
+@pytest.mark.parametrize(
+    ('field', 'value', 'sentence'),
+    [
+        ('networks', ('resnet8',), r'at least two network names .* but is \(.resnet8.,\)'),
+        ('networks', (), 'at least two'),
+        ('networks', 'resnet8', "must be a tuple, but is 'resnet8'"),
+        ('networks', ('resnet8', 3), 'at least two network names'),
+        ('method', 3, 'must be a str, but is 3'),
+        ('method', '', 'name of a method'),
+        ('temperature', -1.0, 'above 0, but is -1.0'),
+        ('temperature', 0.0, 'above 0'),
+        ('temperature', float('nan'), 'must be a float, but is nan'),
+        ('temperature', '3', "must be a float, but is '3'"),
+        ('epochs', 0, 'at least 1, but is 0'),
+        ('epochs', 1.5, 'must be a int, but is 1.5'),
+        ('epochs', True, 'must be a int, but is True'),
+        ('batch_size', -4, 'at least 1, but is -4'),
+        ('eval_batch_size', 0, 'at least 1, but is 0'),
+        ('seed', -1, 'in 0 .. 4294967295, but is -1'),
+        ('mapping', 'vmap', "one of shard_map, pmap, but is 'vmap'"),
+        ('dataset', 'cifar10', "digits, idx:DIR or tfds:NAME, but is 'cifar10'"),
+        ('dataset', 'tfds:', 'digits, idx:DIR or tfds:NAME'),
+        ('data.train_examples', -1, 'at least 0'),
+        ('data.validation_fraction', 1.0, r'in \[0, 1\), but is 1.0'),
+        ('data.pad', -1, 'at least 0, but is -1'),
+        ('data.flip', 1, 'must be a bool, but is 1'),
+        ('logit.learning_rate', 0.0, 'above 0'),
+        ('logit.learning_rate', float('inf'), 'must be a float, but is inf'),
+        ('logit.momentum', 1.0, r'in \[0, 1\)'),
+        ('logit.weight_decay', -0.1, 'at least 0, but is -0.1'),
+        ('feature.schedule', 'linear', "one of constant, steps, cosine, but is 'linear'"),
+        ('feature.boundaries', (2.0, 1.0), r'rising numbers of epochs.*but is \(2.0, 1.0\)'),
+        ('discriminator.boundaries', ('a',), 'rising numbers of epochs'),
+        ('discriminator.factor', 0.0, 'above 0'),
+        ('log_every', 0, 'at least 1'),
+        ('keep_checkpoints', 0, 'at least 1'),
+    ],
+)
+def test_impossible_values_are_refused(field, value, sentence):
+    config = tiny_config()
+    with config.ignore_type():
+        config.update_from_flattened_dict({field: value})
+    with pytest.raises(UserError, match=f'^config.{field}: .*{sentence}'):
+        config_lib.validate(config)
+
+
+def test_unknown_and_missing_fields_are_refused():
+    config = tiny_config()
+    config.temprature = 3.0
+    with pytest.raises(UserError, match=r'config.temprature: .*did you mean "temperature"'):
+        config_lib.validate(config)
+    config = tiny_config()
+    del config.data.pad
+    with pytest.raises(UserError, match=r'config.data.pad: missing'):
+        config_lib.validate(config)
+
+
+def test_whole_numbers_are_accepted_where_fractions_are():
+    config = tiny_config()
+    with config.ignore_type():
+        config.temperature = 4
+        config.feature.boundaries = (1, 2.5)
+    config_lib.validate(config)
+
+
+def test_differences_name_each_field():
+    old, new = config_lib.flatten(tiny_config()), config_lib.flatten(tiny_config(data__pad=3))
+    assert config_lib.differences(old, old) == []
+    assert config_lib.differences(old, new) == ['data.pad: 1 -> 3']
+    del old['seed']
+    assert config_lib.differences(old, new) == ['data.pad: 1 -> 3', "seed: '(absent)' -> 0"]
+
+
+@pytest.mark.parametrize(
+    ('epochs', 'examples', 'batch_size', 'steps'),
+    [(1, 64, 8, 8), (1, 65, 8, 9), (3, 65, 8, 25), (0.5, 64, 8, 4), (0.1, 30, 3, 1)],
+)
+def test_steps_in(epochs, examples, batch_size, steps):
+    assert config_lib.steps_in(epochs, examples, batch_size) == steps
+
+
+def test_config_imports_no_jax():
+    source = re.findall(r'^(?:import|from) (\S+)', open(config_lib.__file__).read(), re.M)
+    assert not [name for name in source if 'jax' in name and not name.startswith('afkd_jax.errors')]

@@ -1,0 +1,83 @@
+"""Devices: their number and the mapping change nothing; one trace per run."""
+
+import functools
+
+import chex
+import jax
+import pytest
+from conftest import (
+    as_float64,
+    initial_state,
+    mapped_update,
+    random_batch,
+    relative_difference,
+    tiny_cohort,
+    tiny_config,
+)
+
+from afkd_jax import parallel
+from afkd_jax import step as step_lib
+from afkd_jax.errors import UserError
+
+BATCH = 16
+
+
+@functools.cache
+def after_three_steps(mapping, count):
+    config = tiny_config(('resnet8', 'resnet8x2'), batch_size=BATCH)
+    devices = parallel.Devices.local(mapping, count)
+    update = mapped_update(config, devices, donate=(0,))
+    state = devices.replicate(as_float64(initial_state(config)))
+    for step in range(3):
+        batch = (devices.split(part) for part in as_float64(random_batch(BATCH, seed=step)))
+        state, values = update(state, *batch)
+    return jax.device_get((state, values))
+
+
+@pytest.mark.parametrize(
+    ('mapping', 'count'), [('shard_map', 2), ('shard_map', 8), ('pmap', 1), ('pmap', 2)]
+)
+def test_devices_and_mapping_change_nothing(mapping, count, x64):
+    # In float32 rounding alone would differ by 2e-5 after one step, and grow from there.
+    difference, where = relative_difference(
+        after_three_steps(mapping, count), after_three_steps('shard_map', 1)
+    )
+    assert difference < 1e-9, where
+
+
+@pytest.mark.parametrize('mapping', ['shard_map', 'pmap'])
+def test_a_run_traces_its_step_once(mapping):
+    config = tiny_config(batch_size=BATCH)
+    devices = parallel.Devices.local(mapping, 2)
+    cohort = tiny_cohort(config, parallel.AXIS)
+
+    @chex.assert_max_traces(n=1)
+    def update(state, images, labels):
+        return step_lib.update(cohort, state, images, labels)
+
+    chex.clear_trace_counter()
+    mapped = devices.map(update, (False, True, True), donate=(0,))
+    state = devices.replicate(initial_state(config))
+    for step in range(3):
+        batch = (devices.split(part) for part in random_batch(BATCH, seed=step))
+        state, _ = mapped(state, *batch)
+    assert int(state.step) == 3
+    with pytest.raises(AssertionError, match='traced > 1 times'):
+        batch = (devices.split(part) for part in random_batch(2 * BATCH))
+        mapped(state, *batch)
+
+
+def test_the_compiled_step_reuses_the_memory_of_its_state():
+    config = tiny_config(method='vanilla', batch_size=BATCH)
+    devices = parallel.Devices.local('shard_map', 1)
+    state = devices.replicate(initial_state(config))
+    batch = (devices.split(part) for part in random_batch(BATCH))
+    mapped_update(config, devices, donate=(0,))(state, *batch)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.networks))
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    devices = parallel.Devices.local('shard_map', 8)
+    devices.check_divides('batch_size', 64)
+    with pytest.raises(UserError, match=r'config\.batch_size: .* multiple of 8.* 60.*nearest: 64'):
+        devices.check_divides('batch_size', 60)

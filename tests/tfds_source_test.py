@@ -1,0 +1,146 @@
+"""TFDS sets, without TensorFlow and without a network."""
+
+import hashlib
+import io
+import sys
+import tarfile
+from unittest import mock
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from conftest import tiny_config
+
+from afkd_jax.data import sources, tfds_source
+from afkd_jax.errors import UserError
+
+
+def config(name, tmp_path, **fields):
+    return tiny_config(
+        dataset=f'tfds:{name}', batch_size=8, data__data_dir=str(tmp_path / 'prepared'), **fields
+    )
+
+
+def cifar100_archive(folder, train, test):
+    """Writes an archive in the format of cifar-100-binary.tar.gz; returns its checksum entry."""
+    rng = np.random.default_rng(0)
+    content = {
+        'coarse_label_names.txt': '\n'.join(f'coarse{i}' for i in range(20)).encode(),
+        'fine_label_names.txt': '\n'.join(f'fine{i}' for i in range(100)).encode(),
+    }
+    pixels = {}
+    for name, count in (('train', train), ('test', test)):
+        # Per image: coarse label, fine label, then the red, green and blue planes.
+        pixels[name] = rng.integers(0, 256, (count, 3, 32, 32), np.uint8)
+        rows = [
+            bytes((i % 20, i % 100)) + picture.tobytes() for i, picture in enumerate(pixels[name])
+        ]
+        content[f'{name}.bin'] = b''.join(rows)
+    path = folder / 'cifar-100-binary.tar.gz'
+    with tarfile.open(path, 'w:gz') as archive:
+        for name, data in content.items():
+            entry = tarfile.TarInfo(f'cifar-100-binary/{name}')
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+    data = path.read_bytes()
+    entry = tfds.download.checksums.UrlInfo(
+        size=len(data), checksum=hashlib.sha256(data).hexdigest(), filename=path.name
+    )
+    return pixels, {'https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz': entry}
+
+
+def test_an_archive_in_manual_dir_is_prepared_and_read(tmp_path):
+    pixels, entry = cifar100_archive(tmp_path, train=30, test=10)
+    builder_class = type(tfds.builder('cifar100', data_dir=tmp_path))
+    ours = config('cifar100', tmp_path, data__manual_dir=str(tmp_path))
+    with mock.patch.object(builder_class, 'url_infos', entry):
+        splits = sources.load(ours)
+    assert splits.info == sources.Info((32, 32, 3), 100, 27, 3, 10)
+
+    # TFDS shuffles what it prepares: compare as sets of (image, label).
+    def as_set(*parts):
+        return {
+            (picture.tobytes(), int(label))
+            for part in parts
+            for picture, label in zip(part.pixels, part.labels, strict=True)
+        }
+
+    for parts, planes in (
+        ((splits.train, splits.validation), pixels['train']),
+        ((splits.test,), pixels['test']),
+    ):
+        expected = {(p.transpose(1, 2, 0).tobytes(), i % 100) for i, p in enumerate(planes)}
+        assert as_set(*parts) == expected
+    # Prepared once: now neither the archive nor the patch is needed, and the sizes are known.
+    (tmp_path / 'cifar-100-binary.tar.gz').unlink()
+    assert len(sources.load(ours).train) == 27
+    assert sources.info(ours) == splits.info
+
+
+@pytest.mark.parametrize('name', ['cifar10', 'svhn_cropped', 'fashion_mnist'])
+def test_mock_data(name, tmp_path):
+    with (
+        mock.patch.object(tfds_source, '_missing_host', return_value=None),
+        tfds.testing.mock_data(num_examples=20),
+        mock.patch.object(tfds_source, '_split_names', return_value=('train', 'test')),
+    ):
+        splits = sources.load(config(name, tmp_path))
+    shape = {'fashion_mnist': (28, 28, 1)}.get(name, (32, 32, 3))
+    assert splits.info.image_shape == shape
+    assert splits.num_classes == 10
+    assert len(splits.train) + len(splits.validation) == len(splits.test) == 20
+    assert splits.train.pixels.dtype == np.uint8
+    assert splits.train.labels.dtype == np.int32
+
+
+def test_shapes_and_sizes_are_known_without_data(tmp_path):
+    info = sources.info(config('cifar100', tmp_path, data__validation_fraction=0.1))
+    assert info == sources.Info((32, 32, 3), 100, 45_000, 5_000, 10_000)
+
+
+def test_a_set_that_cannot_be_had_says_what_to_do(tmp_path):
+    with (
+        mock.patch('socket.getaddrinfo', side_effect=OSError('no such host')),
+        mock.patch('urllib.request.getproxies', return_value={}),
+        pytest.raises(UserError, match=r'not prepared in .*cifar-100-binary.*manual_dir'),
+    ):
+        sources.load(config('cifar100', tmp_path))
+
+
+def test_a_broken_archive_is_refused(tmp_path):
+    _, entry = cifar100_archive(tmp_path, train=3, test=3)
+    path = tmp_path / 'cifar-100-binary.tar.gz'
+    path.write_bytes(path.read_bytes()[:-9])
+    builder_class = type(tfds.builder('cifar100', data_dir=tmp_path))
+    with (
+        mock.patch.object(builder_class, 'url_infos', entry),
+        mock.patch.object(
+            tfds.core.download.download_manager.DownloadManager,
+            '_download',
+            side_effect=OSError('no network'),
+        ),
+        pytest.raises(UserError, match='could not be prepared'),
+    ):
+        sources.load(config('cifar100', tmp_path, data__manual_dir=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ('name', 'sentence'),
+    [
+        ('cifar_100', 'TFDS has no set called "cifar_100"; did you mean "cifar100"'),
+        ('imagenet2012', 'must be uint8, all of one size'),
+        ('coco', 'cannot offer "coco" here: .*tensorflow'),
+        ('math_dataset', 'not an image-classification set'),
+        ('div2k', 'not an image-classification set'),
+        ('celeb_a', 'no .image, label. pair'),
+        ('cifar100:9.9.9', 'TFDS'),
+    ],
+)
+def test_sets_that_do_not_fit_are_refused(name, sentence, tmp_path):
+    with pytest.raises(UserError, match=f'config.dataset: .*{sentence}'):
+        sources.info(config(name, tmp_path))
+
+
+def test_no_tensorflow_and_no_pytorch():
+    assert 'tensorflow' not in sys.modules
+    assert 'torch' not in sys.modules
