@@ -46,7 +46,7 @@ def random_batch(size, seed=0):
 
 
 def mapped_update(config, devices, donate=()):
-    """Returns update() of the config's cohort, mapped: (state, images, labels) -> (state, values)."""
+    """Returns update() of the config's cohort, mapped over the devices."""
     cohort = tiny_cohort(config, parallel.AXIS)
     return devices.map(
         functools.partial(step_lib.update, cohort), split=(False, True, True), donate=donate

@@ -62,9 +62,9 @@ def test_a_run_traces_its_step_once(mapping):
         batch = (devices.split(part) for part in random_batch(BATCH, seed=step))
         state, _ = mapped(state, *batch)
     assert int(state.step) == 3
+    larger = [devices.split(part) for part in random_batch(2 * BATCH)]
     with pytest.raises(AssertionError, match='traced > 1 times'):
-        batch = (devices.split(part) for part in random_batch(2 * BATCH))
-        mapped(state, *batch)
+        mapped(state, *larger)
 
 
 def test_the_compiled_step_reuses_the_memory_of_its_state():

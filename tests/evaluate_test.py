@@ -1,0 +1,61 @@
+"""Evaluation counts every image once, whatever the batch."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from conftest import tiny_config
+
+from afkd_jax import evaluate, parallel
+from afkd_jax import run as run_lib
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    local = parallel.Devices.local
+    monkeypatch.setattr(parallel.Devices, 'local', lambda mapping: local(mapping, 1))
+
+
+@functools.cache
+def plain(networks=('resnet8', 'resnet8')):
+    """Returns accuracy and cross-entropy of untrained networks on test, computed in the test."""
+    run = run_lib.prepare(tiny_config(networks))
+    state = jax.device_get(run.initial_state())
+    places = run.info.places('test')
+    table = jax.device_get(run.images)
+    pixels = table.pixels[places.start : places.stop] / 255
+    pixels = ((pixels - table.mean) / table.std).astype(np.float32)
+    labels = table.labels[places.start : places.stop]
+    probabilities = []
+    for module, network in zip(run.cohort.networks, state.networks, strict=True):
+        variables = {'params': network.params, 'batch_stats': network.batch_stats['network']}
+        apply = jax.jit(functools.partial(module.apply, train=False))
+        logits = np.asarray(apply(variables, pixels)[0], np.float64)
+        e = np.exp(logits - logits.max(1, keepdims=True))
+        probabilities.append(e / e.sum(1, keepdims=True))
+    probabilities.append(np.mean(probabilities, axis=0))
+    accuracy = [100 * float((p.argmax(1) == labels).mean()) for p in probabilities]
+    entropy = [-np.log(p[np.arange(len(labels)), labels]).mean() for p in probabilities]
+    return accuracy, entropy
+
+
+@pytest.mark.parametrize('batch_size', [7, 64, 359, 512])
+def test_scores_equal_a_plain_computation_for_any_batch(batch_size, one_device):
+    # 359 test images: none of 7, 64 and 512 divides them.
+    run = run_lib.prepare(tiny_config(eval_batch_size=batch_size))
+    assert run.info.test == 359
+    scores = evaluate.Evaluator(run)(run.initial_state().networks, 'test')
+    accuracy, entropy = plain()
+    np.testing.assert_allclose(scores.accuracy, accuracy, rtol=1e-6)
+    np.testing.assert_allclose(scores.cross_entropy, entropy, rtol=1e-4)
+
+
+@pytest.mark.parametrize('mapping', ['shard_map', 'pmap'])
+def test_eight_devices_score_the_same(mapping):
+    run = run_lib.prepare(tiny_config(eval_batch_size=64, mapping=mapping))
+    assert run.devices.mesh.size == 8
+    scores = evaluate.Evaluator(run)(run.initial_state().networks, 'test')
+    accuracy, entropy = plain()
+    np.testing.assert_allclose(scores.accuracy, accuracy, rtol=1e-6)
+    np.testing.assert_allclose(scores.cross_entropy, entropy, rtol=1e-4)

@@ -1,0 +1,146 @@
+"""launch.py as a user runs it: a process of its own, files, exit codes."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+SHORT = [
+    '--config=configs/digits.py',
+    '--config.epochs=2',
+    '--config.data.train_examples=256',
+    '--config.log_every=2',
+]
+
+
+def command(*arguments):
+    return [sys.executable, 'launch.py', *arguments]
+
+
+ENVIRONMENT = {key: value for key, value in os.environ.items() if key != 'XLA_FLAGS'}
+
+
+def launch(*arguments):
+    return subprocess.run(
+        command(*arguments), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp('launch') / 'run'
+    return workdir, launch(*SHORT, f'--workdir={workdir}')
+
+
+def test_train_prints_a_table_and_writes_the_workdir(trained):
+    workdir, process = trained
+    assert process.returncode == 0, process.stderr
+    assert process.stderr == ''
+    assert 'epoch 1/2' in process.stdout
+    assert 'validation %' in process.stdout
+    assert process.stdout.count('1 resnet8') == 1
+    assert 'ensemble' in process.stdout
+    summary = json.loads((workdir / 'summary.json').read_text())
+    assert summary['fingerprint'][:16] in process.stdout
+    assert json.loads((workdir / 'config.json').read_text())['epochs'] == 2
+
+
+def test_a_finished_run_says_so(trained):
+    process = launch(*SHORT, f'--workdir={trained[0]}')
+    assert process.returncode == 0
+    assert 'this run is finished' in process.stdout
+
+
+def test_eval_repeats_the_summary(trained):
+    workdir, _ = trained
+    process = launch(*SHORT, f'--workdir={workdir}', '--mode=eval')
+    assert process.returncode == 0, process.stderr
+    result = json.loads(process.stdout.splitlines()[-1])
+    summary = json.loads((workdir / 'summary.json').read_text())
+    assert result['networks'] == summary['networks']
+    assert result['ensemble'] == summary['ensemble']
+    assert result['step'] == summary['steps']
+
+
+def test_killed_by_a_signal_and_started_again_is_the_same_run(trained, tmp_path):
+    process = subprocess.Popen(
+        command(*SHORT, f'--workdir={tmp_path}'),
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    metrics = tmp_path / 'metrics.jsonl'
+    while process.poll() is None and not (metrics.exists() and '"train"' in metrics.read_text()):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 75
+    assert 'the same command continues' in output
+    again = launch(*SHORT, f'--workdir={tmp_path}')
+    assert again.returncode == 0, again.stderr
+    assert 'continues from step' in again.stdout
+    ours, theirs = (
+        json.loads((folder / 'summary.json').read_text())['fingerprint']
+        for folder in (tmp_path, trained[0])
+    )
+    assert ours == theirs
+
+
+def test_describe_ends_with_one_json_line():
+    process = launch('--config=configs/digits.py', '--mode=describe')
+    assert process.returncode == 0, process.stderr
+    facts = json.loads(process.stdout.splitlines()[-1])
+    assert [entry['parameters'] for entry in facts['networks']] == [77_754] * 2
+    assert facts['networks'][0].keys() >= {'name', 'feature_map', 'test_accuracy'}
+
+
+BAD_COMMANDS = {
+    'no config': ([], '--config: name a config file'),
+    'no such file': (['--config=configs/nothing.py'], 'configs/nothing.py'),
+    'unknown field': ([*SHORT, '--config.temprature=3'], 'did you mean "temperature"'),
+    'unknown section': ([*SHORT, '--config.date.pad=3'], 'did you mean "data.pad"'),
+    'wrong type': ([*SHORT, '--config.epochs=many'], "config.epochs.*'many'"),
+    'impossible value': ([*SHORT, '--config.temperature=-1'], 'config.temperature: .*-1.0'),
+    'unknown network': ([*SHORT, "--config.networks=('resnet8','resnet9')"], '"resnet9"'),
+    'one network': ([*SHORT, "--config.networks=('resnet8',)"], 'at least two'),
+    'unknown method': ([*SHORT, '--config.method=akd'], 'config.method: .*"akd"'),
+    'unknown mode': ([*SHORT, '--mode=tain'], 'tain'),
+    'unknown flag': ([*SHORT, '--wrkdir=x'], 'wrkdir'),
+    'stray word': ([*SHORT, 'train'], 'train: not understood'),
+    'step while training': ([*SHORT, '--step=3'], '--step: 3 is only for --mode eval'),
+    'eval of nothing': (
+        [*SHORT, '--mode=eval', '--workdir=/nonexistent/run'],
+        '/nonexistent/run holds no run',
+    ),
+    'small images': (
+        ['--config=configs/digits.py', '--config.dataset=idx:{small}'],
+        'images of 4x4 are too small for "resnet8"',
+    ),
+}
+
+
+@pytest.mark.parametrize('name', BAD_COMMANDS)
+def test_bad_input_gives_one_sentence(name, tmp_path):
+    import gzip
+    import struct
+
+    arguments, sentence = BAD_COMMANDS[name]
+    for prefix in ('train', 't10k'):
+        images = struct.pack('>4I', 2051, 80, 4, 4) + bytes(80 * 16)
+        labels = struct.pack('>2I', 2049, 80) + bytes(i % 4 for i in range(80))
+        (tmp_path / f'{prefix}-images-idx3-ubyte.gz').write_bytes(gzip.compress(images))
+        (tmp_path / f'{prefix}-labels-idx1-ubyte.gz').write_bytes(gzip.compress(labels))
+    process = launch(*(argument.format(small=tmp_path) for argument in arguments))
+    assert process.returncode == 1, process.stdout
+    (line,) = process.stderr.splitlines()
+    assert line.startswith('error: ')
+    import re
+
+    assert re.search(sentence, line), line

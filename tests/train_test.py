@@ -1,0 +1,159 @@
+"""Whole runs: same seed, same bits; stopped and resumed, same bits; what is written."""
+
+import json
+import signal
+
+import pytest
+from conftest import tiny_config
+
+from afkd_jax import parallel, train
+from afkd_jax.data import batches
+from afkd_jax.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    local = parallel.Devices.local
+    monkeypatch.setattr(parallel.Devices, 'local', lambda mapping: local(mapping, 1))
+
+
+def short_config(**fields):
+    """Two epochs of 5 steps; 150 images in batches of 32 do not divide evenly."""
+    fields = {'epochs': 2, 'batch_size': 32, 'log_every': 2, 'data__train_examples': 150} | fields
+    return tiny_config(**fields)
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(tmp_path_factory):
+    """Returns (workdir, summary) of a run that nothing stopped."""
+    workdir = tmp_path_factory.mktemp('uninterrupted')
+    with pytest.MonkeyPatch.context() as patch:
+        local = parallel.Devices.local
+        patch.setattr(parallel.Devices, 'local', lambda mapping: local(mapping, 1))
+        return workdir, train.train(short_config(), workdir)
+
+
+def lines(workdir, kind):
+    text = (workdir / 'metrics.jsonl').read_text()
+    return [line for line in map(json.loads, text.splitlines()) if line['kind'] == kind]
+
+
+def test_the_summary_has_what_it_promises(uninterrupted):
+    workdir, summary = uninterrupted
+    assert summary == json.loads((workdir / 'summary.json').read_text())
+    keys = {
+        'name',
+        'parameters',
+        'feature_map',
+        'validation_accuracy',
+        'test_accuracy',
+        'test_accuracy_at_best_validation',
+    }
+    for entry in [*summary['networks'], summary['ensemble']]:
+        assert set(entry) == keys
+        assert all(0 <= entry[key] <= 100 for key in keys if 'accuracy' in key)
+    assert [entry['name'] for entry in summary['networks']] == ['resnet8', 'resnet8']
+    assert summary['networks'][0]['parameters'] == 77_754
+    assert summary['networks'][0]['feature_map'] == [2, 2, 64]
+    assert summary['steps'] == 10
+    assert summary['epochs'] == 2
+    assert summary['images_per_s'] > 0
+    assert 0 < summary['compile_s'] < summary['wall_s']
+    assert len(summary['fingerprint']) == 64
+    assert 'cpu' in summary['device']
+
+
+def test_the_metrics_name_their_step_and_epoch(uninterrupted):
+    workdir, summary = uninterrupted
+    (header,) = lines(workdir, 'run')
+    assert header['config']['networks'] == ['resnet8', 'resnet8']
+    assert {'versions', 'devices', 'commit', 'python', 'time'} <= set(header)
+    rows = lines(workdir, 'train')
+    # Every second step, and the ends of the epochs after 5 and 10 steps.
+    assert [row['step'] for row in rows] == [2, 4, 5, 6, 8, 10]
+    assert rows[-1]['epoch'] == pytest.approx(10 * 32 / 150)
+    per_network = {
+        'name', 'cross_entropy', 'accuracy', 'mimicry_kl', 'adversarial', 'discriminator', 'd_own',
+        'd_teacher', 'grad_norm_logit', 'grad_norm_feature', 'grad_norm_discriminator',
+    }  # fmt: skip
+    for row in rows:
+        assert [set(network) for network in row['networks']] == [per_network] * 2
+        assert {'images_per_s', 'learning_rate_logit', 'learning_rate_feature'} <= set(row)
+        assert 0 < row['networks'][0]['d_own'] < 1
+    scores = lines(workdir, 'evaluation')
+    assert [(row['step'], row['split']) for row in scores] == [
+        (5, 'validation'),
+        (10, 'validation'),
+        (10, 'test'),
+    ]
+    final = [network['accuracy'] for network in scores[-1]['networks']]
+    entries = [*summary['networks'], summary['ensemble']]
+    assert final == [entry['test_accuracy'] for entry in entries]
+
+
+def test_the_workdir_is_complete(uninterrupted):
+    workdir, _ = uninterrupted
+    assert {path.name for path in workdir.iterdir()} == {
+        'config.json', 'metrics.jsonl', 'checkpoints', 'summary.json', 'curves.png',
+    }  # fmt: skip
+    steps = {path.name for path in (workdir / 'checkpoints').iterdir()}
+    assert steps == {'5', '10'}
+    assert (workdir / 'curves.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_same_seed_same_bits(uninterrupted, tmp_path):
+    again = train.train(short_config(), tmp_path)
+    assert again['fingerprint'] == uninterrupted[1]['fingerprint']
+
+
+def test_another_seed_another_run(uninterrupted, tmp_path):
+    other = train.train(short_config(seed=1), tmp_path)
+    assert other['fingerprint'] != uninterrupted[1]['fingerprint']
+
+
+@pytest.mark.parametrize('stop_at', [5, 7])
+def test_stopped_and_resumed_is_the_uninterrupted_run(
+    stop_at, uninterrupted, tmp_path, monkeypatch
+):
+    # The signal comes while step `stop_at` is being prepared: it is finished, then saved.
+    indices = batches.Order.indices
+
+    def stopping(order, step):
+        if step == stop_at - 1 and not lines(tmp_path, 'resume'):
+            signal.raise_signal(signal.SIGTERM)
+        return indices(order, step)
+
+    (tmp_path / 'metrics.jsonl').touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(batches.Order, 'indices', stopping)
+        assert train.train(short_config(), tmp_path) is None
+    assert not (tmp_path / 'summary.json').exists()
+    assert str(stop_at) in {path.name for path in (tmp_path / 'checkpoints').iterdir()}
+    resumed = train.train(short_config(), tmp_path)
+    assert lines(tmp_path, 'resume')[0]['step'] == stop_at
+    for key in ('fingerprint', 'networks', 'ensemble', 'steps'):
+        assert resumed[key] == uninterrupted[1][key], key
+
+
+def test_a_finished_run_says_so_and_changes_nothing(uninterrupted, capsys):
+    workdir, summary = uninterrupted
+    before = (workdir / 'metrics.jsonl').read_bytes()
+    assert train.train(short_config(), workdir) == summary
+    assert 'this run is finished' in capsys.readouterr().out
+    assert (workdir / 'metrics.jsonl').read_bytes() == before
+
+
+def test_a_workdir_of_another_config_is_refused(uninterrupted):
+    workdir, _ = uninterrupted
+    with pytest.raises(UserError, match=r'another config \(data.pad: 1 -> 0; seed: 0 -> 2\)'):
+        train.train(short_config(seed=2, data__pad=0), workdir)
+
+
+def test_without_validation_the_test_split_is_only_watched(tmp_path):
+    config = short_config(method='kd_ring', data__validation_fraction=0.0, epochs=1)
+    summary = train.train(config, tmp_path)
+    for entry in [*summary['networks'], summary['ensemble']]:
+        assert entry['validation_accuracy'] is None
+        assert entry['test_accuracy_at_best_validation'] is None
+        assert entry['test_accuracy'] is not None
+    assert {row['split'] for row in lines(tmp_path, 'evaluation')} == {'test'}
