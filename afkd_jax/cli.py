@@ -63,6 +63,9 @@ def main(mode: str, config_flag: flags.FlagHolder, workdir: str | None, step: in
         config = config_flag.value
         if config is None:
             raise UserError('--config: name a config file, e.g. --config configs/digits.py')
+        path = pathlib.Path(config_flags.get_config_filename(flags.FLAGS['config']))
+        if not path.is_file():
+            raise UserError(f'--config: there is no file {path}; see configs/ for those there are')
         if not isinstance(config, ConfigDict):
             raise UserError(
                 f'--config: get_config() must return a ConfigDict, not a {type(config).__name__}'
@@ -70,8 +73,7 @@ def main(mode: str, config_flag: flags.FlagHolder, workdir: str | None, step: in
         config_lib.validate(config)
         if step is not None and mode != 'eval':
             raise UserError(f'--step: {step} is only for --mode eval, not for --mode {mode}')
-        path = config_flags.get_config_filename(flags.FLAGS['config'])
-        folder = pathlib.Path(workdir or pathlib.Path('runs', pathlib.Path(path).stem))
+        folder = pathlib.Path(workdir or pathlib.Path('runs', path.stem))
         return {'train': _train, 'eval': _eval, 'describe': _describe}[mode](config, folder, step)
     except UserError as error:
         _fail(error)

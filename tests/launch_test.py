@@ -1,9 +1,12 @@
 """launch.py as a user runs it: a process of its own, files, exit codes."""
 
+import gzip
 import json
 import os
 import pathlib
+import re
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -103,7 +106,11 @@ def test_describe_ends_with_one_json_line():
 
 BAD_COMMANDS = {
     'no config': ([], '--config: name a config file'),
-    'no such file': (['--config=configs/nothing.py'], 'configs/nothing.py'),
+    'no such file': (['--config=configs/nothing.py'], 'there is no file configs/nothing.py'),
+    'broken file': (['--config={small}/broken.py'], 'cannot be loaded .SyntaxError: '),
+    'failing file': (['--config={small}/failing.py'], 'cannot be loaded .KeyError: '),
+    'file without a config': (['--config={small}/empty.py'], 'cannot be loaded .*get_config'),
+    'not a config': (['--config={small}/text.py'], 'must return a ConfigDict, not a str'),
     'unknown field': ([*SHORT, '--config.temprature=3'], 'did you mean "temperature"'),
     'unknown section': ([*SHORT, '--config.date.pad=3'], 'did you mean "data.pad"'),
     'wrong type': ([*SHORT, '--config.epochs=many'], "config.epochs.*'many'"),
@@ -128,19 +135,21 @@ BAD_COMMANDS = {
 
 @pytest.mark.parametrize('name', BAD_COMMANDS)
 def test_bad_input_gives_one_sentence(name, tmp_path):
-    import gzip
-    import struct
-
     arguments, sentence = BAD_COMMANDS[name]
     for prefix in ('train', 't10k'):
         images = struct.pack('>4I', 2051, 80, 4, 4) + bytes(80 * 16)
         labels = struct.pack('>2I', 2049, 80) + bytes(i % 4 for i in range(80))
         (tmp_path / f'{prefix}-images-idx3-ubyte.gz').write_bytes(gzip.compress(images))
         (tmp_path / f'{prefix}-labels-idx1-ubyte.gz').write_bytes(gzip.compress(labels))
+    for file, text in (
+        ('broken', 'def get_config(:'),
+        ('failing', 'def get_config():\n    return {}["x"]'),
+        ('empty', ''),
+        ('text', 'def get_config():\n    return "config"'),
+    ):
+        (tmp_path / f'{file}.py').write_text(text)
     process = launch(*(argument.format(small=tmp_path) for argument in arguments))
     assert process.returncode == 1, process.stdout
     (line,) = process.stderr.splitlines()
     assert line.startswith('error: ')
-    import re
-
     assert re.search(sentence, line), line
