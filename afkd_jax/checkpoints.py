@@ -30,6 +30,14 @@ class Progress:
         """Returns the progress before the first step of a run of K = `networks`."""
         return cls([None] * (networks + 1), [], 0.0)
 
+    def improved(self, validation: list[float]) -> list[int]:
+        """Returns whose validation accuracy is higher than ever before; ties keep the first."""
+        return [
+            k
+            for k, best in enumerate(self.best)
+            if best is None or validation[k] > best['validation']
+        ]
+
 
 class Checkpoints:
     """The checkpoints of one workdir.

@@ -201,14 +201,10 @@ class _Loop:
         self._out.evaluation(self.step, epoch, split, scores)
         if split == 'test':
             return
-        better = [
-            k
-            for k, best in enumerate(self._progress.best)
-            if best is None or scores.accuracy[k] > best['validation']
-        ]
-        if better:
+        improved = self._progress.improved(scores.accuracy)
+        if improved:
             test = self._evaluate(self.state.networks, 'test')
-            for k in better:
+            for k in improved:
                 self._progress.best[k] = {
                     'validation': scores.accuracy[k],
                     'test': test.accuracy[k],

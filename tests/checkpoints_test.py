@@ -39,6 +39,13 @@ def test_a_state_comes_back_to_the_bit_on_any_number_of_devices(state, tmp_path)
     checkpoints.close()
 
 
+def test_the_best_is_the_first_with_the_highest_validation_accuracy():
+    progress = Progress.start(2)
+    assert progress.improved([1.0, 2.0, 3.0]) == [0, 1, 2]
+    progress.best = [{'validation': value} for value in (50.0, 60.0, 70.0)]
+    assert progress.improved([50.0, 60.1, 69.9]) == [1]
+
+
 def test_none_to_restore(state, tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     assert checkpoints.latest is None

@@ -1,5 +1,6 @@
 """Evaluation counts every image once, whatever the batch."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,6 +10,7 @@ from conftest import tiny_config
 
 from afkd_jax import evaluate, parallel
 from afkd_jax import run as run_lib
+from afkd_jax.data import augment
 
 
 @pytest.fixture
@@ -49,6 +51,22 @@ def test_scores_equal_a_plain_computation_for_any_batch(batch_size, one_device):
     accuracy, entropy = plain()
     np.testing.assert_allclose(scores.accuracy, accuracy, rtol=1e-6)
     np.testing.assert_allclose(scores.cross_entropy, entropy, rtol=1e-4)
+
+
+def test_what_fills_up_the_last_batch_is_not_counted(one_device):
+    # With its own predictions as labels a network is always right: one place counted twice
+    # would give more than 100 %.
+    run = run_lib.prepare(tiny_config(eval_batch_size=512))
+    networks = run.initial_state().networks
+    every = np.arange(run.images.labels.size)
+    images, _ = augment.evaluation_batch(run.images, every)
+    variables = {'params': networks[0].params, 'batch_stats': networks[0].batch_stats['network']}
+    logits, _ = jax.jit(functools.partial(run.cohort.networks[0].apply, train=False))(
+        variables, images
+    )
+    images = run.images.replace(labels=run.devices.replicate(logits.argmax(1).astype(np.int32)))
+    scores = evaluate.Evaluator(dataclasses.replace(run, images=images))(networks, 'test')
+    assert scores.accuracy[0] == 100.0
 
 
 @pytest.mark.parametrize('mapping', ['shard_map', 'pmap'])

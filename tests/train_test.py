@@ -3,10 +3,14 @@
 import json
 import signal
 
+import jax
+import numpy as np
 import pytest
 from conftest import tiny_config
 
 from afkd_jax import parallel, train
+from afkd_jax import run as run_lib
+from afkd_jax import state as state_lib
 from afkd_jax.data import batches
 from afkd_jax.errors import UserError
 
@@ -109,6 +113,23 @@ def test_same_seed_same_bits(uninterrupted, tmp_path):
 def test_another_seed_another_run(uninterrupted, tmp_path):
     other = train.train(short_config(seed=1), tmp_path)
     assert other['fingerprint'] != uninterrupted[1]['fingerprint']
+
+
+def test_the_seed_gives_the_weights_and_the_augmentation():
+    states, draws = set(), set()
+    for seed in (0, 1):
+        run = run_lib.prepare(short_config(seed=seed))
+        states.add(state_lib.fingerprint(run.initial_state()))
+        draws |= {int(jax.random.bits(run.key(use))) for use in (0, 1)}
+    assert len(states) == 2
+    assert len(draws) == 4
+
+
+def test_networks_of_one_name_start_from_different_weights():
+    one, two = run_lib.prepare(short_config()).initial_state().networks
+    assert not np.array_equal(
+        one.params['head']['Dense_0']['kernel'], two.params['head']['Dense_0']['kernel']
+    )
 
 
 @pytest.mark.parametrize('stop_at', [5, 7])
