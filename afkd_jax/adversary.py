@@ -14,8 +14,9 @@ class Discriminator(nn.Module):
     Conv 3x3 stride 2 - BatchNorm - LeakyReLU 0.2 - Conv over what is left of the map, 1 channel -
     Sigmoid. The layers are remembered from the paper, not verified. Our choice, where it is
     unknown: as many channels as the map, no bias before the norm (it would cancel), He
-    initialisation. Real and fake maps pass as separate batches, each with its own batch
-    statistics; a discriminator is only ever used in training, so it keeps no running ones.
+    initialisation of the first convolution and Flax's default (LeCun) of the last. Real and fake
+    maps pass as separate batches, each with its own batch statistics; a discriminator is only
+    ever used in training, so it keeps no running ones.
 
     Attributes:
       norm: makes a batch norm from `use_running_average`.

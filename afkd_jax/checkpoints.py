@@ -17,8 +17,8 @@ class Progress:
     Attributes:
       best: per network and, last, the ensemble: {'validation', 'test', 'step'}, accuracies in
         percent where the validation accuracy was highest (the first such epoch); None before.
-      images_per_s: training speed of each epoch so far.
-      wall_s: seconds spent so far, over all restarts.
+      images_per_s: training speed of each epoch so far, without each process's first step.
+      wall_s: seconds spent up to this checkpoint, over all restarts.
     """
 
     best: list[dict | None]
@@ -44,16 +44,20 @@ class Checkpoints:
 
     Args:
       workdir: they lie in its folder `checkpoints`.
-      keep: how many of the last are kept.
+      keep: how many of the last are kept; None to read only.
     """
 
-    def __init__(self, workdir: pathlib.Path, keep: int):
+    def __init__(self, workdir: pathlib.Path, keep: int | None):
         self.folder = workdir.absolute() / 'checkpoints'
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
+            create=keep is not None,
+            read_only=keep is None,
             # On a CPU a copy to the host may be no copy, and the next step reuses the memory.
             enable_async_checkpointing=False,
         )
+        if keep is None and not self.folder.is_dir():
+            raise UserError(f'{self.folder}: no checkpoint here; run --mode train first')
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     @property

@@ -1,6 +1,7 @@
 """From the command line to a mode, and from an error to one sentence and an exit code."""
 
 import json
+import os
 import pathlib
 import re
 import sys
@@ -11,8 +12,9 @@ from ml_collections import ConfigDict, config_flags
 from afkd_jax import config as config_lib
 from afkd_jax.errors import UserError
 
-# Exit codes: finished; an input to be corrected; stopped by a signal, the same command continues.
-DONE, WRONG, CONTINUE = 0, 1, 75
+# Exit codes: finished; an input to be corrected; stopped by a signal with a checkpoint, so that
+# the same command continues; interrupted outside training, or for the second time.
+DONE, WRONG, CONTINUE, KILLED = 0, 1, 75, 130
 
 _OVERRIDE = re.compile(r'--?(?:no)?config\.([^=]+)')
 
@@ -77,6 +79,13 @@ def main(mode: str, config_flag: flags.FlagHolder, workdir: str | None, step: in
         return {'train': _train, 'eval': _eval, 'describe': _describe}[mode](config, folder, step)
     except UserError as error:
         _fail(error)
+    except OSError as error:
+        where = error.filename or 'the disk'
+        _fail(UserError(f'{where}: {error.strerror or error}; mend that, then run this again'))
+    except KeyboardInterrupt:
+        print('error: interrupted; what was written before is intact', file=sys.stderr, flush=True)
+        # Not sys.exit: threads of the runtime may still hold what the interpreter would tear down.
+        os._exit(KILLED)
 
 
 def _train(config: ConfigDict, workdir: pathlib.Path, step: None) -> int:
@@ -87,7 +96,7 @@ def _train(config: ConfigDict, workdir: pathlib.Path, step: None) -> int:
         return CONTINUE
     writer.console.print(summary.table(result))
     writer.console.print(
-        f'{result["steps"]} steps, {result["images_per_s"]:.0f} img/s, compiled in '
+        f'{result["steps"]} steps, {result["images_per_s"] or 0:.0f} img/s, compiled in '
         f'{result["compile_s"]:.1f} s, {result["wall_s"]:.1f} s in all, {result["device"]}; '
         f'fingerprint {result["fingerprint"][:16]}; written to {workdir}'
     )

@@ -51,18 +51,19 @@ class Cohort:
         return self.method.maps == 'adversarial'
 
 
-def _map_shape(name: str, network: nn.Module, image_shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Returns (h, w, c) of the network's map; no device is touched."""
+def _map_shape(
+    name: str, network: nn.Module, image_shape: tuple[int, ...], least: int
+) -> tuple[int, ...]:
+    """Returns (h, w, c) of the network's map, h and w at least `least`; no device is touched."""
     image = jax.ShapeDtypeStruct((1, *image_shape), 'float32')
     key = jax.eval_shape(lambda: jax.random.key(0))
     (_, maps), _ = jax.eval_shape(lambda k, x: network.init_with_output(k, x, False), key, image)
     height, width, channels = maps.shape[1:]
-    if min(height, width) < 2:
-        # Our choice: on a 1x1 map the discriminator would see no map at all.
+    if min(height, width) < least:
         raise UserError(
             f'config.networks: images of {image_shape[0]}x{image_shape[1]} are too small for '
-            f'"{name}": its feature map would be {height}x{width}, but must be at least 2x2; '
-            'choose larger images or another network'
+            f'"{name}": its feature map would be {height}x{width}, but must be at least '
+            f'{least}x{least}; choose larger images or another network'
         )
     return height, width, channels
 
@@ -89,13 +90,15 @@ def assemble(
     method = methods.named(config.method)
     names = tuple(config.networks)
     networks = tuple(models.build(name, num_classes, axis_name) for name in names)
+    adversarial = method.maps == 'adversarial'
+    # Our choice: where the map is a single point the discriminator would see no map at all.
+    least = 2 if adversarial else 1
     shapes = tuple(
-        _map_shape(name, network, image_shape)
+        _map_shape(name, network, image_shape, least)
         for name, network in zip(names, networks, strict=True)
     )
     shared = (*shapes[0][:2], max(shape[2] for shape in shapes))
     norm = layers.batch_norm(axis_name)
-    adversarial = method.maps == 'adversarial'
     return Cohort(
         names=names,
         networks=networks,

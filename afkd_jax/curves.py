@@ -1,7 +1,17 @@
 """curves.png: a run's losses, accuracies and discriminator outputs, one colour per network."""
 
+import contextlib
 import json
 import pathlib
+
+
+def _lines(path: pathlib.Path) -> list[dict]:
+    """Returns the lines of a file, without those that a killed process has cut."""
+    lines = []
+    for text in path.read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(text))
+    return lines
 
 
 def draw(workdir: pathlib.Path) -> None:
@@ -11,8 +21,7 @@ def draw(workdir: pathlib.Path) -> None:
     mpl.use('Agg')
     from matplotlib import pyplot as plt
 
-    with (workdir / 'metrics.jsonl').open() as file:
-        lines = [json.loads(line) for line in file]
+    lines = _lines(workdir / 'metrics.jsonl')
     train = list({line['step']: line for line in lines if line['kind'] == 'train'}.values())
     evaluations = {
         (line['split'], line['step']): line for line in lines if line['kind'] == 'evaluation'

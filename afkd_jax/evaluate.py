@@ -69,18 +69,12 @@ def evaluate(config: ConfigDict, workdir: pathlib.Path, step: int | None) -> dic
         raise UserError(f'--workdir: {workdir} holds no run; train first, with --mode train')
     writer.claim(workdir, config)
     run = run_lib.prepare(config)
-    checkpoints = Checkpoints(workdir, config.keep_checkpoints)
+    checkpoints = Checkpoints(workdir, keep=None)
     state, progress = checkpoints.restore(
         state_lib.abstract(run.cohort), run.devices.replicated, step
     )
     checkpoints.close()
     evaluator = Evaluator(run)
-    scores = {
-        split: evaluator(state.networks, split)
-        for split in ('validation', 'test')
-        if run.info.places(split)
-    }
-    networks, ensemble = summary.entries(
-        run.cohort, scores.get('validation'), scores['test'], progress
-    )
+    scores = {split: evaluator(state.networks, split) for split in run.info.held_out()}
+    networks, ensemble = summary.entries(run.cohort, scores, progress)
     return {'step': int(state.step), 'networks': networks, 'ensemble': ensemble}

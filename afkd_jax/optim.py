@@ -1,6 +1,7 @@
 """The three optimizers and their schedules; schedules are given in epochs, converted once, here.
 
-The learning rate is a function of the state's one step counter, not of a count of its own.
+The learning rate is a function of the state's one step counter. (Adam's own count, in its state,
+serves its bias correction alone.)
 """
 
 import dataclasses
@@ -32,7 +33,10 @@ class Schedule:
         """Returns the learning rate at `step`."""
         if self.kind == 'cosine':
             return optax.cosine_decay_schedule(self.initial, self.steps)(step)
-        return optax.piecewise_constant_schedule(self.initial, dict(self.changes))(step)
+        factors: dict[int, float] = {}
+        for at, factor in self.changes:  # two epochs may fall on one step
+            factors[at] = factors.get(at, 1.0) * factor
+        return optax.piecewise_constant_schedule(self.initial, factors)(step)
 
 
 @dataclasses.dataclass(frozen=True)

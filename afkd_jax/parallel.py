@@ -1,6 +1,7 @@
 """Devices: the mesh, where arrays live, and the one function that maps a step over devices."""
 
 import dataclasses
+import platform
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,13 @@ class Devices:
     def local(cls, mapping: str, count: int | None = None) -> 'Devices':
         """Returns the first `count` local devices, all of them by default."""
         return cls(Mesh(np.array(jax.local_devices()[:count]), (AXIS,)), mapping)
+
+    @property
+    def name(self) -> str:
+        """How many devices of which kind, e.g. '2 x TPU v5e' or '1 x cpu (x86_64)'."""
+        kind = self.mesh.devices[0].device_kind
+        detail = f' ({platform.machine()})' if kind == 'cpu' else ''
+        return f'{self.mesh.size} x {kind}{detail}'
 
     @property
     def replicated(self) -> NamedSharding:

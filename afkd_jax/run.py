@@ -1,20 +1,24 @@
-"""What training and evaluation share: all that a run needs before its first step."""
+"""A config brought to its devices: what training and evaluation share."""
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
+import chex
 import jax
 from ml_collections import ConfigDict
 
 from afkd_jax import cohort as cohort_lib
-from afkd_jax import parallel
+from afkd_jax import methods, metrics, models, parallel
 from afkd_jax import state as state_lib
-from afkd_jax.data import augment, sources
+from afkd_jax import step as step_lib
+from afkd_jax.data import augment, batches, sources
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A config, brought to its devices.
+    """A config, its images, cohort and devices.
 
     Attributes:
       config: valid.
@@ -30,29 +34,71 @@ class Run:
     devices: parallel.Devices
     images: augment.Table
 
-    def key(self, use: int) -> jax.Array:
-        """Returns the run's random key for a use: 0 initial weights, 1 augmentation."""
-        return jax.random.fold_in(jax.random.key(self.config.seed), use)
+    @property
+    def order(self) -> batches.Order:
+        """The order in which the training images come."""
+        return batches.Order(self.config.seed, self.info.train, self.config.batch_size)
+
+    @property
+    def init_key(self) -> jax.Array:
+        """The key of the initial weights."""
+        return jax.random.fold_in(jax.random.key(self.config.seed), 0)
+
+    @property
+    def step_key(self) -> jax.Array:
+        """The key of what is random in the steps; each folds in its number."""
+        return jax.random.fold_in(jax.random.key(self.config.seed), 1)
 
     def initial_state(self) -> state_lib.TrainState:
         """Returns the state before the first step, on the devices."""
         create = functools.partial(state_lib.create, self.cohort)
-        return jax.jit(create, out_shardings=self.devices.replicated)(self.key(0))
+        return jax.jit(create, out_shardings=self.devices.replicated)(self.init_key)
+
+    def no_sums(self) -> metrics.Sums:
+        """Returns empty sums of a step's values, on the devices."""
+        return self.devices.replicate(metrics.zeros(step_lib.value_shapes(self.cohort)))
+
+    def compiled_step(self, state: state_lib.TrainState) -> Callable[..., Any]:
+        """Returns the compiled training step: (state, sums, batch's indices) -> (state, sums).
+
+        Compiled ahead of time, so that a second compilation is an error and not a slow step.
+        The state's memory is reused.
+        """
+        data = self.config.data
+
+        def train_step(state, sums, images, index_B, key):
+            return step_lib.train_step(
+                self.cohort, data.pad, data.flip, state, sums, images, index_B, key
+            )
+
+        chex.clear_trace_counter()
+        mapped = self.devices.map(
+            chex.assert_max_traces(train_step, n=1),
+            split=(False, False, False, True, False),
+            donate=(0,),
+        )
+        key = self.devices.replicate(self.step_key)
+        index = self.devices.split(self.order.indices(0))
+        compiled = mapped.lower(state, self.no_sums(), self.images, index, key).compile()
+        return lambda state, sums, index: compiled(state, sums, self.images, index, key)
 
 
 def prepare(config: ConfigDict) -> Run:
     """Returns the run of a valid config; whatever is wrong with it is found before any step.
 
     Raises:
-      UserError: images, networks, method or devices do not fit the config, or each other.
+      UserError: method, networks, devices or images do not fit the config, or each other.
     """
+    # Names and devices first: the images may be a long download away.
+    methods.named(config.method)
+    for name in config.networks:
+        models.build(name, num_classes=2)
+    devices = parallel.Devices.local(config.mapping)
+    devices.check_divides('batch_size', config.batch_size)
+    devices.check_divides('eval_batch_size', config.eval_batch_size)
     splits = sources.load(config)
     info = splits.info
     cohort = cohort_lib.assemble(
         config, info.image_shape, info.num_classes, info.train, parallel.AXIS
     )
-    devices = parallel.Devices.local(config.mapping)
-    devices.check_divides('batch_size', config.batch_size)
-    devices.check_divides('eval_batch_size', config.eval_batch_size)
-    images = devices.replicate(augment.table(splits))
-    return Run(config, info, cohort, devices, images)
+    return Run(config, info, cohort, devices, devices.replicate(augment.table(splits)))

@@ -43,7 +43,7 @@ class TrainState:
     """The whole run.
 
     Attributes:
-      step: int32 scalar, steps taken; the only counter.
+      step: int32 scalar, steps taken; what schedules and random keys count by.
       networks: K NetworkState.
       discriminators: K DiscriminatorState; () if the method has none.
     """

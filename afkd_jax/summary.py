@@ -1,6 +1,7 @@
 """The result of a run: summary.json, and the table a reader sees."""
 
 import dataclasses
+import statistics
 from typing import Any
 
 import rich.box
@@ -9,6 +10,7 @@ import rich.table
 from afkd_jax import state as state_lib
 from afkd_jax.checkpoints import Progress
 from afkd_jax.cohort import Cohort
+from afkd_jax.run import Run
 
 _ACCURACIES = ('validation_accuracy', 'test_accuracy', 'test_accuracy_at_best_validation')
 
@@ -27,15 +29,18 @@ class Scores:
 
 
 def entries(
-    cohort: Cohort,
-    validation: Scores | None = None,
-    test: Scores | None = None,
-    progress: Progress | None = None,
+    cohort: Cohort, scores: dict[str, Scores] | None = None, progress: Progress | None = None
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Returns the entry of each network, and the ensemble's; accuracies in percent.
 
     What is not known is None. The ensemble is the mean of the networks' probabilities.
+
+    Args:
+      cohort: whose.
+      scores: by split.
+      progress: of the run, for the accuracies at best validation.
     """
+    validation, test = ((scores or {}).get(split) for split in ('validation', 'test'))
     networks = state_lib.abstract(cohort).networks
     counts = [state_lib.parameter_count(network.params) for network in networks]
     rows = [
@@ -52,6 +57,40 @@ def entries(
         )
         row |= dict(zip(_ACCURACIES, values, strict=True))
     return rows[:-1], rows[-1]
+
+
+def build(
+    run: Run,
+    state: state_lib.TrainState,
+    scores: dict[str, Scores],
+    progress: Progress,
+    compile_s: float,
+    wall_s: float,
+) -> dict[str, Any]:
+    """Returns the summary of a finished run, as it stands in summary.json.
+
+    Args:
+      run: which.
+      state: after its last step.
+      scores: of that state, by split.
+      progress: of the run; `images_per_s` is the median over its epochs, None if none was timed.
+      compile_s: seconds to compile the training and the evaluation step, in this process.
+      wall_s: seconds, over all restarts; what a killed process did after its last checkpoint is
+        not in it.
+    """
+    networks, ensemble = entries(run.cohort, scores, progress)
+    speeds = progress.images_per_s
+    return {
+        'networks': networks,
+        'ensemble': ensemble,
+        'steps': int(state.step),
+        'epochs': run.config.epochs,
+        'images_per_s': statistics.median(speeds) if speeds else None,
+        'compile_s': compile_s,
+        'wall_s': wall_s,
+        'device': run.devices.name,
+        'fingerprint': state_lib.fingerprint(state),
+    }
 
 
 def table(summary: dict[str, Any]) -> rich.table.Table:

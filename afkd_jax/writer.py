@@ -8,7 +8,7 @@ import subprocess
 import time
 from typing import Any
 
-import jax
+import numpy as np
 import rich.console
 import rich.progress
 
@@ -16,9 +16,12 @@ from afkd_jax import config as config_lib
 from afkd_jax.errors import UserError
 from afkd_jax.summary import Scores
 
-_PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
+_PACKAGES = (
+    *('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy'),
+    *('scikit-learn', 'tensorflow-datasets'),
+)
 
-console = rich.console.Console(highlight=False, soft_wrap=True)
+console = rich.console.Console(highlight=False, markup=False, soft_wrap=True)
 
 
 def claim(workdir: pathlib.Path, config: Any) -> None:
@@ -32,9 +35,13 @@ def claim(workdir: pathlib.Path, config: Any) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if not path.exists():
+            if (workdir / 'checkpoints').exists():
+                raise ValueError('it has checkpoints, but no config.json to tell whose')
             write_json(path, ours)
             return
         theirs = json.loads(path.read_text())
+        if not isinstance(theirs, dict):
+            raise ValueError('its config.json is not an object')
     except (OSError, ValueError) as error:
         raise UserError(
             f'--workdir: {workdir} cannot be used ({error}); name another directory'
@@ -52,13 +59,6 @@ def write_json(path: pathlib.Path, value: Any) -> None:
     temporary = path.with_name(path.name + '.tmp')
     temporary.write_text(json.dumps(value, indent=2) + '\n')
     temporary.replace(path)
-
-
-def device_name() -> str:
-    """Returns e.g. '2 x TPU v5e' or '1 x cpu (x86_64)'."""
-    devices = jax.local_devices()
-    kind = devices[0].device_kind
-    return f'{len(devices)} x {kind}' + (f' ({platform.machine()})' if kind == 'cpu' else '')
 
 
 def _git_commit() -> str | None:
@@ -90,7 +90,8 @@ class Writer:
     def __init__(
         self, workdir: pathlib.Path, names: tuple[str, ...], start: int, steps: int, epochs: int
     ):
-        self._file = (workdir / 'metrics.jsonl').open('a')
+        self._file = (workdir / 'metrics.jsonl').open('a+')
+        self._end_cut_line()
         self._names, self._epochs = names, epochs
         self._started, self._rate, self._losses, self._accuracies = time.time(), 0.0, '', ''
         self._bar = None
@@ -118,11 +119,18 @@ class Writer:
             self._bar.stop()
         self._file.close()
 
+    def _end_cut_line(self) -> None:
+        """Ends a last line that a killed process left without its end, so that none is glued on."""
+        self._file.seek(0)
+        text = self._file.read()
+        if text and not text.endswith('\n'):
+            self._file.write('\n')
+
     def _line(self, kind: str, **values: Any) -> None:
-        self._file.write(json.dumps({'kind': kind, **values}) + '\n')
+        self._file.write(json.dumps({'kind': kind, **values}, allow_nan=False) + '\n')
         self._file.flush()
 
-    def header(self, config: Any, step: int) -> None:
+    def header(self, config: Any, device: str, step: int) -> None:
         """Writes what the following lines come from; kind 'run', or 'resume' after a stop."""
         versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
         self._line(
@@ -132,7 +140,7 @@ class Writer:
             config=config.to_dict(),
             python=platform.python_version(),
             versions=versions,
-            devices=device_name(),
+            devices=device,
             commit=_git_commit(),
         )
 
@@ -143,7 +151,17 @@ class Writer:
         means: dict[str, list[float] | float],
         images_per_s: float,
     ) -> None:
-        """Writes the means since the last such line: of the step, and an entry per network."""
+        """Writes the means since the last such line: of the step, and an entry per network.
+
+        Raises:
+          UserError: a value is not a finite number; nothing is written.
+        """
+        for name, values in means.items():
+            if not np.isfinite(values).all():
+                raise UserError(
+                    f'step {step}: {name} is {values}; the run has diverged and is ended, its last '
+                    'checkpoint stays: lower config.logit.learning_rate and take a new --workdir'
+                )
         own = {name: values for name, values in means.items() if isinstance(values, list)}
         networks = [
             {'name': name, **{key: values[k] for key, values in own.items()}}

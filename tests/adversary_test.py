@@ -1,9 +1,9 @@
 """Discriminator and transfer layer."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import tiny_cohort, tiny_config
 
 from afkd_jax import adversary
 from afkd_jax import state as state_lib
@@ -61,6 +61,9 @@ def test_transfer_equals_numpy(x64):
 
 
 def test_a_discriminator_keeps_no_running_statistics():
-    variables = adversary.Discriminator(NORM).init(jax.random.key(0), jnp.zeros((2, 4, 4, 3)))
-    state = state_lib.DiscriminatorState(variables['params'], None)
-    assert not [path for path, _ in jax.tree_util.tree_leaves_with_path(state) if 'stats' in path]
+    state = state_lib.abstract(tiny_cohort(tiny_config()))
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+    judges = [path for path in paths if path.startswith('.discriminators')]
+    assert any('BatchNorm_0' in path for path in judges)
+    assert not [path for path in judges if 'stats' in path or 'mean' in path]
+    assert [path for path in paths if 'batch_stats' in path]

@@ -16,7 +16,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 SHORT = [
     '--config=configs/digits.py',
-    '--config.epochs=2',
+    '--config.epochs=6',
     '--config.data.train_examples=256',
     '--config.log_every=2',
 ]
@@ -45,13 +45,13 @@ def test_train_prints_a_table_and_writes_the_workdir(trained):
     workdir, process = trained
     assert process.returncode == 0, process.stderr
     assert process.stderr == ''
-    assert 'epoch 1/2' in process.stdout
+    assert 'epoch 1/6' in process.stdout
     assert 'validation %' in process.stdout
     assert process.stdout.count('1 resnet8') == 1
     assert 'ensemble' in process.stdout
     summary = json.loads((workdir / 'summary.json').read_text())
     assert summary['fingerprint'][:16] in process.stdout
-    assert json.loads((workdir / 'config.json').read_text())['epochs'] == 2
+    assert json.loads((workdir / 'config.json').read_text())['epochs'] == 6
 
 
 def test_a_finished_run_says_so(trained):
@@ -71,21 +71,32 @@ def test_eval_repeats_the_summary(trained):
     assert result['step'] == summary['steps']
 
 
-def test_killed_by_a_signal_and_started_again_is_the_same_run(trained, tmp_path):
-    process = subprocess.Popen(
-        command(*SHORT, f'--workdir={tmp_path}'),
+def start(workdir):
+    return subprocess.Popen(
+        command(*SHORT, f'--workdir={workdir}'),
         cwd=ROOT,
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
     )
-    metrics = tmp_path / 'metrics.jsonl'
-    while process.poll() is None and not (metrics.exists() and '"train"' in metrics.read_text()):
+
+
+def wait_for(process, condition):
+    while process.poll() is None and not condition():
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 75
-    assert 'the same command continues' in output
+
+
+def test_stopped_by_signals_and_started_again_is_the_same_run(trained, tmp_path):
+    config, metrics = tmp_path / 'config.json', tmp_path / 'metrics.jsonl'
+    # While it compiles, and among the steps.
+    for condition in (config.exists, lambda: '"train"' in metrics.read_text()):
+        process = start(tmp_path)
+        wait_for(process, condition)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=120)
+        assert (process.returncode, errors) == (75, '')
+        assert 'the same command continues' in output
     again = launch(*SHORT, f'--workdir={tmp_path}')
     assert again.returncode == 0, again.stderr
     assert 'continues from step' in again.stdout
@@ -94,6 +105,17 @@ def test_killed_by_a_signal_and_started_again_is_the_same_run(trained, tmp_path)
         for folder in (tmp_path, trained[0])
     )
     assert ours == theirs
+
+
+def test_a_second_signal_ends_at_once(tmp_path):
+    process = start(tmp_path)
+    wait_for(process, (tmp_path / 'checkpoints').exists)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors == 'error: interrupted; what was written before is intact\n'
 
 
 def test_describe_ends_with_one_json_line():

@@ -32,6 +32,13 @@ def test_cosine_falls_to_zero_at_the_end_of_the_run():
     np.testing.assert_allclose(rates(schedule, (0, 8, 16, 31, 32)), expected, atol=1e-8)
 
 
+def test_two_boundaries_on_one_step_multiply():
+    config = tiny_config(batch_size=64, logit__schedule='steps', logit__boundaries=(0.5, 1.0))
+    schedule = tiny_cohort(config).optimizers.logit.schedule
+    assert schedule.changes == ((1, 0.1), (1, 0.1))
+    np.testing.assert_allclose(rates(schedule, (0, 1)), [0.1, 1e-3], rtol=1e-6)
+
+
 def test_constant_stays():
     config = tiny_config(logit__schedule='constant', logit__boundaries=(1.0,))
     assert rates(tiny_cohort(config).optimizers.logit.schedule, (0, 10**6)) == pytest.approx(

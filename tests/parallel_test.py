@@ -4,6 +4,7 @@ import functools
 
 import chex
 import jax
+import numpy as np
 import pytest
 from conftest import (
     as_float64,
@@ -15,8 +16,9 @@ from conftest import (
     tiny_config,
 )
 
-from afkd_jax import parallel
+from afkd_jax import metrics, parallel
 from afkd_jax import step as step_lib
+from afkd_jax.data import augment
 from afkd_jax.errors import UserError
 
 BATCH = 16
@@ -24,14 +26,34 @@ BATCH = 16
 
 @functools.cache
 def after_three_steps(mapping, count):
+    """Returns (state, sums) after three whole steps: gather, augment, learn, sum."""
     config = tiny_config(('resnet8', 'resnet8x2'), batch_size=BATCH)
     devices = parallel.Devices.local(mapping, count)
-    update = mapped_update(config, devices, donate=(0,))
-    state = devices.replicate(as_float64(initial_state(config)))
-    for step in range(3):
-        batch = (devices.split(part) for part in as_float64(random_batch(BATCH, seed=step)))
-        state, values = update(state, *batch)
-    return jax.device_get((state, values))
+    cohort = tiny_cohort(config, parallel.AXIS)
+    rng = np.random.default_rng(0)
+    images = augment.Table(
+        pixels=rng.integers(0, 256, (64, 8, 8, 1), np.uint8),
+        labels=rng.integers(0, 10, 64).astype(np.int32),
+        mean=np.array([0.4]),
+        std=np.array([0.3]),
+    )
+    step = devices.map(
+        functools.partial(step_lib.train_step, cohort, 1, True),
+        split=(False, False, False, True, False),
+        donate=(0,),
+    )
+    state, sums, images, key = devices.replicate(
+        (
+            as_float64(initial_state(config)),
+            as_float64(metrics.zeros(step_lib.value_shapes(cohort))),
+            images,
+            jax.random.key(1),
+        )
+    )
+    for t in range(3):
+        index = devices.split(np.arange(t * BATCH, (t + 1) * BATCH, dtype=np.int32))
+        state, sums = step(state, sums, images, index, key)
+    return jax.device_get((state, sums))
 
 
 @pytest.mark.parametrize(

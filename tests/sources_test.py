@@ -25,13 +25,17 @@ def test_digits_are_split_into_three_disjoint_stratified_parts():
     splits = sources.load(tiny_config())
     parts = splits.train, splits.validation, splits.test
     assert [len(part) for part in parts] == [1294, 144, 359]
-    everything = np.concatenate([part.pixels for part in parts])[..., 0] / 15
     digits = datasets.load_digits()
-    # All images of the set, each once: the rows sorted are the same rows.
-    np.testing.assert_array_equal(
-        np.sort(everything.reshape(len(everything), -1), 0),
-        np.sort(digits.images.reshape(len(digits.images), -1), 0),
-    )
+    everything = [
+        (picture.tobytes(), int(label))
+        for part in parts
+        for picture, label in zip(part.pixels, part.labels, strict=True)
+    ]
+    original = [
+        ((picture * 15).astype(np.uint8).tobytes(), int(label))
+        for picture, label in zip(digits.images, digits.target, strict=True)
+    ]
+    assert sorted(everything) == sorted(original)
     assert len(as_set(splits.train) | as_set(splits.validation) | as_set(splits.test)) == sum(
         len(as_set(part)) for part in parts
     )
@@ -65,9 +69,11 @@ def test_places_are_laid_out_one_after_the_other():
     [
         ('data__train_examples', 1296, 'at most 1294.*but is 1296'),
         ('batch_size', 2000, 'at most 1294.*but is 2000'),
+        ('data__pad', 8, 'must be below 8.*but is 8'),
+        ('data__validation_fraction', 1e-4, '0.0001 of 1438 training images .* is no image'),
     ],
 )
-def test_more_images_than_there_are(field, value, sentence):
+def test_fields_that_do_not_fit_the_images_are_refused(field, value, sentence):
     with pytest.raises(UserError, match=sentence):
         sources.load(tiny_config(**{field: value}))
 

@@ -14,11 +14,12 @@ from afkd_jax import state as state_lib
 from afkd_jax.data import batches
 from afkd_jax.errors import UserError
 
+LOCAL = parallel.Devices.local
+
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
-    local = parallel.Devices.local
-    monkeypatch.setattr(parallel.Devices, 'local', lambda mapping: local(mapping, 1))
+    monkeypatch.setattr(parallel.Devices, 'local', lambda mapping: LOCAL(mapping, 1))
 
 
 def short_config(**fields):
@@ -32,8 +33,7 @@ def uninterrupted(tmp_path_factory):
     """Returns (workdir, summary) of a run that nothing stopped."""
     workdir = tmp_path_factory.mktemp('uninterrupted')
     with pytest.MonkeyPatch.context() as patch:
-        local = parallel.Devices.local
-        patch.setattr(parallel.Devices, 'local', lambda mapping: local(mapping, 1))
+        patch.setattr(parallel.Devices, 'local', lambda mapping: LOCAL(mapping, 1))
         return workdir, train.train(short_config(), workdir)
 
 
@@ -120,7 +120,7 @@ def test_the_seed_gives_the_weights_and_the_augmentation():
     for seed in (0, 1):
         run = run_lib.prepare(short_config(seed=seed))
         states.add(state_lib.fingerprint(run.initial_state()))
-        draws |= {int(jax.random.bits(run.key(use))) for use in (0, 1)}
+        draws |= {int(jax.random.bits(key)) for key in (run.init_key, run.step_key)}
     assert len(states) == 2
     assert len(draws) == 4
 
@@ -140,18 +140,24 @@ def test_stopped_and_resumed_is_the_uninterrupted_run(
     indices = batches.Order.indices
 
     def stopping(order, step):
-        if step == stop_at - 1 and not lines(tmp_path, 'resume'):
+        if step == stop_at - 1 and (tmp_path / 'metrics.jsonl').exists():
             signal.raise_signal(signal.SIGTERM)
         return indices(order, step)
 
-    (tmp_path / 'metrics.jsonl').touch()
     with monkeypatch.context() as patch:
         patch.setattr(batches.Order, 'indices', stopping)
         assert train.train(short_config(), tmp_path) is None
     assert not (tmp_path / 'summary.json').exists()
     assert str(stop_at) in {path.name for path in (tmp_path / 'checkpoints').iterdir()}
+    with (tmp_path / 'metrics.jsonl').open('a') as file:
+        file.write('{"kind": "train", "st')  # as a killed process may leave it
     resumed = train.train(short_config(), tmp_path)
-    assert lines(tmp_path, 'resume')[0]['step'] == stop_at
+    text = (tmp_path / 'metrics.jsonl').read_text().splitlines()
+    rows = [json.loads(line) for line in text if not line.endswith('"st')]
+    assert len(rows) == len(text) - 1
+    assert [row['step'] for row in rows if row['kind'] == 'resume'] == [stop_at]
+    logged = [row['step'] for row in rows if row['kind'] == 'train']
+    assert logged == sorted({2, 4, 5, 6, 8, 10} | {stop_at})
     for key in ('fingerprint', 'networks', 'ensemble', 'steps'):
         assert resumed[key] == uninterrupted[1][key], key
 
@@ -170,8 +176,33 @@ def test_a_workdir_of_another_config_is_refused(uninterrupted):
         train.train(short_config(seed=2, data__pad=0), workdir)
 
 
-def test_without_validation_the_test_split_is_only_watched(tmp_path):
-    config = short_config(method='kd_ring', data__validation_fraction=0.0, epochs=1)
+def test_a_run_that_diverges_is_ended_with_a_sentence(tmp_path):
+    config = short_config(method='vanilla', logit__learning_rate=1e30)
+    with pytest.raises(UserError, match=r'step \d+: \w+ is .*has diverged.*learning_rate'):
+        train.train(config, tmp_path)
+    for line in (tmp_path / 'metrics.jsonl').read_text().splitlines():
+        assert 'NaN' not in line
+
+
+@pytest.mark.parametrize(
+    ('content', 'sentence'), [('[]', 'not an object'), ('{', 'cannot be used')]
+)
+def test_a_broken_config_json_is_refused(content, sentence, tmp_path):
+    (tmp_path / 'config.json').write_text(content)
+    with pytest.raises(UserError, match=f'--workdir: .*{sentence}'):
+        train.train(short_config(), tmp_path)
+
+
+def test_checkpoints_of_an_unknown_config_are_refused(tmp_path):
+    (tmp_path / 'checkpoints').mkdir()
+    with pytest.raises(UserError, match=r'has checkpoints, but no config.json'):
+        train.train(short_config(), tmp_path)
+
+
+def test_without_validation_the_test_split_is_only_watched(tmp_path, monkeypatch):
+    # Here also: pmap, on two devices.
+    monkeypatch.setattr(parallel.Devices, 'local', lambda mapping: LOCAL(mapping, 2))
+    config = short_config(method='kd_ring', mapping='pmap', data__validation_fraction=0.0, epochs=1)
     summary = train.train(config, tmp_path)
     for entry in [*summary['networks'], summary['ensemble']]:
         assert entry['validation_accuracy'] is None

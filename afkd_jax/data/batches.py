@@ -31,16 +31,11 @@ class Order:
         """Returns the images of the step (counted from 0): int32 [B] in 0 .. N - 1."""
         start = step * self.batch_size
         epoch, place = divmod(start, self.examples)
-        first = self._permutation(epoch)[place : place + self.batch_size]
+        first = _permutation(self.seed, epoch, self.examples)[place : place + self.batch_size]
         missing = self.batch_size - len(first)
         if not missing:
             return first
-        return np.concatenate([first, self._permutation(epoch + 1)[:missing]])
-
-    @functools.lru_cache(maxsize=2)  # noqa: B019 - an Order lives as long as its run
-    def _permutation(self, epoch: int) -> np.ndarray:
-        order = np.random.default_rng((self.seed, epoch)).permutation(self.examples)
-        return order.astype(np.int32)
+        return np.concatenate([first, _permutation(self.seed, epoch + 1, self.examples)[:missing]])
 
     def end_of(self, epoch: float) -> int:
         """Returns the number of steps after which `epoch` passes are complete."""
@@ -49,6 +44,12 @@ class Order:
     def epoch_at(self, step: int) -> float:
         """Returns how many passes are complete after `step` steps, with its fraction."""
         return step * self.batch_size / self.examples
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, examples: int) -> np.ndarray:
+    """Returns the order of one pass; two are kept, as a batch may need the next pass too."""
+    return np.random.default_rng((seed, epoch)).permutation(examples).astype(np.int32)
 
 
 def padded(places: range, batch_size: int) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -60,6 +60,10 @@ class Info:
     validation: int
     test: int
 
+    def held_out(self) -> tuple[str, ...]:
+        """Returns the splits that are evaluated: validation, where there is one, and test."""
+        return ('validation', 'test') if self.validation else ('test',)
+
     def places(self, split: str) -> range:
         """Returns where a split's images lie when all are laid out one after the other.
 
@@ -187,8 +191,23 @@ def _idx(directory: str) -> tuple[Images, Images, int]:
     return train, test, num_classes
 
 
-def _sizes(config: ConfigDict, available: int, validation: int) -> int:
-    """Returns how many images are trained on, of those that the validation split leaves."""
+def _train_size(
+    config: ConfigDict, image_shape: tuple[int, ...], available: int, validation: int
+) -> int:
+    """Returns how many images are trained on, of those that the validation split leaves.
+
+    Refuses what of config.data and config.batch_size does not fit the images.
+    """
+    if config.data.pad >= min(image_shape[:2]):
+        raise UserError(
+            f'config.data.pad: must be below {min(image_shape[:2])}, the side of the images of '
+            f'{config.dataset}, but is {config.data.pad}'
+        )
+    if config.data.validation_fraction and not validation:
+        raise UserError(
+            f'config.data.validation_fraction: {config.data.validation_fraction} of {available} '
+            f'training images of {config.dataset} is no image; use 0, or a larger fraction'
+        )
     wanted, left = config.data.train_examples, available - validation
     if wanted > left:
         raise UserError(
@@ -226,7 +245,7 @@ def load(config: ConfigDict) -> Splits:
         train, test = (Images(*pair) for pair in pixels_and_labels)
         num_classes = tfds_source.describe(config, name).num_classes
     kept, held = _held_out(train.labels, config.data.validation_fraction)
-    kept = kept[: _sizes(config, len(train), len(held))]
+    kept = kept[: _train_size(config, train.pixels.shape[1:], len(train), len(held))]
     return Splits(train.take(kept), train.take(held), test, num_classes)
 
 
@@ -239,5 +258,5 @@ def info(config: ConfigDict) -> Info:
 
     known = tfds_source.describe(config, name)
     held = round(config.data.validation_fraction * known.train)
-    train = _sizes(config, known.train, held)
+    train = _train_size(config, known.image_shape, known.train, held)
     return dataclasses.replace(known, train=train, validation=held)

@@ -54,7 +54,8 @@ def _builder(config: ConfigDict, name: str) -> tfds.core.DatasetBuilder:
     except Exception as error:  # whatever a builder's constructor, and its imports, raise
         raise UserError(
             f'config.dataset: TFDS cannot offer "{name}" here: {_first_line(error)}; '
-            'choose another set'
+            f'choose another set, or prepare it elsewhere by tfds build {name} '
+            '--file_format=array_record and name its directory by --config.data.data_dir'
         ) from error
 
 
@@ -137,8 +138,9 @@ def _without_tensorflow(builder: tfds.core.DatasetBuilder) -> Iterator[None]:
 
 def _missing_host(builder: tfds.core.DatasetBuilder, manual_dir: str) -> str | None:
     """Returns a host that is needed but unknown to DNS, so that TFDS need not retry for minutes."""
-    if urllib.request.getproxies():
-        return None
+    downloaded = pathlib.Path(builder._data_dir_root) / 'downloads'
+    if urllib.request.getproxies() or (downloaded.is_dir() and any(downloaded.iterdir())):
+        return None  # TFDS may get, or have, it all the same
     for url, file in builder.url_infos.items():
         if manual_dir and (pathlib.Path(manual_dir).expanduser() / file.filename).exists():
             continue
