@@ -1,16 +1,11 @@
 """What images there are: a data set's name -> uint8 images and labels, in three splits.
 
 digits      scikit-learn's 1,797 images; 20 % are the test split.
-idx:DIR     the four gzip IDX files of the MNIST family in one directory.
+idx:DIR     the four gzip IDX files of the MNIST family in one directory (idx_source.py).
 tfds:NAME   a TFDS image-classification set that fits in memory (tfds_source.py).
 """
 
 import dataclasses
-import gzip
-import math
-import pathlib
-import struct
-import zlib
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -107,88 +102,16 @@ def _held_out(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarr
     return order[~held], order[held]
 
 
-def _digits() -> tuple[Images, Images, int]:
+def _digits() -> tuple[tuple, tuple, int]:
+    """Returns (pixels, labels) of train and of test, and the number of classes."""
     from sklearn import datasets
 
     digits = datasets.load_digits()
     # 0 .. 16 becomes 0 .. 240: exact in uint8.
     pixels = (digits.images * 15).astype(np.uint8)[..., None]
-    images = Images(pixels, digits.target.astype(np.int32))
-    rest, test = _held_out(images.labels, 0.2)
-    return images.take(rest), images.take(test), 10
-
-
-_IDX_FILES = (
-    ('train-images-idx3-ubyte.gz', 'train-labels-idx1-ubyte.gz'),
-    ('t10k-images-idx3-ubyte.gz', 't10k-labels-idx1-ubyte.gz'),
-)
-
-
-def _read_idx(path: pathlib.Path, axes: int) -> np.ndarray:
-    """Returns a gzip IDX file of unsigned bytes as an array with `axes` axes."""
-    try:
-        with gzip.open(path) as file:
-            header = file.read(4 + 4 * axes)
-            if header[:4] != bytes((0, 0, 8, axes)):
-                raise UserError(
-                    f'config.dataset: {path} starts with {header[:4].hex()}, but an IDX file of '
-                    f'bytes with {axes} axes starts with 000008{axes:02x}; fetch it again'
-                )
-            if len(header) < 4 + 4 * axes:
-                raise UserError(f'config.dataset: {path} ends in its header; fetch it again')
-            shape = struct.unpack(f'>{axes}I', header[4:])
-            size = math.prod(shape)
-            # One byte more than announced, so that a longer file is noticed; piece by piece, so
-            # that a header that claims too much costs only the memory of what its file holds.
-            data = bytearray()
-            while piece := file.read(min(size + 1 - len(data), 2**20)):
-                data += piece
-    except FileNotFoundError:
-        raise UserError(
-            f'config.dataset: there is no file {path}; an idx: directory holds '
-            + ', '.join(name for pair in _IDX_FILES for name in pair)
-        ) from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(
-            f'config.dataset: {path} cannot be read as gzip ({error}); fetch it again'
-        ) from None
-    if len(data) != size:
-        raise UserError(
-            f'config.dataset: {path} announces {"x".join(map(str, shape))} bytes but holds '
-            f'{"more" if len(data) > size else len(data)}; fetch it again'
-        )
-    return np.frombuffer(data, np.uint8).reshape(shape)
-
-
-def _idx(directory: str) -> tuple[Images, Images, int]:
-    folder, splits = pathlib.Path(directory).expanduser(), []
-    if not folder.is_dir():
-        raise UserError(
-            f'config.dataset: there is no directory {folder}; name one that holds the four '
-            'gzip IDX files of the MNIST family (Debian: apt-get install dataset-fashion-mnist)'
-        )
-    for images_name, labels_name in _IDX_FILES:
-        pixels = _read_idx(folder / images_name, 3)
-        labels = _read_idx(folder / labels_name, 1).astype(np.int32)
-        if len(pixels) != len(labels) or len(labels) == 0:
-            raise UserError(
-                f'config.dataset: {folder / images_name} has {len(pixels)} images but '
-                f'{labels_name} has {len(labels)} labels; they must be equally many, and some'
-            )
-        splits.append(Images(pixels[..., None], labels))
-    train, test = splits
-    num_classes = int(train.labels.max()) + 1
-    if num_classes < 2 or test.labels.max() >= num_classes:
-        raise UserError(
-            f'config.dataset: the labels in {folder} go to {num_classes - 1} in training and '
-            f'to {test.labels.max()} in test; there must be two classes, the same in both'
-        )
-    if train.pixels.shape[1:] != test.pixels.shape[1:]:
-        raise UserError(
-            f'config.dataset: the training images in {folder} are {train.pixels.shape[1:]} but '
-            f'the test images {test.pixels.shape[1:]}; they must be alike'
-        )
-    return train, test, num_classes
+    labels = digits.target.astype(np.int32)
+    rest, test = _held_out(labels, 0.2)
+    return (pixels[rest], labels[rest]), (pixels[test], labels[test]), 10
 
 
 def _train_size(
@@ -237,13 +160,14 @@ def load(config: ConfigDict) -> Splits:
     if kind == 'digits':
         train, test, num_classes = _digits()
     elif kind == 'idx':
-        train, test, num_classes = _idx(name)
+        from afkd_jax.data import idx_source
+
+        train, test, num_classes = idx_source.load(name)
     else:
         from afkd_jax.data import tfds_source
 
-        pixels_and_labels = tfds_source.load(config, name)
-        train, test = (Images(*pair) for pair in pixels_and_labels)
-        num_classes = tfds_source.describe(config, name).num_classes
+        train, test, num_classes = tfds_source.load(config, name)
+    train, test = Images(*train), Images(*test)
     kept, held = _held_out(train.labels, config.data.validation_fraction)
     kept = kept[: _train_size(config, train.pixels.shape[1:], len(train), len(held))]
     return Splits(train.take(kept), train.take(held), test, num_classes)

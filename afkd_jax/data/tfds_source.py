@@ -179,8 +179,10 @@ def _prepare(builder: tfds.core.DatasetBuilder, config: ConfigDict, name: str) -
         ) from error
 
 
-def load(config: ConfigDict, name: str) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Returns [(pixels, labels) of train, (pixels, labels) of test]; prepares the set if needed.
+def load(config: ConfigDict, name: str) -> tuple[tuple, tuple, int]:
+    """Returns (pixels, labels) of train and of test, and the number of classes.
+
+    A set that is not prepared yet is prepared first.
 
     Raises:
       UserError: no such set, not image classification, or not to be had; with the remedy.
@@ -198,4 +200,4 @@ def load(config: ConfigDict, name: str) -> list[tuple[np.ndarray, np.ndarray]]:
             example = source[i]
             pixels[i], labels[i] = example[keys.image], example[keys.label]
         splits.append((pixels, labels))
-    return splits
+    return *splits, builder.info.features[keys.label].num_classes
