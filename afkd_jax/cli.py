@@ -28,8 +28,6 @@ def parse(argv: list[str]) -> list[str]:
         try:
             rest = flags.FLAGS(argv)
         except Exception as error:  # a config file is code and may raise anything
-            if isinstance(error, UserError):
-                raise
             raise UserError(_flag_sentence(error)) from error
         if not flags.FLAGS['verbosity'].present:
             logging.set_verbosity(logging.WARNING)  # Orbax reports every step of every save

@@ -2,7 +2,7 @@
 
 Command: python launch.py --config configs/digits.py
 
-Expected: see README, "The demo". The recipe is ours (the paper has no such experiment): cosine
+Measured: see README, "Measured". The recipe is ours (the paper has no such experiment): cosine
 instead of steps, and digits are never flipped.
 """
 
