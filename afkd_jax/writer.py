@@ -76,6 +76,15 @@ def _git_commit() -> str | None:
         return None
 
 
+def _refuse_non_finite(step: int, values: dict[str, list[float] | float]) -> None:
+    for name, value in values.items():
+        if not np.isfinite(value).all():
+            raise UserError(
+                f'step {step}: {name} is {value}; the run has diverged and is ended, its last '
+                'checkpoint stays: lower config.logit.learning_rate and take a new --workdir'
+            )
+
+
 class Writer:
     """Writes metrics.jsonl, one line of text per epoch, and on a terminal a progress bar.
 
@@ -156,12 +165,7 @@ class Writer:
         Raises:
           UserError: a value is not a finite number; nothing is written.
         """
-        for name, values in means.items():
-            if not np.isfinite(values).all():
-                raise UserError(
-                    f'step {step}: {name} is {values}; the run has diverged and is ended, its last '
-                    'checkpoint stays: lower config.logit.learning_rate and take a new --workdir'
-                )
+        _refuse_non_finite(step, means)
         own = {name: values for name, values in means.items() if isinstance(values, list)}
         networks = [
             {'name': name, **{key: values[k] for key, values in own.items()}}
@@ -184,7 +188,12 @@ class Writer:
             )
 
     def evaluation(self, step: int, epoch: float, split: str, scores: Scores) -> None:
-        """Writes one split's scores: those of the networks and of the ensemble."""
+        """Writes one split's scores: those of the networks and of the ensemble.
+
+        Raises:
+          UserError: a value is not a finite number; nothing is written.
+        """
+        _refuse_non_finite(step, {f'cross-entropy on {split}': scores.cross_entropy})
         networks = [
             {'name': name, 'accuracy': accuracy, 'cross_entropy': entropy}
             for name, accuracy, entropy in zip(
