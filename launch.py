@@ -1,4 +1,9 @@
-"""Train, evaluate or describe an experiment: python launch.py --config configs/digits.py."""
+"""Train, evaluate or describe an experiment.
+
+python launch.py --config configs/digits.py [--config.FIELD=VALUE ...] [--mode train|eval|describe]
+
+Every field is in configs/default.py; a tuple is written as "('resnet8','resnet20')".
+"""
 
 import sys
 

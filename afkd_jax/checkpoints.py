@@ -52,7 +52,6 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             create=keep is not None,
-            read_only=keep is None,
             # On a CPU a copy to the host may be no copy, and the next step reuses the memory.
             enable_async_checkpointing=False,
         )

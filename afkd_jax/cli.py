@@ -39,9 +39,15 @@ def parse(argv: list[str]) -> list[str]:
 
 
 def _flag_sentence(error: Exception) -> str:
-    words = ' '.join(str(error).split()) or type(error).__name__
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if match := re.match(r'flag --config\.([\w.]+)=(.*?): ', lines[0]):
+        return config_lib.wrong_type(match[1], match[2])
     if isinstance(error, flags.Error):
-        return f'{words}; see python launch.py --help'
+        # A config file's own failure comes as a whole traceback: its last line says what failed.
+        words = ' '.join(lines[-1].split())
+        failed = '--config: the file cannot be loaded: ' if 'Traceback' in str(error) else ''
+        return f'{failed}{words}; see python launch.py --help'
+    words = ' '.join(' '.join(lines).split())
     return f'--config: the file cannot be loaded ({type(error).__name__}: {words})'
 
 
@@ -61,7 +67,7 @@ def main(mode: str, config_flag: flags.FlagHolder, workdir: str | None, step: in
     """
     try:
         config = config_flag.value
-        if config is None:
+        if config is None and not config_flag.present:
             raise UserError('--config: name a config file, e.g. --config configs/digits.py')
         path = pathlib.Path(config_flags.get_config_filename(flags.FLAGS['config']))
         if not path.is_file():

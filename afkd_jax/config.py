@@ -51,7 +51,8 @@ def _is_optimizer(name: str) -> dict:
 RULES = {
     'networks': (
         lambda v: len(v) >= 2 and all(isinstance(x, str) for x in v),
-        'a tuple of at least two network names (one network has nobody to learn from)',
+        'a tuple of at least two network names (one has nobody to learn from), '
+        "as in \"('resnet8','resnet20')\"",
     ),
     'method': (bool, 'the name of a method'),
     'temperature': (_positive, 'above 0'),
@@ -62,7 +63,7 @@ RULES = {
     'mapping': (lambda v: v in MAPPINGS, f'one of {", ".join(MAPPINGS)}'),
     'dataset': (
         lambda v: re.fullmatch(r'digits|(idx|tfds):.+', v),
-        'digits, idx:DIR or tfds:NAME',
+        'digits, idx:DIR or tfds:NAME (e.g. tfds:cifar10)',
     ),
     'data.train_examples': (_not_negative, 'at least 0 (0: all)'),
     'data.validation_fraction': (lambda v: 0 <= v < 1, 'in [0, 1)'),
@@ -88,6 +89,13 @@ def _is(value: Any, kind: type) -> bool:
     return type(value) is kind
 
 
+def wrong_type(name: str, value: Any) -> str:
+    """Returns the sentence for a value that is not of its field's type."""
+    kind = type(flatten(default.get_config()).get(name, ''))
+    words = {int: 'whole number', float: 'number', bool: 'truth value', str: 'string'}
+    return f'config.{name}: must be a {words.get(kind, kind.__name__)}, but is {value!r}'
+
+
 def check_names(names: Iterable[str]) -> None:
     """Refuses the first dotted name that is not a field, or section, of the schema."""
     fields = flatten(default.get_config())
@@ -109,7 +117,7 @@ def validate(config: ConfigDict) -> None:
             raise UserError(f'config.{name}: missing; start from configs/default.py and assign')
         value, kind = given[name], type(like)
         if not _is(value, kind):
-            raise UserError(f'config.{name}: must be a {kind.__name__}, but is {value!r}')
+            raise UserError(wrong_type(name, value))
         test, words = RULES[name]
         if not test(value):
             raise UserError(f'config.{name}: must be {words}, but is {value!r}')

@@ -57,6 +57,9 @@ def draw(workdir: pathlib.Path) -> None:
                         linewidth=1.2,
                         label=f'{label(k, network["name"])}: {name}',
                     )
+        if title == 'discriminator outputs':
+            axis.set_ylim(0, 1)
+            axis.axhline(0.5, color='grey', linewidth=0.8)
         axis.set_title(title)
         axis.set_xlabel('epoch')
         axis.legend(fontsize='x-small')

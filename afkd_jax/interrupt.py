@@ -1,5 +1,6 @@
 """SIGINT and SIGTERM: the first asks the loop to stop after its step, the second ends at once."""
 
+import os
 import signal
 import threading
 from types import FrameType
@@ -21,6 +22,8 @@ class Interrupt:
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
+        # Not print: the signal may have come in the middle of one.
+        os.write(2, b'stopping after this step, with a checkpoint; once more ends at once\n')
         self._restore()
 
     def _restore(self) -> None:

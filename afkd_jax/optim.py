@@ -29,6 +29,10 @@ class Schedule:
     changes: tuple[tuple[int, float], ...]
     steps: int
 
+    def never(self) -> tuple[int, ...]:
+        """Returns the steps of changes that the run does not reach."""
+        return tuple(at for at, _ in self.changes if at >= self.steps)
+
     def __call__(self, step: jax.Array) -> jax.Array:
         """Returns the learning rate at `step`."""
         if self.kind == 'cosine':

@@ -56,6 +56,7 @@ def entries(
             best and best['test'],
         )
         row |= dict(zip(_ACCURACIES, values, strict=True))
+        row['best_validation_step'] = best and best['step']
     return rows[:-1], rows[-1]
 
 

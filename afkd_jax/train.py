@@ -47,6 +47,16 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any] | None:
             )
             writer.console.print(f'{workdir}: continues from step {int(state.step)} of {last_step}')
         first_step = int(state.step)
+        writer.console.print(
+            f'{workdir}: {len(run.cohort.names)} networks, {last_step} steps, on '
+            f'{run.devices.name}; compiling'
+        )
+        for name, rule in run.cohort.optimizers.used().items():
+            for at in rule.schedule.never():
+                writer.console.print(
+                    f'note: config.{name}.boundaries: step {at} is after the end; '
+                    'the learning rate does not fall there'
+                )
         begin = time.perf_counter()
         train_step, evaluate = run.compiled_step(state), Evaluator(run)
         compile_s = time.perf_counter() - begin
@@ -64,7 +74,6 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any] | None:
                 )
                 return None
             scores = {split: evaluate(state.networks, split) for split in run.info.held_out()}
-            out.evaluation(last_step, config.epochs, 'test', scores['test'])
         result = summary.build(run, state, scores, progress, compile_s, loop.wall_s())
         writer.write_json(workdir / 'summary.json', result)
         curves.draw(workdir)
@@ -171,20 +180,19 @@ class _Loop:
     def _evaluate_epoch(self, evaluate: Evaluator, epoch: int, out: writer.Writer) -> None:
         """Evaluates on validation, and on test where a network is better than it has ever been.
 
-        Without a validation split the test split is evaluated, for its curve: nothing is
-        selected.
+        The last epoch is evaluated on test in any case. Without a validation split every epoch
+        is, for its curve: nothing is selected.
         """
         split = self._run.info.held_out()[0]
         scores = evaluate(self.state.networks, split)
-        out.evaluation(self.step, epoch, split, scores)
-        if split == 'test':
-            return
-        improved = self._progress.improved(scores.accuracy)
-        if improved:
+        improved = self._progress.improved(scores.accuracy) if split == 'validation' else []
+        if improved or (split == 'validation' and epoch == self._run.config.epochs):
             test = evaluate(self.state.networks, 'test')
+            out.evaluation(self.step, epoch, 'test', test)
             for k in improved:
                 self._progress.best[k] = {
                     'validation': scores.accuracy[k],
                     'test': test.accuracy[k],
                     'step': self.step,
                 }
+        out.evaluation(self.step, epoch, split, scores)

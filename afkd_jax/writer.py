@@ -77,11 +77,11 @@ def _git_commit() -> str | None:
 
 
 def _refuse_non_finite(step: int, values: dict[str, list[float] | float]) -> None:
-    for name, value in values.items():
-        if not np.isfinite(value).all():
+    for name in sorted(values, key=lambda name: name != 'cross_entropy'):
+        if not np.isfinite(values[name]).all():
             raise UserError(
-                f'step {step}: {name} is {value}; the run has diverged and is ended, its last '
-                'checkpoint stays: lower config.logit.learning_rate and take a new --workdir'
+                f'step {step}: {name} is {values[name]}; the run has diverged and is ended (what '
+                'checkpoints it has stay): lower config.logit.learning_rate, in a new --workdir'
             )
 
 
@@ -143,7 +143,7 @@ class Writer:
         """Writes what the following lines come from; kind 'run', or 'resume' after a stop."""
         versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
         self._line(
-            'resume' if step else 'run',
+            'resume' if self._file.tell() else 'run',
             step=step,
             time=time.strftime('%Y-%m-%dT%H:%M:%S%z'),
             config=config.to_dict(),
@@ -181,7 +181,7 @@ class Writer:
         )
         self._rate = images_per_s
         entropies = ' '.join(f'{value:.3f}' for value in means['cross_entropy'])
-        self._losses = f'cross-entropy {entropies}'
+        self._losses = f'train cross-entropy {entropies}'
         if self._bar:
             self._bar.update(
                 self._task, completed=step, epoch=f'{epoch:.1f}', rate=f'{images_per_s:.0f}'

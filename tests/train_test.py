@@ -52,10 +52,19 @@ def test_the_summary_has_what_it_promises(uninterrupted):
         'validation_accuracy',
         'test_accuracy',
         'test_accuracy_at_best_validation',
+        'best_validation_step',
     }
     for entry in [*summary['networks'], summary['ensemble']]:
         assert set(entry) == keys
         assert all(0 <= entry[key] <= 100 for key in keys if 'accuracy' in key)
+        # What was selected can be found in metrics.jsonl.
+        (chosen,) = [
+            line
+            for line in lines(workdir, 'evaluation')
+            if (line['step'], line['split']) == (entry['best_validation_step'], 'test')
+        ]
+        place = [*summary['networks'], summary['ensemble']].index(entry)
+        assert chosen['networks'][place]['accuracy'] == entry['test_accuracy_at_best_validation']
     assert [entry['name'] for entry in summary['networks']] == ['resnet8', 'resnet8']
     assert summary['networks'][0]['parameters'] == 77_754
     assert summary['networks'][0]['feature_map'] == [2, 2, 64]
@@ -86,11 +95,12 @@ def test_the_metrics_name_their_step_and_epoch(uninterrupted):
         assert 0 < row['networks'][0]['d_own'] < 1
     scores = lines(workdir, 'evaluation')
     assert [(row['step'], row['split']) for row in scores] == [
+        (5, 'test'),
         (5, 'validation'),
-        (10, 'validation'),
         (10, 'test'),
+        (10, 'validation'),
     ]
-    final = [network['accuracy'] for network in scores[-1]['networks']]
+    final = [network['accuracy'] for network in scores[2]['networks']]
     entries = [*summary['networks'], summary['ensemble']]
     assert final == [entry['test_accuracy'] for entry in entries]
 
@@ -207,5 +217,6 @@ def test_without_validation_the_test_split_is_only_watched(tmp_path, monkeypatch
     for entry in [*summary['networks'], summary['ensemble']]:
         assert entry['validation_accuracy'] is None
         assert entry['test_accuracy_at_best_validation'] is None
+        assert entry['best_validation_step'] is None
         assert entry['test_accuracy'] is not None
     assert {row['split'] for row in lines(tmp_path, 'evaluation')} == {'test'}
