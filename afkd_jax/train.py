@@ -31,12 +31,12 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any] | None:
     """
     started = time.perf_counter()
     run = run_lib.prepare(config)
-    writer.claim(workdir, config)
-    if (workdir / 'summary.json').exists():
-        writer.console.print(f'{workdir}: this run is finished; its summary:')
-        return json.loads((workdir / 'summary.json').read_text())
-
     with Interrupt() as interrupt:
+        writer.claim(workdir, config)
+        if (workdir / 'summary.json').exists():
+            writer.console.print(f'{workdir}: this run is finished; its summary:')
+            return json.loads((workdir / 'summary.json').read_text())
+
         last_step = run.order.end_of(config.epochs)
         checkpoints = Checkpoints(workdir, config.keep_checkpoints)
         if checkpoints.latest is None:
