@@ -2,6 +2,8 @@
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from afkd_jax.models.layers import Conv, Norm
 
@@ -35,23 +37,55 @@ class Discriminator(nn.Module):
 
 
 class Transfer(nn.Module):
-    """Brings a network's map to the shape shared by the cohort: Conv 1x1 - BatchNorm - ReLU.
+    """T_k: brings a network's map to the shape shared by the cohort.
 
-    It exists only where the map does not fit already (its role is told by a third party, its
-    layers are remembered). The shared shape has the largest channel count of the cohort.
+    Average pooling, where height or width differ, then Conv 1x1 - BatchNorm - ReLU, where the
+    channels do. It exists only where the map does not fit already (its role is told by a third
+    party, its layers are remembered; pooling, and pooling first, is our choice).
 
     Attributes:
-      channels: of the shared shape.
+      shape: (h, w, c), the shared shape: the smallest height and width and the largest channel
+        count of the cohort.
       conv: makes a convolution without bias.
       norm: makes a batch norm from `use_running_average`.
     """
 
-    channels: int
+    shape: tuple[int, int, int]
     conv: Conv
     norm: Norm
 
     @nn.compact
     def __call__(self, maps_BxHxWxC: jax.Array, train: bool) -> jax.Array:
-        """Returns the map with `channels` channels."""
-        x = self.conv(self.channels, (1, 1))(maps_BxHxWxC)
+        """Returns the map in the shared shape, [B, h, w, c]."""
+        x = average_pool(maps_BxHxWxC, self.shape[:2])
+        if x.shape[-1] == self.shape[-1]:
+            return x
+        x = self.conv(self.shape[-1], (1, 1))(x)
         return nn.relu(self.norm(use_running_average=not train)(x))
+
+
+def average_pool(maps_BxHxWxC: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """Returns the maps averaged to a smaller height and width, [B, h, w, C].
+
+    Row i of h is the mean of the rows floor(i H / h) .. ceil((i + 1) H / h) - 1, and likewise for
+    columns ("adaptive" pooling): plain blocks where h divides H, else blocks that overlap.
+
+    Args:
+      maps_BxHxWxC: the maps.
+      shape: (h, w), at most (H, W).
+    """
+    for axis, size in zip((1, 2), shape, strict=True):
+        if maps_BxHxWxC.shape[axis] != size:
+            weights = _averages(maps_BxHxWxC.shape[axis], size).astype(maps_BxHxWxC.dtype)
+            pooled = jnp.tensordot(maps_BxHxWxC, weights, axes=(axis, 1))
+            maps_BxHxWxC = jnp.moveaxis(pooled, -1, axis)
+    return maps_BxHxWxC
+
+
+def _averages(size: int, smaller: int) -> np.ndarray:
+    """Returns the matrix [smaller, size] that averages `size` places to fewer."""
+    weights = np.zeros((smaller, size))
+    for i in range(smaller):
+        first, last = i * size // smaller, -(-(i + 1) * size // smaller)
+        weights[i, first:last] = 1 / (last - first)
+    return weights

@@ -3,7 +3,6 @@
 import dataclasses
 import pathlib
 
-import jax
 import orbax.checkpoint as ocp
 
 from afkd_jax.errors import UserError
@@ -76,14 +75,11 @@ class Checkpoints:
             ),
         )
 
-    def restore(
-        self, like: TrainState, sharding: jax.sharding.Sharding, step: int | None = None
-    ) -> tuple[TrainState, Progress]:
+    def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, Progress]:
         """Returns (state, progress) of a checkpoint, the last by default.
 
         Args:
-          like: shapes and dtypes (state.abstract).
-          sharding: where the arrays go.
+          like: shapes, dtypes and where the arrays go (Run.abstract_state).
           step: which checkpoint.
 
         Raises:
@@ -98,14 +94,11 @@ class Checkpoints:
                 f'--step: there is no checkpoint of step {step} in {self.folder}; '
                 f'there are {", ".join(map(str, steps))}'
             )
-        target = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), like
-        )
         try:
             restored = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(target), progress=ocp.args.JsonRestore()
+                    state=ocp.args.StandardRestore(like), progress=ocp.args.JsonRestore()
                 ),
             )
         except (ValueError, KeyError, OSError) as error:

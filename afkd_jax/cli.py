@@ -11,10 +11,11 @@ from ml_collections import ConfigDict, config_flags
 
 from afkd_jax import config as config_lib
 from afkd_jax.errors import UserError
+from afkd_jax.interrupt import KILLED
 
 # Exit codes: finished; an input to be corrected; stopped by a signal with a checkpoint, so that
-# the same command continues; interrupted outside training, or for the second time.
-DONE, WRONG, CONTINUE, KILLED = 0, 1, 75, 130
+# the same command continues. KILLED: interrupted outside training, or for the second time.
+DONE, WRONG, CONTINUE = 0, 1, 75
 
 _OVERRIDE = re.compile(r'--?(?:no)?config\.([^=]+)')
 
@@ -98,7 +99,7 @@ def _train(config: ConfigDict, workdir: pathlib.Path, step: None) -> int:
     result = train.train(config, workdir)
     if result is None:
         return CONTINUE
-    writer.console.print(summary.table(result))
+    writer.console.print(*summary.tables(result))
     writer.console.print(
         f'{result["steps"]} steps, {result["images_per_s"] or 0:.0f} img/s, compiled in '
         f'{result["compile_s"]:.1f} s, {result["wall_s"]:.1f} s in all, {result["device"]}; '
@@ -111,7 +112,7 @@ def _eval(config: ConfigDict, workdir: pathlib.Path, step: int | None) -> int:
     from afkd_jax import evaluate, summary, writer
 
     result = evaluate.evaluate(config, workdir, step)
-    writer.console.print(summary.table(result))
+    writer.console.print(*summary.tables(result))
     print(json.dumps(result))
     return DONE
 

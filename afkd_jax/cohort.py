@@ -6,7 +6,6 @@ over, and what `describe` prints.
 
 import dataclasses
 
-import flax.linen as nn
 import jax
 from ml_collections import ConfigDict
 
@@ -15,6 +14,8 @@ from afkd_jax import methods, models, optim
 from afkd_jax.adversary import Discriminator, Transfer
 from afkd_jax.errors import UserError
 from afkd_jax.models import layers
+from afkd_jax.objective import Objective
+from afkd_jax.ring import Ring
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,15 +23,14 @@ class Cohort:
     """K networks that are trained together.
 
     Attributes:
-      names: of the networks, in the ring's order.
+      names: of the networks, as listed in the config.
       networks: K modules, each image -> (logits, feature map).
       transfers: K modules, None where the map fits as it is; () if the maps teach nothing.
       discriminators: K modules; () if the method has none.
       optimizers: the rules of update.
-      method: whom logits and maps learn from.
-      temperature: T of the mimicry KL.
+      objective: what is learnt, from whom.
       map_shapes: K shapes (h, w, c) of the networks' own maps.
-      shared_map: the shape (h, w, c) after the transfers.
+      shared_map: the shape (h, w, c) after the transfers; None if the maps teach nothing.
       image_shape: (H, W, C).
     """
 
@@ -39,33 +39,58 @@ class Cohort:
     transfers: tuple[Transfer | None, ...]
     discriminators: tuple[Discriminator, ...]
     optimizers: optim.Optimizers
-    method: methods.Method
-    temperature: float
+    objective: Objective
     map_shapes: tuple[tuple[int, int, int], ...]
-    shared_map: tuple[int, int, int]
+    shared_map: tuple[int, int, int] | None
     image_shape: tuple[int, int, int]
 
     @property
     def adversarial(self) -> bool:
         """Whether there are discriminators, and hence feature and discriminator updates."""
-        return self.method.maps == 'adversarial'
+        return self.objective.method.maps == 'adversarial'
+
+    @property
+    def maps_teach(self) -> bool:
+        """Whether maps are compared, and hence brought to one shape."""
+        return self.objective.method.maps != 'nothing'
+
+    def moves(self) -> dict[str, tuple[str, ...]]:
+        """Returns which parts of a network's parameters each of its optimizers moves."""
+        if self.adversarial:
+            return {'logit': ('trunk', 'head'), 'feature': ('trunk', 'transfer')}
+        return {'logit': ('trunk', 'head', 'transfer') if self.maps_teach else ('trunk', 'head')}
 
 
-def _map_shape(
-    name: str, network: nn.Module, image_shape: tuple[int, ...], least: int
-) -> tuple[int, ...]:
-    """Returns (h, w, c) of the network's map, h and w at least `least`; no device is touched."""
+def _map_shape(network: models.Network, image_shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """Returns (h, w, c) of a network's map; no device is touched."""
     image = jax.ShapeDtypeStruct((1, *image_shape), 'float32')
     key = jax.eval_shape(lambda: jax.random.key(0))
-    (_, maps), _ = jax.eval_shape(lambda k, x: network.init_with_output(k, x, False), key, image)
-    height, width, channels = maps.shape[1:]
-    if min(height, width) < least:
+    maps, _ = jax.eval_shape(lambda k, x: network.trunk.init_with_output(k, x, False), key, image)
+    return maps.shape[1:]
+
+
+def _check_size(
+    name: str, shape: tuple[int, int, int], image_shape: tuple[int, int, int], least: int
+) -> None:
+    if min(shape[:2]) < least:
+        why = ', too small for a discriminator' if least > 1 and min(shape[:2]) else ''
         raise UserError(
             f'config.networks: images of {image_shape[0]}x{image_shape[1]} are too small for '
-            f'"{name}": its feature map would be {height}x{width}, but must be at least '
-            f'{least}x{least}; choose larger images or another network'
+            f'"{name}": its feature map would be {shape[0]}x{shape[1]}{why}; at least '
+            f'{least}x{least} is needed: choose larger images or another network'
         )
-    return height, width, channels
+
+
+def _ring(order: tuple[int, ...], names: tuple[str, ...]) -> Ring:
+    """Returns the ring of config.ring_order, which counts networks from 1; () is as listed."""
+    listed = tuple(range(len(names)))
+    if order and sorted(order) != [place + 1 for place in listed]:
+        raise UserError(
+            f'config.ring_order: must name each of the networks 1 .. {len(names)} once, as in '
+            f'{(*range(2, len(names) + 1), 1)}, or be () for the order of config.networks, but is '
+            f'{tuple(order)}'
+        )
+    return Ring(tuple(place - 1 for place in order) or listed)
 
 
 def assemble(
@@ -81,43 +106,50 @@ def assemble(
       config: valid (config.validate).
       image_shape: (H, W, C).
       num_classes: of the data set.
-      train_examples: images in one epoch; schedules are in epochs.
+      train_examples: images in one epoch; schedules are fractions of the run's epochs.
       axis_name: the mapped axis over which batch statistics are taken.
 
     Raises:
-      UserError: an unknown method or network, or images too small for a network.
+      UserError: an unknown method or network, a wrong ring, or images too small for a network.
     """
-    method = methods.named(config.method)
-    names = tuple(config.networks)
-    networks = tuple(models.build(name, num_classes, axis_name) for name in names)
+    method, names = methods.named(config.method), tuple(config.networks)
+    ring = _ring(tuple(config.ring_order), names)
+    # One module serves all networks of one name: modules hold no parameters.
+    modules = {name: models.build(name, num_classes, image_shape, axis_name) for name in names}
+    shapes = {name: _map_shape(module, image_shape) for name, module in modules.items()}
     adversarial = method.maps == 'adversarial'
-    # Our choice: where the map is a single point the discriminator would see no map at all.
-    least = 2 if adversarial else 1
-    shapes = tuple(
-        _map_shape(name, network, image_shape, least)
-        for name, network in zip(names, networks, strict=True)
-    )
-    shared = (*shapes[0][:2], max(shape[2] for shape in shapes))
-    norm = layers.batch_norm(axis_name)
+    for name, shape in shapes.items():
+        # Our choice: where the map is a single point a discriminator would see no map at all.
+        _check_size(name, shape, image_shape, least=2 if adversarial else 1)
+    shared, transfers, norm = None, (), layers.batch_norm(axis_name)
+    if method.maps != 'nothing':
+        heights, widths, channels = zip(*shapes.values(), strict=True)
+        shared = (min(heights), min(widths), max(channels))
+        transfers = tuple(
+            None if shapes[name] == shared else Transfer(shared, layers.conv, norm)
+            for name in names
+        )
+
+    def steps_in(fraction):
+        return config_lib.steps_in(fraction * config.epochs, train_examples, config.batch_size)
+
     return Cohort(
         names=names,
-        networks=networks,
-        transfers=tuple(
-            None if shape == shared else Transfer(shared[2], layers.conv, norm)
-            for shape in shapes
-            if adversarial
-        ),
+        networks=tuple(modules[name] for name in names),
+        transfers=transfers,
         discriminators=tuple(Discriminator(norm) for _ in names if adversarial),
-        optimizers=optim.create(
-            config,
-            adversarial,
-            lambda epochs: config_lib.steps_in(
-                config.epochs if epochs is None else epochs, train_examples, config.batch_size
-            ),
+        optimizers=optim.create(config, adversarial, steps_in),
+        objective=Objective(
+            method=method,
+            ring=ring,
+            temperature=config.loss.temperature,
+            label_smoothing=config.loss.label_smoothing,
+            kl_weight=config.loss.kl_weight,
+            kl_ramp_steps=steps_in(config.loss.kl_ramp_up),
+            l1_weight=config.loss.l1_weight,
+            adversarial_weight=config.loss.adversarial_weight,
         ),
-        method=method,
-        temperature=config.temperature,
-        map_shapes=shapes,
+        map_shapes=tuple(shapes[name] for name in names),
         shared_map=shared,
         image_shape=image_shape,
     )

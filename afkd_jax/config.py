@@ -40,8 +40,8 @@ def _is_optimizer(name: str) -> dict:
         f'{name}.weight_decay': (_not_negative, 'at least 0'),
         f'{name}.schedule': (lambda v: v in SCHEDULES, f'one of {", ".join(SCHEDULES)}'),
         f'{name}.boundaries': (
-            lambda v: all(_is(x, float) and x > 0 for x in v) and list(v) == sorted(set(v)),
-            'a tuple of rising numbers of epochs above 0',
+            lambda v: all(_is(x, float) and 0 < x < 1 for x in v) and list(v) == sorted(set(v)),
+            'a tuple of rising fractions of the run, each between 0 and 1, as in "(0.5,0.75)"',
         ),
         f'{name}.factor': (_positive, 'above 0'),
     }
@@ -54,8 +54,17 @@ RULES = {
         'a tuple of at least two network names (one has nobody to learn from), '
         "as in \"('resnet8','resnet20')\"",
     ),
+    'ring_order': (
+        lambda v: all(_is(x, int) for x in v),
+        'a tuple of whole numbers, one per network, or () for the order of config.networks',
+    ),
     'method': (bool, 'the name of a method'),
-    'temperature': (_positive, 'above 0'),
+    'loss.temperature': (_positive, 'above 0'),
+    'loss.kl_weight': (_not_negative, 'at least 0'),
+    'loss.kl_ramp_up': (lambda v: 0 <= v <= 1, 'a fraction of the run, in [0, 1]'),
+    'loss.l1_weight': (_not_negative, 'at least 0'),
+    'loss.adversarial_weight': (_not_negative, 'at least 0'),
+    'loss.label_smoothing': (lambda v: 0 <= v < 1, 'in [0, 1)'),
     'epochs': (_positive, 'at least 1'),
     'batch_size': (_positive, 'at least 1'),
     'eval_batch_size': (_positive, 'at least 1'),

@@ -28,11 +28,13 @@ def draw(workdir: pathlib.Path) -> None:
     }
     split = 'validation' if any(key[0] == 'validation' for key in evaluations) else 'test'
     evaluated = [line for (name, _), line in evaluations.items() if name == split]
+    # Title, lines of metrics.jsonl, their values with a style each, limits of the axis.
     panels = [
-        ('logit loss', train, {'cross_entropy': '-', 'mimicry_kl': '--'}),
-        (f'{split} accuracy, %', evaluated, {'accuracy': '-'}),
-        ('adversarial losses', train, {'adversarial': '-', 'discriminator': '--'}),
-        ('discriminator outputs', train, {'d_own': '-', 'd_teacher': '--'}),
+        ('logit loss', train, {'cross_entropy': '-', 'mimicry_kl': '--'}, None),
+        (f'{split} accuracy, %', evaluated, {'accuracy': '-'}, None),
+        ("maps' L1", train, {'l1': '-'}, None),
+        ('adversarial losses', train, {'adversarial': '-', 'discriminator': '--'}, None),
+        ('discriminator outputs', train, {'d_own': '-', 'd_teacher': '--'}, (0, 1)),
     ]
     # A method draws only what it has.
     panels = [
@@ -45,7 +47,7 @@ def draw(workdir: pathlib.Path) -> None:
     figure, axes = plt.subplots(
         1, len(panels), figsize=(4.5 * len(panels), 3.6), layout='constrained', squeeze=False
     )
-    for axis, (title, rows, styles) in zip(axes[0], panels, strict=True):
+    for axis, (title, rows, styles, limits) in zip(axes[0], panels, strict=True):
         for k, network in enumerate(rows[0]['networks']):
             for name, style in styles.items():
                 if name in network:
@@ -57,9 +59,7 @@ def draw(workdir: pathlib.Path) -> None:
                         linewidth=1.2,
                         label=f'{label(k, network["name"])}: {name}',
                     )
-        if title == 'discriminator outputs':
-            axis.set_ylim(0, 1)
-            axis.axhline(0.5, color='grey', linewidth=0.8)
+        axis.set_ylim(limits)
         axis.set_title(title)
         axis.set_xlabel('epoch')
         axis.legend(fontsize='x-small')

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from afkd_jax import cohort as cohort_lib
 from afkd_jax import config as config_lib
-from afkd_jax import optim, ring, summary
+from afkd_jax import optim, summary
 from afkd_jax import state as state_lib
 from afkd_jax.data import sources
 
@@ -62,21 +62,22 @@ def describe(config: ConfigDict) -> dict[str, Any]:
     """
     info = sources.info(config)
     cohort = cohort_lib.assemble(config, info.image_shape, info.num_classes, info.train)
-    state, count = state_lib.abstract(cohort), len(cohort.names)
+    state, objective = state_lib.abstract(cohort), cohort.objective
     networks, ensemble = summary.entries(cohort)
     for k, entry in enumerate(networks):
-        own = state.networks[k]
-        variables = {'params': own.params, 'batch_stats': own.batch_stats['network']}
-        cost = _forward_cost(cohort.networks[k], variables, cohort.image_shape)
+        module, own = cohort.networks[k], state.networks[k]
+        hops = objective.method.hops(len(networks))
         entry |= {
-            'multiply_adds': cost,
-            'teacher': ring.teacher_of(k, count) + 1 if cohort.method.teaches else None,
+            'stem': module.trunk.stem,
+            'multiply_adds': _forward_cost(module, own.variables(), cohort.image_shape),
+            'logit_teachers': [objective.ring.teacher_of(k, hop) + 1 for hop in hops],
+            'map_teacher': objective.ring.teacher_of(k) + 1 if cohort.maps_teach else None,
             'transfer': None,
             'discriminator': None,
         }
-        if own.transfer is not None:
+        if own.params['transfer'] is not None:
             entry['transfer'] = {
-                'parameters': state_lib.parameter_count(own.transfer),
+                'parameters': state_lib.parameter_count(own.params['transfer']),
                 'feature_map': list(cohort.shared_map),
             }
         if cohort.adversarial:
@@ -113,6 +114,7 @@ def text(facts: dict[str, Any]) -> str:
             f'{row["multiply_adds"]:,} multiply-adds per image, map '
             + 'x'.join(map(str, row['feature_map']))
         )
+        lines.append(f'  stem: {row["stem"]}')
         if row['transfer']:
             shape = 'x'.join(map(str, row['transfer']['feature_map']))
             parameters = row['transfer']['parameters']
@@ -126,13 +128,21 @@ def text(facts: dict[str, Any]) -> str:
 
 
 def _ring_lines(facts: dict[str, Any]) -> list[str]:
-    names = [row['name'] for row in facts['networks']]
-    return [
-        f'network {row["teacher"]} ({names[row["teacher"] - 1]}) teaches '
-        f'network {k} ({row["name"]})'
-        for k, row in enumerate(facts['networks'], start=1)
-        if row['teacher']
-    ] or ['nobody teaches']
+    rows = facts['networks']
+
+    def name(k: int) -> str:
+        return f'{k} ({rows[k - 1]["name"]})'
+
+    lines = []
+    for k, row in enumerate(rows, start=1):
+        lessons = []
+        if row['logit_teachers']:
+            lessons.append('logits of ' + ', '.join(map(name, row['logit_teachers'])))
+        if row['map_teacher']:
+            lessons.append(f'maps of {name(row["map_teacher"])}')
+        if lessons:
+            lines.append(f'network {name(k)} learns from the ' + ', and from the '.join(lessons))
+    return lines or ['nobody teaches']
 
 
 def _schedule_words(rule: dict[str, Any]) -> str:
@@ -141,6 +151,4 @@ def _schedule_words(rule: dict[str, Any]) -> str:
         return f'{words}, along a cosine to 0 at step {rule["steps"]:,}'
     for change in rule['changes']:
         words += f', x{change["factor"]:g} at step {change["step"]:,}'
-        if change['step'] >= rule['steps']:
-            words += ' (after the end: never)'
     return words

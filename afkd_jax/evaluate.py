@@ -1,7 +1,7 @@
 """Every network and the ensemble over a whole split, each image counted once."""
 
-import functools
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,11 +9,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from afkd_jax import run as run_lib
+from afkd_jax import similarity, summary, writer
 from afkd_jax import state as state_lib
 from afkd_jax import step as step_lib
-from afkd_jax import summary, writer
 from afkd_jax.checkpoints import Checkpoints
-from afkd_jax.data import batches
+from afkd_jax.data import augment, batches
 from afkd_jax.errors import UserError
 
 
@@ -26,15 +26,24 @@ class Evaluator:
 
     def __init__(self, run: run_lib.Run):
         self._run = run
-        step = functools.partial(step_lib.eval_step, run.cohort)
+        self._score = self._compiled(step_lib.eval_step)
+
+    def _compiled(self, per_device: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns the compiled (networks, a batch's indices, mask) -> sums over the batch.
+
+        Args:
+          per_device: of (cohort, networks, images, labels, mask).
+        """
+        run = self._run
+
+        def step(networks, images, index_B, mask_B):
+            batch = augment.evaluation_batch(images, index_B)
+            return per_device(run.cohort, networks, *batch, mask_B)
+
         mapped = run.devices.map(step, split=(False, False, True, True))
-        networks = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(
-                leaf.shape, leaf.dtype, sharding=run.devices.replicated
-            ),
-            state_lib.abstract(run.cohort).networks,
-        )
-        self._step = mapped.lower(networks, run.images, *self._batches('test')[0]).compile()
+        networks = run.abstract_state().networks
+        compiled = mapped.lower(networks, run.images, *self._batches('test')[0]).compile()
+        return lambda networks, *batch: compiled(networks, run.images, *batch)
 
     def _batches(self, split: str) -> list[tuple[jax.Array, jax.Array]]:
         put, places = self._run.devices.split, self._run.info.places(split)
@@ -46,16 +55,24 @@ class Evaluator:
     def __call__(self, networks: tuple[state_lib.NetworkState, ...], split: str) -> summary.Scores:
         """Returns the scores on 'train', 'validation' or 'test'; waits until they are there."""
         size = len(self._run.info.places(split))
-        parts = jax.device_get(
-            [self._step(networks, self._run.images, *batch) for batch in self._batches(split)]
-        )
+        parts = jax.device_get([self._score(networks, *batch) for batch in self._batches(split)])
         correct = np.sum([part['correct'] for part in parts], axis=0)
         entropy = np.sum([part['cross_entropy'] for part in parts], axis=0, dtype=np.float64)
         return summary.Scores((100 * correct / size).tolist(), (entropy / size).tolist())
 
+    def edges(self, networks: tuple[state_lib.NetworkState, ...]) -> list[dict[str, Any]]:
+        """Returns how alike each network and its teacher are on the test split.
+
+        See similarity.figures. A step of its own, compiled when it is called: the inner products
+        between all images of a batch are too dear for every evaluation.
+        """
+        compare = self._compiled(similarity.sums)
+        parts = jax.device_get([compare(networks, *batch) for batch in self._batches('test')])
+        return similarity.figures(self._run.cohort, parts)
+
 
 def evaluate(config: ConfigDict, workdir: pathlib.Path, step: int | None) -> dict[str, Any]:
-    """Returns the scores of a checkpoint: `networks` and `ensemble` as in summary.json, `step`.
+    """Returns the scores of a checkpoint: its `step`, the rest as in summary.json.
 
     Args:
       config: valid, the one the workdir was trained with.
@@ -70,11 +87,10 @@ def evaluate(config: ConfigDict, workdir: pathlib.Path, step: int | None) -> dic
     writer.claim(workdir, config)
     run = run_lib.prepare(config)
     checkpoints = Checkpoints(workdir, keep=None)
-    state, progress = checkpoints.restore(
-        state_lib.abstract(run.cohort), run.devices.replicated, step
-    )
+    state, progress = checkpoints.restore(run.abstract_state(), step)
     checkpoints.close()
     evaluator = Evaluator(run)
     scores = {split: evaluator(state.networks, split) for split in run.info.held_out()}
     networks, ensemble = summary.entries(run.cohort, scores, progress)
-    return {'step': int(state.step), 'networks': networks, 'ensemble': ensemble}
+    edges = evaluator.edges(state.networks)
+    return {'step': int(state.step), 'networks': networks, 'ensemble': ensemble, 'ring': edges}

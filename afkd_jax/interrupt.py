@@ -5,31 +5,55 @@ import signal
 import threading
 from types import FrameType
 
+KILLED = 130  # exit code of a second signal
+_WORDS = (
+    b'stopping after this step, with a checkpoint; once more ends at once\n',
+    b'error: interrupted; what was written before is intact\n',
+)
+
 
 class Interrupt:
-    """A context in which the first signal sets `requested`; the second acts as it does outside."""
+    """A context in which the first signal sets `requested` and the second ends the process.
+
+    A thread counts them: the main thread may be inside the compiler for seconds, where Python
+    would neither act on signals nor tell two of them from one.
+    """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self):
         self.requested = False
-        self._previous = {}
 
     def __enter__(self) -> 'Interrupt':
-        if threading.current_thread() is threading.main_thread():
+        self._active = threading.current_thread() is threading.main_thread()
+        if self._active:
+            # Python writes the number of each signal to this pipe as it comes.
+            self._read, self._write = os.pipe()
+            os.set_blocking(self._write, False)
+            self._wakeup = signal.set_wakeup_fd(self._write)
             self._previous = {number: signal.signal(number, self._ask) for number in self.SIGNALS}
+            self._thread = threading.Thread(target=self._count, daemon=True)
+            self._thread.start()
         return self
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
-        # Not print: the signal may have come in the middle of one.
-        os.write(2, b'stopping after this step, with a checkpoint; once more ends at once\n')
-        self._restore()
 
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
+    def _count(self) -> None:
+        count = 0
+        while numbers := os.read(self._read, 1):
+            if numbers[0] in self.SIGNALS:
+                count += 1
+                os.write(2, _WORDS[count - 1])
+                if count == len(_WORDS):
+                    os._exit(KILLED)
 
     def __exit__(self, *_: object) -> None:
-        self._restore()
+        if not self._active:
+            return
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup)
+        os.close(self._write)  # ends the thread
+        self._thread.join()
+        os.close(self._read)

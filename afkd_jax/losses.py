@@ -4,21 +4,25 @@ import jax
 import jax.numpy as jnp
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Returns -log softmax(logits)[label].
+def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
+    """Returns -sum_c q_c log softmax(logits)_c, q = (1 - smoothing) one-hot(label) + smoothing / C.
 
     Args:
       logits: [..., B, C].
       labels: integers [B] in 0 .. C - 1; the same for every leading axis of the logits.
+      smoothing: of the labels, in [0, 1); 0 leaves -log softmax(logits)[label].
 
     Returns:
       [..., B], at least 0, in nats.
 
-    Source: paper, logit loss, first term.
+    Source: paper, logit loss, first term; label smoothing (not the paper's): Szegedy et al. 2016.
     """
     log_p = jax.nn.log_softmax(logits)
     index = jnp.broadcast_to(labels, logits.shape[:-1])[..., None]
-    return -jnp.take_along_axis(log_p, index, axis=-1)[..., 0]
+    entropy = -jnp.take_along_axis(log_p, index, axis=-1)[..., 0]
+    if smoothing:
+        entropy = (1 - smoothing) * entropy - smoothing * log_p.mean(-1)
+    return entropy
 
 
 def mimicry_kl(logits: jax.Array, teacher_logits: jax.Array, temperature: float) -> jax.Array:
@@ -39,6 +43,33 @@ def mimicry_kl(logits: jax.Array, teacher_logits: jax.Array, temperature: float)
     log_q = jax.nn.log_softmax(teacher_logits / temperature)
     log_p = jax.nn.log_softmax(logits / temperature)
     return temperature**2 * jnp.sum(jnp.exp(log_q) * (log_q - log_p), axis=-1)
+
+
+def ramp_up(step: jax.Array, steps: int) -> jax.Array:
+    """Returns exp(-5 (1 - min(step / steps, 1))^2): a weight that rises from 0.007 to 1.
+
+    Args:
+      step: counted from 0.
+      steps: above 0; from this step on the weight is 1.
+
+    Source: Laine and Aila 2017, as in the neighbours' online distillation; not known of AFD.
+    """
+    return jnp.exp(-5.0 * jnp.square(1.0 - jnp.minimum(step / steps, 1.0)))
+
+
+def absolute_difference(maps: jax.Array, teacher_maps: jax.Array) -> jax.Array:
+    """Returns the mean of |own - teacher| over a map's elements.
+
+    Args:
+      maps: the pupil's, [..., B, H, W, C].
+      teacher_maps: the teacher's, the same shape; the caller stops their gradient (ring.py).
+
+    Returns:
+      [..., B], at least 0, in the maps' own unit.
+
+    Source: the paper's L1 baseline, told by a third party; the mean over elements is our choice.
+    """
+    return jnp.abs(maps - teacher_maps).mean((-3, -2, -1))
 
 
 def fool(d_own: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The three optimizers and their schedules; schedules are given in epochs, converted once, here.
+"""The three optimizers and their schedules; given in fractions of the run, converted here.
 
 The learning rate is a function of the state's one step counter. (Adam's own count, in its state,
 serves its bias correction alone.)
@@ -29,16 +29,12 @@ class Schedule:
     changes: tuple[tuple[int, float], ...]
     steps: int
 
-    def never(self) -> tuple[int, ...]:
-        """Returns the steps of changes that the run does not reach."""
-        return tuple(at for at, _ in self.changes if at >= self.steps)
-
     def __call__(self, step: jax.Array) -> jax.Array:
         """Returns the learning rate at `step`."""
         if self.kind == 'cosine':
             return optax.cosine_decay_schedule(self.initial, self.steps)(step)
         factors: dict[int, float] = {}
-        for at, factor in self.changes:  # two epochs may fall on one step
+        for at, factor in self.changes:  # two fractions may fall on one step
             factors[at] = factors.get(at, 1.0) * factor
         return optax.piecewise_constant_schedule(self.initial, factors)(step)
 
@@ -65,7 +61,8 @@ class Optimizer:
 class Optimizers:
     """The logit optimizer moves G_k and C_k, feature G_k and T_k, discriminator D_k.
 
-    What the method has no use for is None.
+    Where maps learn by L1, which is part of the logit loss, logit moves T_k too. What the method
+    has no use for is None.
     """
 
     logit: Optimizer
@@ -82,16 +79,14 @@ def _optimizer(
 ) -> Optimizer:
     changes = ()
     if c.schedule == 'steps':
-        changes = tuple((steps_in(epochs), c.factor) for epochs in c.boundaries)
+        changes = tuple((steps_in(fraction), c.factor) for fraction in c.boundaries)
     # Coupled weight decay, on every parameter, as in the neighbours' recipes.
     decay = optax.add_decayed_weights(c.weight_decay) if c.weight_decay else optax.identity()
-    schedule = Schedule(c.schedule, float(c.learning_rate), changes, steps_in(None))
+    schedule = Schedule(c.schedule, float(c.learning_rate), changes, steps_in(1))
     return Optimizer(optax.chain(decay, direction), schedule)
 
 
-def create(
-    config: ConfigDict, adversarial: bool, steps_in: Callable[[float | None], int]
-) -> Optimizers:
+def create(config: ConfigDict, adversarial: bool, steps_in: Callable[[float], int]) -> Optimizers:
     """Returns the optimizers of one run.
 
     Logit: SGD, v <- momentum v + (g + decay w), w <- w - rate v. Feature and discriminator: Adam
@@ -100,7 +95,7 @@ def create(
     Args:
       config: the whole config.
       adversarial: whether the method has discriminators.
-      steps_in: epochs -> steps; None stands for the whole run.
+      steps_in: fraction of the run -> steps.
     """
     logit = _optimizer(config.logit, optax.trace(config.logit.momentum), steps_in)
     if not adversarial:

@@ -56,6 +56,13 @@ class Devices:
         """Returns the tree with every array whole on every device."""
         return jax.device_put(tree, self.replicated)
 
+    def abstract(self, tree: Any) -> Any:
+        """Returns shape, dtype and sharding of what replicate() gives for a tree like this."""
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.replicated),
+            tree,
+        )
+
     def split(self, array: np.ndarray) -> jax.Array:
         """Returns the array split along its leading axis, as the mapped function expects it."""
         if self.mapping == 'pmap':

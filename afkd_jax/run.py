@@ -54,6 +54,10 @@ class Run:
         create = functools.partial(state_lib.create, self.cohort)
         return jax.jit(create, out_shardings=self.devices.replicated)(self.init_key)
 
+    def abstract_state(self) -> state_lib.TrainState:
+        """Returns shapes, dtypes and placement of the state; no array is made."""
+        return self.devices.abstract(state_lib.abstract(self.cohort))
+
     def no_sums(self) -> metrics.Sums:
         """Returns empty sums of a step's values, on the devices."""
         return self.devices.replicate(metrics.zeros(step_lib.value_shapes(self.cohort)))
@@ -92,7 +96,7 @@ def prepare(config: ConfigDict) -> Run:
     # Names and devices first: the images may be a long download away.
     methods.named(config.method)
     for name in config.networks:
-        models.build(name, num_classes=2)
+        models.build(name, num_classes=2, image_shape=(32, 32, 3))
     devices = parallel.Devices.local(config.mapping)
     devices.check_divides('batch_size', config.batch_size)
     devices.check_divides('eval_batch_size', config.eval_batch_size)

@@ -16,18 +16,27 @@ class NetworkState:
     """One network, with its transfer layer.
 
     Attributes:
-      params: {'trunk': G_k, 'head': C_k}.
-      transfer: the parameters of T_k; None where the map fits as it is.
+      params: {'trunk': G_k, 'head': C_k, 'transfer': T_k}; T_k is None where there is none.
       batch_stats: {'network': ..., 'transfer': ...}, the running statistics of the norms.
-      logit_opt: state of the logit optimizer, over `params`.
-      feature_opt: state of the feature optimizer, over {'trunk', 'transfer'}; None if unused.
+      opt: state of each optimizer that moves this network ('logit', 'feature'), by name, each
+        over the parts that it moves (Cohort.moves).
     """
 
-    params: Any
-    transfer: Any
-    batch_stats: Any
-    logit_opt: Any
-    feature_opt: Any
+    params: dict[str, Any]
+    batch_stats: dict[str, Any]
+    opt: dict[str, Any]
+
+    def variables(self) -> dict[str, Any]:
+        """Returns what the network's module is applied to: G_k, C_k and their statistics."""
+        params = {name: part for name, part in self.params.items() if name != 'transfer'}
+        return {'params': params, 'batch_stats': self.batch_stats['network']}
+
+    def transfer_variables(self) -> dict[str, Any]:
+        """Returns what the transfer layer's module is applied to."""
+        return {
+            'params': self.params['transfer'],
+            'batch_stats': self.batch_stats['transfer'],
+        }
 
 
 @flax.struct.dataclass
@@ -56,18 +65,20 @@ class TrainState:
 def _create_network(cohort: Cohort, index: int, key: jax.Array) -> NetworkState:
     image = jnp.zeros((1, *cohort.image_shape))
     variables = cohort.networks[index].init(key, image, False)
-    params, stats = variables['params'], {'network': variables['batch_stats'], 'transfer': None}
-    transfer = feature_opt = None
-    if cohort.adversarial:
-        if module := cohort.transfers[index]:
-            maps = jnp.zeros((1, *cohort.map_shapes[index]))
-            variables = module.init(jax.random.fold_in(key, 1), maps, False)
-            transfer, stats['transfer'] = variables['params'], variables['batch_stats']
-        feature_opt = cohort.optimizers.feature.init(
-            {'trunk': params['trunk'], 'transfer': transfer}
-        )
-    logit_opt = cohort.optimizers.logit.init(params)
-    return NetworkState(params, transfer, stats, logit_opt, feature_opt)
+    params = {**variables['params'], 'transfer': None}
+    stats = {'network': variables.get('batch_stats', {}), 'transfer': None}
+    if cohort.maps_teach and (module := cohort.transfers[index]):
+        maps = jnp.zeros((1, *cohort.map_shapes[index]))
+        variables = module.init(jax.random.fold_in(key, 1), maps, False)
+        # Empty where the transfer only pools.
+        params['transfer'] = variables.get('params', {})
+        stats['transfer'] = variables.get('batch_stats', {})
+    rules = cohort.optimizers.used()
+    opt = {
+        name: rules[name].init({part: params[part] for part in parts})
+        for name, parts in cohort.moves().items()
+    }
+    return NetworkState(params, stats, opt)
 
 
 def _create_discriminator(cohort: Cohort, index: int, key: jax.Array) -> DiscriminatorState:
@@ -94,7 +105,7 @@ def abstract(cohort: Cohort) -> TrainState:
 
 
 def parameter_count(params: Any) -> int:
-    """Returns the number of trainable scalars in a tree of arrays, or of their shapes."""
+    """Returns the number of scalars in a tree of arrays, or of their shapes."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 

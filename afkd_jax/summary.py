@@ -42,7 +42,7 @@ def entries(
     """
     validation, test = ((scores or {}).get(split) for split in ('validation', 'test'))
     networks = state_lib.abstract(cohort).networks
-    counts = [state_lib.parameter_count(network.params) for network in networks]
+    counts = [state_lib.parameter_count(network.variables()['params']) for network in networks]
     rows = [
         {'name': name, 'parameters': count, 'feature_map': list(shape)}
         for name, count, shape in zip(cohort.names, counts, cohort.map_shapes, strict=True)
@@ -64,6 +64,7 @@ def build(
     run: Run,
     state: state_lib.TrainState,
     scores: dict[str, Scores],
+    edges: list[dict[str, Any]],
     progress: Progress,
     compile_s: float,
     wall_s: float,
@@ -74,6 +75,7 @@ def build(
       run: which.
       state: after its last step.
       scores: of that state, by split.
+      edges: of that state's ring (similarity.figures).
       progress: of the run; `images_per_s` is the median over its epochs, None if none was timed.
       compile_s: seconds to compile the training and the evaluation step, in this process.
       wall_s: seconds, over all restarts; what a killed process did after its last checkpoint is
@@ -84,6 +86,7 @@ def build(
     return {
         'networks': networks,
         'ensemble': ensemble,
+        'ring': edges,
         'steps': int(state.step),
         'epochs': run.config.epochs,
         'images_per_s': statistics.median(speeds) if speeds else None,
@@ -94,16 +97,39 @@ def build(
     }
 
 
-def table(summary: dict[str, Any]) -> rich.table.Table:
-    """Returns a summary's networks and ensemble as a table for the terminal."""
+def _table(first: str, columns: tuple[str, ...]) -> rich.table.Table:
+    """Returns an empty table whose first column holds words and whose others hold numbers."""
     result = rich.table.Table(box=rich.box.SIMPLE)
-    result.add_column('network')
-    columns = ('parameters', 'map', 'validation %', 'test %', 'test % at best validation')
+    result.add_column(first)
     for column in columns:
         result.add_column(column, justify='right')
+    return result
+
+
+def _number(value: float | None, digits: int) -> str:
+    return '-' if value is None else f'{value:.{digits}f}'
+
+
+def tables(summary: dict[str, Any]) -> list[rich.table.Table]:
+    """Returns, for the terminal, the networks with the ensemble, and the edges of the ring."""
+    networks = _table(
+        'network', ('parameters', 'map', 'validation %', 'test %', 'test % at best validation')
+    )
     for i, row in enumerate([*summary['networks'], summary['ensemble']]):
         number = '' if row is summary['ensemble'] else f'{i + 1} '
         shape = 'x'.join(map(str, row['feature_map'])) if row['feature_map'] else ''
-        accuracies = ('-' if row[key] is None else f'{row[key]:.2f}' for key in _ACCURACIES)
-        result.add_row(number + row['name'], f'{row["parameters"]:,}', shape, *accuracies)
-    return result
+        accuracies = (_number(row[key], 2) for key in _ACCURACIES)
+        networks.add_row(number + row['name'], f'{row["parameters"]:,}', shape, *accuracies)
+    # Percentages: both predict the same; the network, or its teacher, alone is right.
+    columns = ('L1', 'L2', 'cosine', 'CKA', 'agree %', 'own right %', "teacher's right %")
+    ring = _table('teacher -> own', columns)
+    for edge in summary['ring']:
+        ring.add_row(
+            f'{edge["teacher"]} -> {edge["network"]}',
+            *(_number(edge[key], 3) for key in ('l1', 'l2', 'cosine', 'cka')),
+            *(
+                _number(edge[key], 2)
+                for key in ('agreement', 'only_network_correct', 'only_teacher_correct')
+            ),
+        )
+    return [networks, ring]

@@ -19,13 +19,25 @@ def get_config() -> config_dict.ConfigDict:
     # What is trained, and how. Network i learns from its predecessor in this tuple, the first
     # from the last.
     config.networks = ('resnet32', 'resnet32')  # at least two names; see afkd_jax/models
-    config.method = 'afd'  # see afkd_jax/methods.py
-    config.temperature = 3.0  # of the mimicry KL; above 0
+    # The networks, counted from 1, as each teaches the next and the last the first, e.g. (1, 3, 2);
+    # (): as listed.
+    config.ring_order = ()
+    config.method = 'afd'  # a preset or LOGITS+MAPS; see afkd_jax/methods.py
     config.epochs = 300  # passes over the training images
     config.batch_size = 128  # images per step over all devices together
     config.eval_batch_size = 1000  # images per evaluation step over all devices together
     config.seed = 0  # initial weights, order of the images, augmentation; never the splits
     config.mapping = 'shard_map'  # how the step is mapped over devices: 'shard_map' or 'pmap'
+
+    # The losses; what a method does not use has no effect.
+    config.loss = config_dict.ConfigDict()
+    config.loss.temperature = 3.0  # T of the mimicry KL; above 0
+    config.loss.kl_weight = 1.0  # of the mimicry KL
+    config.loss.kl_ramp_up = 0.0  # fraction of the run in which kl_weight grows from 0; 0: none
+    config.loss.l1_weight = 1.0  # of the L1 between maps
+    # Of L_G. Adam takes the scale out of a gradient, so it says little beside weight decay 0.
+    config.loss.adversarial_weight = 1.0
+    config.loss.label_smoothing = 0.0  # of the cross-entropy, in [0, 1); 0: none
 
     # The images: 'digits', 'idx:DIR' or 'tfds:NAME'; see afkd_jax/data/sources.py.
     config.dataset = 'tfds:cifar100'
@@ -43,7 +55,8 @@ def get_config() -> config_dict.ConfigDict:
     config.logit.momentum = 0.9  # 0: none
     config.logit.weight_decay = 1e-4  # added to the gradient of every parameter; 0: none
     config.logit.schedule = 'steps'  # 'constant', 'steps' or 'cosine' (to 0 at the end of the run)
-    config.logit.boundaries = (150.0, 225.0)  # epochs after which 'steps' multiplies by factor
+    # Where along the run 'steps' multiplies by factor: epochs 150 and 225 of 300.
+    config.logit.boundaries = (0.5, 0.75)
     config.logit.factor = 0.1
 
     # Updates feature extractors and transfer layers from the adversarial loss: Adam.
@@ -51,7 +64,7 @@ def get_config() -> config_dict.ConfigDict:
     config.feature.learning_rate = 2e-5
     config.feature.weight_decay = 0.0  # added to the gradient; 0: none
     config.feature.schedule = 'steps'
-    config.feature.boundaries = (75.0, 150.0)  # epochs: a quarter and half of the run
+    config.feature.boundaries = (0.25, 0.5)  # epochs 75 and 150 of 300
     config.feature.factor = 0.1
 
     # Updates the discriminators: Adam.

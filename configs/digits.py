@@ -24,7 +24,5 @@ def get_config():
     # In 405 steps a discriminator learns nothing at the paper's rate of 2e-5.
     config.feature.learning_rate = 1e-4
     config.discriminator.learning_rate = 1e-3
-    config.feature.boundaries = (5.0, 10.0)
-    config.discriminator.boundaries = (5.0, 10.0)
     config.log_every = 10
     return config

@@ -20,6 +20,4 @@ def get_config():
     config.data.validation_fraction = 0.1
     config.data.pad = 2
     config.logit.schedule = 'cosine'
-    config.feature.boundaries = (3.0, 6.0)
-    config.discriminator.boundaries = (3.0, 6.0)
     return config

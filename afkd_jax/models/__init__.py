@@ -1,15 +1,31 @@
 """Network name -> network. Every network returns (logits, feature map).
 
-A family is a file with NAMES (for suggestions) and from_name(name, conv, norm) -> trunk or None.
+A family is a file with NAMES (for suggestions) and from_name(name, layers, large) -> trunk, or
+None where the name is of another family. A trunk maps (images, train) to its feature map, and its
+`stem` says in words how it treats the image first.
 """
 
 import flax.linen as nn
 import jax
 
 from afkd_jax.errors import UserError, nearest
-from afkd_jax.models import layers, resnet_cifar
+from afkd_jax.models import (
+    densenet,
+    layers,
+    mobilenet_v2,
+    resnet,
+    resnet_cifar,
+    shufflenet_v2,
+    vgg,
+    wide_resnet,
+)
 
-_FAMILIES = (resnet_cifar,)
+# In the order in which they are asked: `resnet50` is the ImageNet network.
+_FAMILIES = (resnet, resnet_cifar, wide_resnet, vgg, densenet, mobilenet_v2, shufflenet_v2)
+NAMES = tuple(name for family in _FAMILIES for name in family.NAMES)
+
+# From this side on, images get the strided stem of the ImageNet networks. Our choice.
+_LARGE = 96
 
 
 class Classifier(nn.Module):
@@ -37,26 +53,32 @@ class Network(nn.Module):
 
         Args:
           images: standardised, [B, H, W, C].
-          train: whether the norms use, and update, the batch's own statistics.
+          train: whether the norms use, and update, the batch's own statistics, and dropout drops.
         """
         maps_BxHxWxC = self.trunk(images, train)
         return self.head(maps_BxHxWxC), maps_BxHxWxC
 
 
-def build(name: str, num_classes: int, axis_name: str | None = None) -> Network:
+def build(
+    name: str,
+    num_classes: int,
+    image_shape: tuple[int, int, int],
+    axis_name: str | None = None,
+) -> Network:
     """Returns the network called `name`; no parameters are made and no device is touched.
 
     Args:
-      name: e.g. 'resnet20', 'resnet20x2', 'resnet20-A'.
+      name: e.g. 'resnet20', 'wrn-16-2', 'mobilenet_v2x0.5'; NAMES lists the usual ones.
       num_classes: at least 2.
+      image_shape: (H, W, C); its smaller side decides the stem.
       axis_name: the mapped axis over which batch statistics are taken, None for no mapping.
 
     Raises:
       UserError: no network has this name.
     """
+    large = min(image_shape[:2]) >= _LARGE
     for family in _FAMILIES:
-        trunk = family.from_name(name, layers.conv, layers.batch_norm(axis_name))
+        trunk = family.from_name(name, layers.layers(axis_name), large)
         if trunk is not None:
             return Network(trunk, Classifier(num_classes))
-    known = [known for family in _FAMILIES for known in family.NAMES]
-    raise UserError(f'config.networks: no network is called "{name}"{nearest(name, known)}')
+    raise UserError(f'config.networks: no network is called "{name}"{nearest(name, NAMES)}')

@@ -3,7 +3,8 @@
 Source: He et al. 2016, "Deep residual learning", section 4.2. Three stages of n blocks with
 16, 32 and 64 channels (times the width multiplier, which widens the stem too: our choice); the
 second and third stage halve height and width. The feature map is the last block's output after
-its ReLU, before pooling.
+its ReLU, before pooling. `resnet50` is the ImageNet network (resnet.py); the one of this family
+is `resnet50-B`.
 """
 
 import re
@@ -12,10 +13,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from afkd_jax.errors import UserError
-from afkd_jax.models.layers import Conv, Norm
+from afkd_jax.models import names
+from afkd_jax.models.layers import Conv, Layers, Norm
 
-NAMES = tuple(f'resnet{depth}' for depth in (8, 14, 20, 26, 32, 38, 44, 50, 56, 110))
+NAMES = tuple(f'resnet{depth}' for depth in (8, 14, 20, 26, 32, 38, 44, 56, 110))
 _NAME = re.compile(r'resnet(\d{1,4})(?:x(\d{1,2}))?(?:-(A|B))?')
 
 
@@ -58,6 +59,7 @@ class ResNetCifar(nn.Module):
         parameters), 'B' is a 1x1 convolution with norm.
       conv: makes a convolution without bias.
       norm: makes a batch norm from `use_running_average`.
+      stem: in words; the same for images of any size.
     """
 
     blocks: int
@@ -65,6 +67,7 @@ class ResNetCifar(nn.Module):
     shortcut: str
     conv: Conv
     norm: Norm
+    stem: str = 'conv 3x3'
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
@@ -84,7 +87,7 @@ class ResNetCifar(nn.Module):
         return x
 
 
-def from_name(name: str, conv: Conv, norm: Norm) -> ResNetCifar | None:
+def from_name(name: str, layers: Layers, large: bool) -> ResNetCifar | None:
     """Returns the trunk called `name`, None where the name is of another family.
 
     Raises:
@@ -93,13 +96,6 @@ def from_name(name: str, conv: Conv, norm: Norm) -> ResNetCifar | None:
     match = _NAME.fullmatch(name)
     if not match:
         return None
-    depth, width = int(match[1]), int(match[2] or 1)
-    if depth < 8 or depth % 6 != 2:
-        below = max(8, (depth - 2) // 6 * 6 + 2)
-        raise UserError(
-            f'config.networks: "{name}" has depth {depth}, but these networks have depth 6n + 2; '
-            f'nearest: "resnet{below}" and "resnet{below + 6}"'
-        )
-    if width == 0:
-        raise UserError(f'config.networks: "{name}" has width multiplier 0; the smallest is 1')
-    return ResNetCifar((depth - 2) // 6, width, match[3] or 'B', conv, norm)
+    blocks = names.blocks(name, int(match[1]), offset=2)
+    width = names.at_least_1(name, 'width multiplier', int(match[2] or 1))
+    return ResNetCifar(blocks, width, match[3] or 'B', layers.conv, layers.norm)

@@ -1,0 +1,69 @@
+"""Densely connected networks for small images: `densenet-40-12`, `densenet-100-12`.
+
+Source: Huang et al. 2017, DenseNet-BC: depth L = 6n + 4, growth rate k; a stem of 2k channels and
+three stages of n bottlenecks, each of which adds k channels to all that came before; between the
+stages the channels are halved and the map is pooled to half its height and width. The feature map
+is taken after the last norm and ReLU, before pooling.
+"""
+
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from afkd_jax.models import names
+from afkd_jax.models.layers import Conv, Layers, Norm
+
+NAMES = ('densenet-40-12', 'densenet-100-12')
+_NAME = re.compile(r'densenet-(\d{1,4})-(\d{1,3})')
+
+
+class DenseNet(nn.Module):
+    """The trunk of a DenseNet-BC of depth 6 `blocks` + 4.
+
+    Attributes:
+      blocks: n, per stage.
+      growth: k.
+      conv: makes a convolution without bias.
+      norm: makes a batch norm from `use_running_average`.
+      stem: in words; the same for images of any size.
+    """
+
+    blocks: int
+    growth: int
+    conv: Conv
+    norm: Norm
+    stem: str = 'conv 3x3'
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
+        """Returns the feature map, [B, H / 4, W / 4, C]; heights and widths are rounded down."""
+
+        def activated(x):
+            return nn.relu(self.norm(use_running_average=not train)(x))
+
+        x = self.conv(2 * self.growth, (3, 3), padding=1)(images)
+        for stage in range(3):
+            if stage > 0:
+                x = self.conv(x.shape[-1] // 2, (1, 1))(activated(x))
+                x = nn.avg_pool(x, (2, 2), (2, 2))
+            for _ in range(self.blocks):
+                y = self.conv(4 * self.growth, (1, 1))(activated(x))
+                y = self.conv(self.growth, (3, 3), padding=1)(activated(y))
+                x = jnp.concatenate([x, y], axis=-1)
+        return activated(x)
+
+
+def from_name(name: str, layers: Layers, large: bool) -> DenseNet | None:
+    """Returns the trunk called `name`, None where the name is of another family.
+
+    Raises:
+      UserError: the depth is not 6n + 4, or the growth rate is 0.
+    """
+    match = _NAME.fullmatch(name)
+    if not match:
+        return None
+    blocks = names.blocks(name, int(match[1]), offset=4)
+    growth = names.at_least_1(name, 'growth rate', int(match[2]))
+    return DenseNet(blocks, growth, layers.conv, layers.norm)

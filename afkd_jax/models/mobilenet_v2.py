@@ -1,0 +1,108 @@
+"""MobileNetV2: `mobilenet_v2`, and with a width multiplier `mobilenet_v2x0.5`.
+
+Source: Sandler et al. 2018, table 2, as in torchvision (channels rounded to multiples of 8; no
+dropout before the classifier, which there has 0.2). Small images: the first convolution and the
+second stage keep height and width, as in the CIFAR variants in circulation. The feature map is the
+last 1x1 convolution's output after its ReLU6, before pooling.
+"""
+
+import re
+
+import flax.linen as nn
+import jax
+
+from afkd_jax.errors import UserError
+from afkd_jax.models.layers import Conv, ConvNorm, Layers, Norm
+
+NAMES = ('mobilenet_v2', 'mobilenet_v2x0.5', 'mobilenet_v2x0.75', 'mobilenet_v2x1.4')
+_NAME = re.compile(r'mobilenet_v2(?:x(\d(?:\.\d{1,2})?))?')
+# Expansion, channels, blocks, stride of the first block.
+_STAGES = (
+    *((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2)),
+    *((6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)),
+)
+
+
+def _rounded(channels: float) -> int:
+    """Returns the nearest multiple of 8 that is at least 8 and not more than a tenth smaller."""
+    nearest = max(8, int(channels + 4) // 8 * 8)
+    return nearest + 8 if nearest < 0.9 * channels else nearest
+
+
+class Block(nn.Module):
+    """Inverted residual: 1x1 to `expansion` times the channels, 3x3 on each channel, 1x1 back."""
+
+    channels: int
+    stride: int
+    expansion: int
+    conv: Conv
+    norm: Norm
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Returns the block's output, not activated."""
+        y, wide = x, self.expansion * x.shape[-1]
+        if self.expansion != 1:
+            y = nn.relu6(ConvNorm(wide, 1, self.conv, self.norm)(y, train))
+        y = nn.relu6(ConvNorm(wide, 3, self.conv, self.norm, self.stride, wide)(y, train))
+        y = ConvNorm(self.channels, 1, self.conv, self.norm)(y, train)
+        return x + y if x.shape == y.shape else y
+
+
+class MobileNetV2(nn.Module):
+    """The trunk.
+
+    Attributes:
+      width: multiplies every channel count but the last, which it never shrinks.
+      large: whether the strides are those for large images.
+      conv: makes a convolution without bias.
+      norm: makes a batch norm from `use_running_average`.
+    """
+
+    width: float
+    large: bool
+    conv: Conv
+    norm: Norm
+
+    @property
+    def stem(self) -> str:
+        """The stem in words."""
+        return 'conv 3x3 stride 2' if self.large else 'conv 3x3; second stage not strided'
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
+        """Returns the feature map, [B, H / 32, W / 32, C]; of small images [B, H / 8, W / 8, C].
+
+        C is 1280, above width 1 more; sizes are rounded up.
+        """
+        stride = 2 if self.large else 1
+        stem = ConvNorm(_rounded(32 * self.width), 3, self.conv, self.norm, stride)
+        x = nn.relu6(stem(images, train))
+        for stage, (expansion, channels, blocks, stage_stride) in enumerate(_STAGES):
+            stride = stage_stride if self.large or stage != 1 else 1
+            for block in range(blocks):
+                x = Block(
+                    channels=_rounded(channels * self.width),
+                    stride=stride if block == 0 else 1,
+                    expansion=expansion,
+                    conv=self.conv,
+                    norm=self.norm,
+                    name=f'stage{stage + 1}_block{block + 1}',
+                )(x, train)
+        last = _rounded(1280 * max(1.0, self.width))
+        return nn.relu6(ConvNorm(last, 1, self.conv, self.norm)(x, train))
+
+
+def from_name(name: str, layers: Layers, large: bool) -> MobileNetV2 | None:
+    """Returns the trunk called `name`, None where the name is of another family.
+
+    Raises:
+      UserError: the width multiplier is 0.
+    """
+    match = _NAME.fullmatch(name)
+    if not match:
+        return None
+    width = float(match[1] or 1)
+    if not width:
+        raise UserError(f'config.networks: "{name}" has width multiplier 0; it must be above 0')
+    return MobileNetV2(width, large, layers.conv, layers.norm)

@@ -1,0 +1,102 @@
+"""Residual networks of ImageNet: `resnet18`, `resnet34`, `resnet50`, `resnet101`.
+
+Source: He et al. 2016, "Deep residual learning", table 1; a bottleneck's stride is at its 3x3
+convolution, as in torchvision. Four stages with 64, 128, 256 and 512 channels (bottlenecks: four
+times as many); all but the first halve height and width. Large images pass a 7x7 convolution of
+stride 2 and a max pool first, small ones a 3x3 convolution. The feature map is the last block's
+output after its ReLU, before pooling.
+"""
+
+import flax.linen as nn
+import jax
+
+from afkd_jax.models.layers import Conv, ConvNorm, Layers, Norm
+
+# Blocks per stage, and whether they are bottlenecks.
+_NETWORKS = {
+    'resnet18': ((2, 2, 2, 2), False),
+    'resnet34': ((3, 4, 6, 3), False),
+    'resnet50': ((3, 4, 6, 3), True),
+    'resnet101': ((3, 4, 23, 3), True),
+}
+NAMES = tuple(_NETWORKS)
+
+
+class Block(nn.Module):
+    """x + F(x), then ReLU; F is two 3x3 convolutions, or 1x1, 3x3, 1x1 ("bottleneck")."""
+
+    channels: int
+    stride: int
+    bottleneck: bool
+    conv: Conv
+    norm: Norm
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Returns the block's output after its ReLU."""
+
+        def layer(channels, kernel, stride=1, name=None):
+            return ConvNorm(channels, kernel, self.conv, self.norm, stride, name=name)
+
+        if self.bottleneck:
+            y = nn.relu(layer(self.channels, 1)(x, train))
+            y = nn.relu(layer(self.channels, 3, self.stride)(y, train))
+            y = layer(4 * self.channels, 1)(y, train)
+        else:
+            y = nn.relu(layer(self.channels, 3, self.stride)(x, train))
+            y = layer(self.channels, 3)(y, train)
+        if x.shape != y.shape:
+            x = layer(y.shape[-1], 1, self.stride, name='short')(x, train)
+        return nn.relu(x + y)
+
+
+class ResNet(nn.Module):
+    """The trunk.
+
+    Attributes:
+      blocks: per stage.
+      bottleneck: of which kind they are.
+      large: whether the stem is the one for large images.
+      conv: makes a convolution without bias.
+      norm: makes a batch norm from `use_running_average`.
+    """
+
+    blocks: tuple[int, ...]
+    bottleneck: bool
+    large: bool
+    conv: Conv
+    norm: Norm
+
+    @property
+    def stem(self) -> str:
+        """The stem in words."""
+        return 'conv 7x7 stride 2, max pool 3x3 stride 2' if self.large else 'conv 3x3'
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
+        """Returns the feature map, [B, H / 32, W / 32, C]; of small images [B, H / 8, W / 8, C].
+
+        C is 512, with bottlenecks 2048; sizes are rounded up.
+        """
+        kernel, stride = (7, 2) if self.large else (3, 1)
+        x = nn.relu(ConvNorm(64, kernel, self.conv, self.norm, stride)(images, train))
+        if self.large:
+            x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+        for stage, blocks in enumerate(self.blocks):
+            for block in range(blocks):
+                x = Block(
+                    channels=64 * 2**stage,
+                    stride=2 if stage > 0 and block == 0 else 1,
+                    bottleneck=self.bottleneck,
+                    conv=self.conv,
+                    norm=self.norm,
+                    name=f'stage{stage + 1}_block{block + 1}',
+                )(x, train)
+        return x
+
+
+def from_name(name: str, layers: Layers, large: bool) -> ResNet | None:
+    """Returns the trunk called `name`, None where the name is of another family."""
+    if name not in _NETWORKS:
+        return None
+    return ResNet(*_NETWORKS[name], large, layers.conv, layers.norm)

@@ -1,0 +1,104 @@
+"""ShuffleNetV2: `shufflenet_v2`, and `shufflenet_v2x0.5`, `shufflenet_v2x1.5`, `shufflenet_v2x2.0`.
+
+Source: Ma et al. 2018, table 5, as in torchvision. Three stages of 4, 8 and 4 units, the first of
+each halves height and width. Large images pass a strided convolution and a max pool first, small
+ones the convolution alone, not strided, as in the CIFAR variants in circulation. The feature map
+is the last 1x1 convolution's output after its ReLU, before pooling.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from afkd_jax.models.layers import Conv, ConvNorm, Layers, Norm
+
+# Channels of the three stages and of the map.
+_NETWORKS = {
+    'shufflenet_v2': (116, 232, 464, 1024),
+    'shufflenet_v2x0.5': (48, 96, 192, 1024),
+    'shufflenet_v2x1.0': (116, 232, 464, 1024),
+    'shufflenet_v2x1.5': (176, 352, 704, 1024),
+    'shufflenet_v2x2.0': (244, 488, 976, 2048),
+}
+NAMES = tuple(_NETWORKS)
+
+
+class Unit(nn.Module):
+    """Two branches, concatenated, and their channels interleaved ("shuffled").
+
+    The first unit of a stage sends its whole input through both branches, strided; every other
+    unit sends half of the channels through one branch and leaves the other half as it is.
+    """
+
+    channels: int
+    first: bool
+    conv: Conv
+    norm: Norm
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Returns the unit's output, [B, h, w, channels]."""
+        half, stride = self.channels // 2, 2 if self.first else 1
+
+        def pointwise(x):
+            return nn.relu(ConvNorm(half, 1, self.conv, self.norm)(x, train))
+
+        def depthwise(x):
+            channels = x.shape[-1]
+            return ConvNorm(channels, 3, self.conv, self.norm, stride, channels)(x, train)
+
+        if self.first:
+            left, right = pointwise(depthwise(x)), x
+        else:
+            left, right = jnp.split(x, 2, axis=-1)
+        right = pointwise(depthwise(pointwise(right)))
+        return jnp.stack([left, right], axis=-1).reshape(*left.shape[:-1], self.channels)
+
+
+class ShuffleNetV2(nn.Module):
+    """The trunk.
+
+    Attributes:
+      channels: of the three stages and of the map.
+      large: whether the stem is the one for large images.
+      conv: makes a convolution without bias.
+      norm: makes a batch norm from `use_running_average`.
+    """
+
+    channels: tuple[int, ...]
+    large: bool
+    conv: Conv
+    norm: Norm
+
+    @property
+    def stem(self) -> str:
+        """The stem in words."""
+        return 'conv 3x3 stride 2, max pool 3x3 stride 2' if self.large else 'conv 3x3'
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
+        """Returns the feature map, [B, H / 32, W / 32, C]; of small images [B, H / 8, W / 8, C].
+
+        C is 1024, in the widest network 2048; sizes are rounded up.
+        """
+        stem = ConvNorm(24, 3, self.conv, self.norm, 2 if self.large else 1)
+        x = nn.relu(stem(images, train))
+        if self.large:
+            x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+        for stage, units in enumerate((4, 8, 4)):
+            for unit in range(units):
+                x = Unit(
+                    channels=self.channels[stage],
+                    first=unit == 0,
+                    conv=self.conv,
+                    norm=self.norm,
+                    name=f'stage{stage + 1}_unit{unit + 1}',
+                )(x, train)
+        return nn.relu(ConvNorm(self.channels[3], 1, self.conv, self.norm)(x, train))
+
+
+def from_name(name: str, layers: Layers, large: bool) -> ShuffleNetV2 | None:
+    """Returns the trunk called `name`, None where the name is of another family."""
+    if name not in _NETWORKS:
+        return None
+    return ShuffleNetV2(_NETWORKS[name], large, layers.conv, layers.norm)
