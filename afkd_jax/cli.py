@@ -63,14 +63,15 @@ def main(mode: str, config_flag: flags.FlagHolder, workdir: str | None, step: in
     Args:
       mode: 'train', 'eval' or 'describe'.
       config_flag: the holder of --config.
-      workdir: None for runs/<config name>.
+      workdir: None for runs/<config name>, or runs/<config name>-<its argument>.
       step: which checkpoint 'eval' takes; None for the last.
     """
     try:
         config = config_flag.value
         if config is None and not config_flag.present:
             raise UserError('--config: name a config file, e.g. --config configs/digits.py')
-        path = pathlib.Path(config_flags.get_config_filename(flags.FLAGS['config']))
+        file, _, argument = config_flags.get_config_filename(flags.FLAGS['config']).partition(':')
+        path = pathlib.Path(file)
         if not path.is_file():
             raise UserError(f'--config: there is no file {path}; see configs/ for those there are')
         if not isinstance(config, ConfigDict):
@@ -80,7 +81,7 @@ def main(mode: str, config_flag: flags.FlagHolder, workdir: str | None, step: in
         config_lib.validate(config)
         if step is not None and mode != 'eval':
             raise UserError(f'--step: {step} is only for --mode eval, not for --mode {mode}')
-        folder = pathlib.Path(workdir or pathlib.Path('runs', path.stem))
+        folder = pathlib.Path(workdir or pathlib.Path('runs', _run_name(path.stem, argument)))
         return {'train': _train, 'eval': _eval, 'describe': _describe}[mode](config, folder, step)
     except UserError as error:
         _fail(error)
@@ -91,6 +92,11 @@ def main(mode: str, config_flag: flags.FlagHolder, workdir: str | None, step: in
         print('error: interrupted; what was written before is intact', file=sys.stderr, flush=True)
         # Not sys.exit: threads of the runtime may still hold what the interpreter would tear down.
         os._exit(KILLED)
+
+
+def _run_name(config: str, argument: str) -> str:
+    """Returns e.g. 'cifar100-resnet32-wrn-16-4' of configs/cifar100.py:resnet32,wrn-16-4."""
+    return re.sub(r'[^\w.]+', '-', f'{config}-{argument}').strip('-')
 
 
 def _train(config: ConfigDict, workdir: pathlib.Path, step: None) -> int:

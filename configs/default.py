@@ -6,19 +6,19 @@ party: 74.03 % top-1 (alone 69.38 %, logit ring only 73.38 %). Ours: not run.
 Command: python launch.py --config configs/default.py
 
 An experiment starts from get_config() and assigns fields. There is no other place for a default:
-a field that is not here is refused.
+a field that is not here is refused. The networks may be given behind the file's name:
+configs/default.py:resnet32,wrn-16-2,resnet32 is the same as --config.networks=...
 """
 
 from ml_collections import config_dict
 
 
-def get_config() -> config_dict.ConfigDict:
+def get_config(networks: str = 'resnet32,resnet32') -> config_dict.ConfigDict:
     """Returns every field with its default; the comments give meaning, unit and "off" value."""
     config = config_dict.ConfigDict()
 
-    # What is trained, and how. Network i learns from its predecessor in this tuple, the first
-    # from the last.
-    config.networks = ('resnet32', 'resnet32')  # at least two names; see afkd_jax/models
+    # What is trained, and how. A network learns from its predecessor, the first from the last.
+    config.networks = tuple(networks.split(','))  # at least two names; see afkd_jax/models
     # The networks, counted from 1, as each teaches the next and the last the first, e.g. (1, 3, 2);
     # (): as listed.
     config.ring_order = ()
@@ -35,8 +35,7 @@ def get_config() -> config_dict.ConfigDict:
     config.loss.kl_weight = 1.0  # of the mimicry KL
     config.loss.kl_ramp_up = 0.0  # fraction of the run in which kl_weight grows from 0; 0: none
     config.loss.l1_weight = 1.0  # of the L1 between maps
-    # Of L_G. Adam takes the scale out of a gradient, so it says little beside weight decay 0.
-    config.loss.adversarial_weight = 1.0
+    config.loss.adversarial_weight = 1.0  # of L_G, whose scale Adam mostly takes out again
     config.loss.label_smoothing = 0.0  # of the cross-entropy, in [0, 1); 0: none
 
     # The images: 'digits', 'idx:DIR' or 'tfds:NAME'; see afkd_jax/data/sources.py.

@@ -9,11 +9,10 @@ instead of steps, larger adversarial rates, and digits are never flipped.
 from configs import default
 
 
-def get_config():
+def get_config(networks='resnet8,resnet8'):
     """Returns the config of the demo."""
-    config = default.get_config()
+    config = default.get_config(networks)
     config.dataset = 'digits'
-    config.networks = ('resnet8', 'resnet8')
     config.epochs = 20
     config.batch_size = 64
     config.eval_batch_size = 360

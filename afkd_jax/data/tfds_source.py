@@ -23,17 +23,22 @@ from tensorflow_datasets.core.features import image_feature
 from afkd_jax.data.sources import Info
 from afkd_jax.errors import UserError, nearest
 
-# TFDS learns a set's size only when it prepares it; these are published, so that `describe`
-# works before that. Training counts what it has read.
+# TFDS learns a set's size only when it prepares it; these are published (train, test), so that
+# `describe` works before that. Training counts what it has read.
 _PUBLISHED_SIZES = {
     'cifar10': (50_000, 10_000),
     'cifar100': (50_000, 10_000),
     'fashion_mnist': (60_000, 10_000),
+    'imagenet2012': (1_281_167, 50_000),
     'kmnist': (60_000, 10_000),
     'mnist': (60_000, 10_000),
     'stl10': (5_000, 8_000),
     'svhn_cropped': (73_257, 26_032),
 }
+
+
+# What the networks see of images that are stored in many sizes: for `describe` alone.
+_USUAL_SHAPES = {'imagenet2012': (224, 224, 3)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,12 +78,16 @@ def _keys(builder: tfds.core.DatasetBuilder, name: str) -> _Keys:
         label, tfds.features.ClassLabel
     ):
         raise UserError(f'config.dataset: tfds:{name} is not an image-classification set')
+    return _Keys(*keys)
+
+
+def _check_images(builder: tfds.core.DatasetBuilder, keys: _Keys, name: str) -> None:
+    image = builder.info.features[keys.image]
     if None in image.shape or image.np_dtype != np.uint8:
         raise UserError(
             f'config.dataset: the images of tfds:{name} are {image.shape} of '
-            f'{np.dtype(image.np_dtype)}; they must be uint8, all of one size'
+            f'{np.dtype(image.np_dtype)}; to be trained on they must be uint8, all of one size'
         )
-    return _Keys(*keys)
 
 
 def describe(config: ConfigDict, name: str) -> Info:
@@ -94,8 +103,11 @@ def describe(config: ConfigDict, name: str) -> Info:
             f'config.dataset: the size of tfds:{name} is not known before it is prepared; '
             'run --mode train once, where it can be downloaded'
         )
-    features = builder.info.features
-    return Info(features[keys.image].shape, features[keys.label].num_classes, train, 0, test)
+    features, shape = builder.info.features, _USUAL_SHAPES.get(builder.name)
+    if shape is None:
+        _check_images(builder, keys, name)
+        shape = features[keys.image].shape
+    return Info(shape, features[keys.label].num_classes, train, 0, test)
 
 
 def _split_names(builder: tfds.core.DatasetBuilder, name: str) -> tuple[str, str]:
@@ -189,6 +201,7 @@ def load(config: ConfigDict, name: str) -> tuple[tuple, tuple, int]:
     """
     builder = _builder(config, name)
     keys = _keys(builder, name)
+    _check_images(builder, keys, name)
     if not builder.is_prepared():
         _prepare(builder, config, name)
     splits = []
