@@ -29,10 +29,17 @@ def test_every_field_has_a_rule():
         ('networks', ('resnet8', 3), 'at least two network names'),
         ('method', 3, 'must be a string, but is 3'),
         ('method', '', 'name of a method'),
-        ('temperature', -1.0, 'above 0, but is -1.0'),
-        ('temperature', 0.0, 'above 0'),
-        ('temperature', float('nan'), 'must be a number, but is nan'),
-        ('temperature', '3', "must be a number, but is '3'"),
+        ('loss.temperature', -1.0, 'above 0, but is -1.0'),
+        ('loss.temperature', 0.0, 'above 0'),
+        ('loss.temperature', float('nan'), 'must be a number, but is nan'),
+        ('loss.temperature', '3', "must be a number, but is '3'"),
+        ('loss.kl_weight', -0.5, 'at least 0, but is -0.5'),
+        ('loss.kl_ramp_up', 80.0, r'a fraction of the run, in \[0, 1\], but is 80.0'),
+        ('loss.l1_weight', -1.0, 'at least 0'),
+        ('loss.adversarial_weight', float('inf'), 'must be a number'),
+        ('loss.label_smoothing', 1.0, r'in \[0, 1\), but is 1.0'),
+        ('ring_order', 2, 'must be a tuple, but is 2'),
+        ('ring_order', (1, 2.0), r'whole numbers, one per network.*but is \(1, 2.0\)'),
         ('epochs', 0, 'at least 1, but is 0'),
         ('epochs', 1.5, 'must be a whole number, but is 1.5'),
         ('epochs', True, 'must be a whole number, but is True'),
@@ -51,8 +58,9 @@ def test_every_field_has_a_rule():
         ('logit.momentum', 1.0, r'in \[0, 1\)'),
         ('logit.weight_decay', -0.1, 'at least 0, but is -0.1'),
         ('feature.schedule', 'linear', "one of constant, steps, cosine, but is 'linear'"),
-        ('feature.boundaries', (2.0, 1.0), r'rising numbers of epochs.*but is \(2.0, 1.0\)'),
-        ('discriminator.boundaries', ('a',), 'rising numbers of epochs'),
+        ('feature.boundaries', (0.5, 0.2), r'rising fractions of the run.*but is \(0.5, 0.2\)'),
+        ('discriminator.boundaries', ('a',), 'rising fractions of the run'),
+        ('logit.boundaries', (150.0, 225.0), r'each between 0 and 1.*but is \(150.0, 225.0\)'),
         ('discriminator.factor', 0.0, 'above 0'),
         ('log_every', 0, 'at least 1'),
         ('keep_checkpoints', 0, 'at least 1'),
@@ -69,7 +77,7 @@ def test_impossible_values_are_refused(field, value, sentence):
 def test_unknown_and_missing_fields_are_refused():
     config = tiny_config()
     config.temprature = 3.0
-    with pytest.raises(UserError, match=r'config.temprature: .*did you mean "temperature"'):
+    with pytest.raises(UserError, match=r'config.temprature: .*did you mean "loss.temperature"'):
         config_lib.validate(config)
     config = tiny_config()
     del config.data.pad
@@ -80,8 +88,7 @@ def test_unknown_and_missing_fields_are_refused():
 def test_whole_numbers_are_accepted_where_fractions_are():
     config = tiny_config()
     with config.ignore_type():
-        config.temperature = 4
-        config.feature.boundaries = (1, 2.5)
+        config.loss.temperature = 4
     config_lib.validate(config)
 
 

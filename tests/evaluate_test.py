@@ -6,7 +6,7 @@ import functools
 import jax
 import numpy as np
 import pytest
-from conftest import tiny_config
+from conftest import PAIR, tiny_config
 
 from afkd_jax import evaluate, parallel
 from afkd_jax import run as run_lib
@@ -20,7 +20,7 @@ def one_device(monkeypatch):
 
 
 @functools.cache
-def plain(networks=('resnet8', 'resnet8')):
+def plain(networks=PAIR):
     """Returns accuracy and cross-entropy of untrained networks on test, computed in the test."""
     run = run_lib.prepare(tiny_config(networks))
     state = jax.device_get(run.initial_state())
@@ -31,9 +31,8 @@ def plain(networks=('resnet8', 'resnet8')):
     labels = table.labels[places.start : places.stop]
     probabilities = []
     for module, network in zip(run.cohort.networks, state.networks, strict=True):
-        variables = {'params': network.params, 'batch_stats': network.batch_stats['network']}
         apply = jax.jit(functools.partial(module.apply, train=False))
-        logits = np.asarray(apply(variables, pixels)[0], np.float64)
+        logits = np.asarray(apply(network.variables(), pixels)[0], np.float64)
         e = np.exp(logits - logits.max(1, keepdims=True))
         probabilities.append(e / e.sum(1, keepdims=True))
     probabilities.append(np.mean(probabilities, axis=0))
@@ -60,9 +59,8 @@ def test_what_fills_up_the_last_batch_is_not_counted(one_device):
     networks = run.initial_state().networks
     every = np.arange(run.images.labels.size)
     images, _ = augment.evaluation_batch(run.images, every)
-    variables = {'params': networks[0].params, 'batch_stats': networks[0].batch_stats['network']}
     logits, _ = jax.jit(functools.partial(run.cohort.networks[0].apply, train=False))(
-        variables, images
+        networks[0].variables(), images
     )
     images = run.images.replace(labels=run.devices.replicate(logits.argmax(1).astype(np.int32)))
     scores = evaluate.Evaluator(dataclasses.replace(run, images=images))(networks, 'test')

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from afkd_jax import losses, ring
+from afkd_jax import losses
+from afkd_jax.ring import Ring
 
 
 def softmax(z):
@@ -76,8 +77,29 @@ def test_least_squares_terms_equal_numpy():
 @pytest.mark.parametrize('pupil', [0, 1, 2])
 def test_a_pupils_loss_gives_its_teacher_a_gradient_of_exactly_zero(pupil, logits):
     def pupils_kl(z):
-        return losses.mimicry_kl(z, ring.teachers(z), 3.0)[pupil].mean()
+        return losses.mimicry_kl(z, Ring((0, 1, 2)).teachers(z), 3.0)[pupil].mean()
 
     gradient = np.asarray(jax.grad(pupils_kl)(jnp.asarray(logits)))
     moved = [bool(np.abs(part).max() > 0) for part in gradient]
     assert moved == [k == pupil for k in range(3)]
+
+
+@pytest.mark.parametrize('smoothing', [0.0, 0.1, 0.9])
+def test_smoothed_cross_entropy_is_that_of_the_smoothed_labels(logits, smoothing, x64):
+    labels = np.random.default_rng(2).integers(0, 7, 5)
+    target = (1 - smoothing) * np.eye(7)[labels] + smoothing / 7
+    expected = -(target * np.log(softmax(logits))).sum(-1)
+    actual = losses.cross_entropy(logits, labels, smoothing)
+    np.testing.assert_allclose(actual, expected, rtol=1e-12)
+
+
+def test_the_ramp_rises_to_1_and_stays():
+    values = [float(losses.ramp_up(step, 10)) for step in (0, 5, 9, 10, 1000)]
+    np.testing.assert_allclose(values, np.exp([-5, -1.25, -0.05, 0, 0]), rtol=1e-6)
+
+
+def test_absolute_difference_equals_numpy(x64):
+    own, teacher = np.random.default_rng(3).standard_normal((2, 3, 5, 4, 4, 6))
+    actual = losses.absolute_difference(own, teacher)
+    np.testing.assert_allclose(actual, np.abs(own - teacher).mean((2, 3, 4)), rtol=1e-12)
+    assert np.abs(losses.absolute_difference(own, own)).max() == 0

@@ -13,10 +13,10 @@ def rates(schedule, steps):
     return [float(schedule(step)) for step in steps]
 
 
-def test_steps_multiply_from_the_converted_epoch_on():
-    # 64 images an epoch and batches of 8: 8 steps an epoch.
+def test_steps_multiply_from_the_converted_fraction_on():
+    # 64 images an epoch and batches of 8: 32 steps.
     config = tiny_config(
-        batch_size=8, epochs=4, logit__schedule='steps', logit__boundaries=(1.0, 2.5)
+        batch_size=8, epochs=4, logit__schedule='steps', logit__boundaries=(0.25, 0.62)
     )
     schedule = tiny_cohort(config).optimizers.logit.schedule
     assert schedule.changes == ((8, 0.1), (20, 0.1))
@@ -33,14 +33,16 @@ def test_cosine_falls_to_zero_at_the_end_of_the_run():
 
 
 def test_two_boundaries_on_one_step_multiply():
-    config = tiny_config(batch_size=64, logit__schedule='steps', logit__boundaries=(0.5, 1.0))
+    config = tiny_config(
+        batch_size=64, epochs=2, logit__schedule='steps', logit__boundaries=(0.3, 0.4)
+    )
     schedule = tiny_cohort(config).optimizers.logit.schedule
     assert schedule.changes == ((1, 0.1), (1, 0.1))
     np.testing.assert_allclose(rates(schedule, (0, 1)), [0.1, 1e-3], rtol=1e-6)
 
 
 def test_constant_stays():
-    config = tiny_config(logit__schedule='constant', logit__boundaries=(1.0,))
+    config = tiny_config(logit__schedule='constant', logit__boundaries=(0.5,))
     assert rates(tiny_cohort(config).optimizers.logit.schedule, (0, 10**6)) == pytest.approx(
         [0.1] * 2
     )
@@ -48,7 +50,7 @@ def test_constant_stays():
 
 def test_feature_and_discriminator_have_schedules_of_their_own():
     config = tiny_config(
-        batch_size=8, feature__boundaries=(2.0,), discriminator__learning_rate=1e-3
+        batch_size=8, epochs=4, feature__boundaries=(0.5,), discriminator__learning_rate=1e-3
     )
     used = tiny_cohort(config).optimizers.used()
     assert list(used) == ['logit', 'feature', 'discriminator']

@@ -27,7 +27,8 @@ BATCH = 16
 @functools.cache
 def after_three_steps(mapping, count):
     """Returns (state, sums) after three whole steps: gather, augment, learn, sum."""
-    config = tiny_config(('resnet8', 'resnet8x2'), batch_size=BATCH)
+    # Maps of two sizes, and dropout.
+    config = tiny_config(('tiny-4-2', 'tiny-6-1-drop', 'tiny-4-2'), batch_size=BATCH)
     devices = parallel.Devices.local(mapping, count)
     cohort = tiny_cohort(config, parallel.AXIS)
     rng = np.random.default_rng(0)
@@ -75,7 +76,7 @@ def test_a_run_traces_its_step_once(mapping):
 
     @chex.assert_max_traces(n=1)
     def update(state, images, labels):
-        return step_lib.update(cohort, state, images, labels)
+        return step_lib.update(cohort, state, images, labels, jax.random.key(0))
 
     chex.clear_trace_counter()
     mapped = devices.map(update, (False, True, True), donate=(0,))

@@ -65,9 +65,14 @@ def test_the_summary_has_what_it_promises(uninterrupted):
         ]
         place = [*summary['networks'], summary['ensemble']].index(entry)
         assert chosen['networks'][place]['accuracy'] == entry['test_accuracy_at_best_validation']
-    assert [entry['name'] for entry in summary['networks']] == ['resnet8', 'resnet8']
-    assert summary['networks'][0]['parameters'] == 77_754
-    assert summary['networks'][0]['feature_map'] == [2, 2, 64]
+    assert [entry['name'] for entry in summary['networks']] == ['tiny-8-2', 'tiny-8-2']
+    assert summary['networks'][0]['parameters'] == 9 * 8 + 16 + 90
+    assert summary['networks'][0]['feature_map'] == [4, 4, 8]
+    assert [(edge['network'], edge['teacher']) for edge in summary['ring']] == [(1, 2), (2, 1)]
+    for edge in summary['ring']:
+        assert edge['agreement'] + edge['disagreement'] == pytest.approx(100)
+        assert 0 < edge['cosine'] < 1
+        assert 0 < edge['l1'] < edge['l2']
     assert summary['steps'] == 10
     assert summary['epochs'] == 2
     assert summary['images_per_s'] > 0
@@ -79,7 +84,7 @@ def test_the_summary_has_what_it_promises(uninterrupted):
 def test_the_metrics_name_their_step_and_epoch(uninterrupted):
     workdir, summary = uninterrupted
     (header,) = lines(workdir, 'run')
-    assert header['config']['networks'] == ['resnet8', 'resnet8']
+    assert header['config']['networks'] == ['tiny-8-2', 'tiny-8-2']
     assert {'versions', 'devices', 'commit', 'python', 'time'} <= set(header)
     rows = lines(workdir, 'train')
     # Every second step, and the ends of the epochs after 5 and 10 steps.
@@ -168,7 +173,7 @@ def test_stopped_and_resumed_is_the_uninterrupted_run(
     assert [row['step'] for row in rows if row['kind'] == 'resume'] == [stop_at]
     logged = [row['step'] for row in rows if row['kind'] == 'train']
     assert logged == sorted({2, 4, 5, 6, 8, 10} | {stop_at})
-    for key in ('fingerprint', 'networks', 'ensemble', 'steps'):
+    for key in ('fingerprint', 'networks', 'ensemble', 'ring', 'steps'):
         assert resumed[key] == uninterrupted[1][key], key
 
 
