@@ -48,7 +48,9 @@ def sums(
     )
     predicted_KxB = jnp.stack(logits).argmax(-1)
     teacher_KxB = ring.teachers(predicted_KxB)
-    correct_KxB, teacher_correct_KxB = predicted_KxB == labels_B[None], teacher_KxB == labels_B
+    correct_KxB, teacher_correct_KxB = (
+        predictions == labels_B[None] for predictions in (predicted_KxB, teacher_KxB)
+    )
     per_image = {
         'same': predicted_KxB == teacher_KxB,
         'only_network_correct': correct_KxB & ~teacher_correct_KxB,

@@ -1,5 +1,6 @@
 """Everything that changes while training, as pure pytrees: arrays only, and how they start."""
 
+import functools
 import hashlib
 from typing import Any
 
@@ -99,6 +100,7 @@ def create(cohort: Cohort, key: jax.Array) -> TrainState:
     )
 
 
+@functools.lru_cache(maxsize=1)
 def abstract(cohort: Cohort) -> TrainState:
     """Returns the state's shapes and dtypes; no array is made."""
     return jax.eval_shape(lambda: create(cohort, jax.random.key(0)))

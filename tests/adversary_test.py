@@ -48,16 +48,43 @@ def test_discriminator_equals_numpy(x64):
     np.testing.assert_allclose(d_B, 1 / (1 + np.exp(-z[:, 0])), rtol=1e-6)
 
 
-def test_transfer_equals_numpy(x64):
+def plain_pool(maps, shape):
+    """Returns each cell as the mean of the rows and columns that it covers, even in part."""
+    (height, width), (h, w) = maps.shape[1:3], shape
+    result = np.zeros((len(maps), h, w, maps.shape[-1]))
+    for i in range(h):
+        rows = slice(int(np.floor(i * height / h)), int(np.ceil((i + 1) * height / h)))
+        for j in range(w):
+            columns = slice(int(np.floor(j * width / w)), int(np.ceil((j + 1) * width / w)))
+            result[:, i, j] = maps[:, rows, columns].mean((1, 2))
+    return result
+
+
+@pytest.mark.parametrize('shape', [(8, 6), (4, 3), (4, 6), (7, 4), (3, 5), (1, 1)])
+def test_average_pool_equals_numpy(shape, x64):
+    maps = np.random.default_rng(3).standard_normal((2, 8, 6, 5))
+    np.testing.assert_allclose(adversary.average_pool(maps, shape), plain_pool(maps, shape))
+
+
+@pytest.mark.parametrize('size', [(4, 5), (2, 5), (3, 2)])
+def test_transfer_equals_numpy(size, x64):
     rng = np.random.default_rng(2)
     maps = rng.standard_normal((3, 4, 5, 2))
-    module = adversary.Transfer(6, layers.conv, NORM)
+    module = adversary.Transfer((*size, 6), layers.conv, NORM)
     variables = module.init(jax.random.key(0), maps, False)
     mapped, _ = module.apply(variables, maps, True, mutable=['batch_stats'])
     kernel = np.asarray(variables['params']['Conv_0']['kernel'])[0, 0]
-    x = maps @ kernel
+    x = plain_pool(maps, size) @ kernel
     x = (x - x.mean((0, 1, 2))) / np.sqrt(x.var((0, 1, 2)) + 1e-5)
     np.testing.assert_allclose(mapped, np.maximum(x, 0), rtol=1e-6, atol=1e-9)
+
+
+def test_a_transfer_that_only_pools_has_no_parameters():
+    maps = np.random.default_rng(2).standard_normal((3, 8, 8, 2)).astype(np.float32)
+    module = adversary.Transfer((4, 4, 2), layers.conv, NORM)
+    mapped, variables = module.init_with_output(jax.random.key(0), maps, False)
+    assert variables == {}
+    np.testing.assert_allclose(mapped, plain_pool(maps, (4, 4)), rtol=1e-5)
 
 
 def test_a_discriminator_keeps_no_running_statistics():

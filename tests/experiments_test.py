@@ -1,0 +1,58 @@
+"""The experiments: every row of README's tables is one command whose config is known to the letter.
+
+golden.txt holds the whole schema, and of each experiment what it changes. After a change that is
+meant: UPDATE_GOLDEN=1 python -m pytest tests/experiments_test.py
+"""
+
+import importlib
+import os
+import pathlib
+import re
+
+import pytest
+
+from afkd_jax import config as config_lib
+from afkd_jax import describe
+from configs import default
+
+ROOT = pathlib.Path(__file__).parent.parent
+GOLDEN = pathlib.Path(__file__).with_name('golden.txt')
+_, _SECTION = (ROOT / 'README.md').read_text().split('\n## The experiments\n')
+COMMANDS = re.findall(r'`python launch.py --config ([^`]+)`', _SECTION.split('\n## ')[0])
+
+
+def resolved(command):
+    """Returns the config of a command's arguments, without a process of its own."""
+    file, *overrides = command.split(' --config.')
+    path, _, argument = file.partition(':')
+    module = importlib.import_module(path.removesuffix('.py').replace('/', '.'))
+    config = module.get_config(*([argument] if argument else []))
+    for override in overrides:
+        name, value = override.split('=')
+        kind = type(config_lib.flatten(config)[name])
+        config.update_from_flattened_dict({name: kind(value)})
+    config_lib.validate(config)
+    return config
+
+
+def test_the_configs_are_the_golden_ones():
+    schema = config_lib.flatten(default.get_config())
+    lines = ['configs/default.py', *(f'  {name} = {value!r}' for name, value in schema.items())]
+    for command in COMMANDS:
+        changes = config_lib.differences(schema, config_lib.flatten(resolved(command)))
+        lines += ['', command, *(f'  {change}' for change in changes)]
+    text = '\n'.join(lines) + '\n'
+    if os.environ.get('UPDATE_GOLDEN'):
+        GOLDEN.write_text(text)
+    assert text == GOLDEN.read_text()
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_every_experiment_is_described(command, tmp_path):
+    config = resolved(command)
+    config.data.data_dir = str(tmp_path)
+    if config.dataset.startswith('idx:'):
+        config.dataset = 'tfds:fashion_mnist'  # the same images, described without them
+    facts = describe.describe(config)
+    assert [entry['name'] for entry in facts['networks']] == list(config.networks)
+    assert all(row['name'] in describe.text(facts) for row in facts['networks'])
