@@ -13,6 +13,8 @@ import time
 
 import pytest
 
+from afkd_jax import cli
+
 ROOT = pathlib.Path(__file__).parent.parent
 SHORT = [
     '--config=configs/digits.py',
@@ -68,6 +70,7 @@ def test_eval_repeats_the_summary(trained):
     summary = json.loads((workdir / 'summary.json').read_text())
     assert result['networks'] == summary['networks']
     assert result['ensemble'] == summary['ensemble']
+    assert result['ring'] == summary['ring']
     assert result['step'] == summary['steps']
 
 
@@ -109,14 +112,28 @@ def test_stopped_by_signals_and_started_again_is_the_same_run(trained, tmp_path)
 
 
 def test_a_second_signal_ends_at_once(tmp_path):
+    # Both come while it compiles: the main thread can act on neither.
     process = start(tmp_path)
     wait_for(process, (tmp_path / 'checkpoints').exists)
     for _ in range(2):
         process.send_signal(signal.SIGINT)
-        time.sleep(0.2)
+        time.sleep(0.1)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert errors.splitlines()[1:] == ['error: interrupted; what was written before is intact']
+    assert not (tmp_path / 'metrics.jsonl').exists()
+
+
+@pytest.mark.parametrize(
+    ('config', 'argument', 'name'),
+    [
+        ('cifar100', 'resnet32,wrn-16-4', 'cifar100-resnet32-wrn-16-4'),
+        ('digits', '', 'digits'),
+        ('cifar100', 'mobilenet_v2x0.5,resnet8', 'cifar100-mobilenet_v2x0.5-resnet8'),
+    ],
+)
+def test_the_default_workdir_is_named_after_the_config_and_its_argument(config, argument, name):
+    assert cli._run_name(config, argument) == name
 
 
 def test_describe_ends_with_one_json_line():
@@ -134,7 +151,7 @@ BAD_COMMANDS = {
     'failing file': (['--config={small}/failing.py'], 'cannot be loaded .KeyError: '),
     'file without a config': (['--config={small}/empty.py'], 'cannot be loaded .*get_config'),
     'not a config': (['--config={small}/text.py'], 'must return a ConfigDict, not a str'),
-    'unknown field': ([*SHORT, '--config.temprature=3'], 'did you mean "temperature"'),
+    'unknown field': ([*SHORT, '--config.temprature=3'], 'did you mean "loss.temperature"'),
     'unknown section': ([*SHORT, '--config.date.pad=3'], 'did you mean "data.pad"'),
     'wrong type': (
         [*SHORT, '--config.epochs=many'],
@@ -145,8 +162,29 @@ BAD_COMMANDS = {
         "cannot be loaded: TypeError: .*'epochs'.* <class 'int'>",
     ),
     'no return': (['--config={small}/silent.py'], 'must return a ConfigDict, not a NoneType'),
-    'impossible value': ([*SHORT, '--config.temperature=-1'], 'config.temperature: .*-1.0'),
+    'impossible value': (
+        [*SHORT, '--config.loss.temperature=-1'],
+        'config.loss.temperature: .*-1.0',
+    ),
     'unknown network': ([*SHORT, "--config.networks=('resnet8','resnet9')"], '"resnet9"'),
+    'unknown network behind the file': (
+        ['--config=configs/cifar100.py:resnet32,wrn-16-3x'],
+        'no network is called "wrn-16-3x"; did you mean "wrn-16-4"',
+    ),
+    'an argument that a file does not take': (
+        ['--config={small}/silent.py:resnet8'],
+        'cannot be loaded.*get_config.. takes 0 positional arguments',
+    ),
+    'no file before the argument': (
+        ['--config=configs/cifar1000.py:resnet32,resnet32'],
+        'there is no file configs/cifar1000.py;',
+    ),
+    'wrong ring': ([*SHORT, '--config.ring_order=(1,3)'], r'config.ring_order: .*but is \(1, 3\)'),
+    'images that cannot be trained on': (
+        ['--config=configs/imagenet.py'],
+        r'tfds:imagenet2012 are \(None, None, 3\)',
+    ),
+    'old field': ([*SHORT, '--config.temperature=3'], 'did you mean "loss.temperature"'),
     'one network': ([*SHORT, "--config.networks=('resnet8',)"], 'at least two'),
     'unknown method': ([*SHORT, '--config.method=akd'], 'config.method: .*"akd"'),
     'unknown mode': ([*SHORT, '--mode=tain'], 'tain'),

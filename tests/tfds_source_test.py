@@ -128,7 +128,6 @@ def test_a_broken_archive_is_refused(tmp_path):
     ('name', 'sentence'),
     [
         ('cifar_100', 'TFDS has no set called "cifar_100"; did you mean "cifar100"'),
-        ('imagenet2012', 'must be uint8, all of one size'),
         ('coco', 'cannot offer "coco" here: .*tensorflow'),
         ('math_dataset', 'not an image-classification set'),
         ('div2k', 'not an image-classification set'),
@@ -139,6 +138,13 @@ def test_a_broken_archive_is_refused(tmp_path):
 def test_sets_that_do_not_fit_are_refused(name, sentence, tmp_path):
     with pytest.raises(UserError, match=f'config.dataset: .*{sentence}'):
         sources.info(config(name, tmp_path))
+
+
+def test_images_of_many_sizes_are_described_but_not_trained_on(tmp_path):
+    known = sources.info(config('imagenet2012', tmp_path))
+    assert known == sources.Info((224, 224, 3), 1000, 1_281_167, 0, 50_000)
+    with pytest.raises(UserError, match='to be trained on they must be uint8, all of one size'):
+        sources.load(config('imagenet2012', tmp_path))
 
 
 def test_no_tensorflow_and_no_pytorch():
