@@ -13,7 +13,9 @@ from ml_collections import config_flags
 from afkd_jax import cli
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'The experiment; see configs/.')
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Where the run is kept [runs/<config name>].')
+_WORKDIR = flags.DEFINE_string(
+    'workdir', None, 'Where the run is kept [runs/<config and overrides>].'
+)
 _MODE = flags.DEFINE_enum('mode', 'train', ['train', 'eval', 'describe'], 'What to do.')
 _STEP = flags.DEFINE_integer('step', None, 'Which checkpoint eval takes [the last].')
 

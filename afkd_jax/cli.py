@@ -5,6 +5,7 @@ import os
 import pathlib
 import re
 import sys
+from typing import Any
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -63,7 +64,7 @@ def main(mode: str, config_flag: flags.FlagHolder, workdir: str | None, step: in
     Args:
       mode: 'train', 'eval' or 'describe'.
       config_flag: the holder of --config.
-      workdir: None for runs/<config name>, or runs/<config name>-<its argument>.
+      workdir: None for runs/<a name made of the config, its argument and the overrides>.
       step: which checkpoint 'eval' takes; None for the last.
     """
     try:
@@ -81,7 +82,8 @@ def main(mode: str, config_flag: flags.FlagHolder, workdir: str | None, step: in
         config_lib.validate(config)
         if step is not None and mode != 'eval':
             raise UserError(f'--step: {step} is only for --mode eval, not for --mode {mode}')
-        folder = pathlib.Path(workdir or pathlib.Path('runs', _run_name(path.stem, argument)))
+        overrides = config_flags.get_override_values(flags.FLAGS['config'])
+        folder = pathlib.Path(workdir or f'runs/{_run_name(path.stem, argument, overrides)}')
         return {'train': _train, 'eval': _eval, 'describe': _describe}[mode](config, folder, step)
     except UserError as error:
         _fail(error)
@@ -94,9 +96,17 @@ def main(mode: str, config_flag: flags.FlagHolder, workdir: str | None, step: in
         os._exit(KILLED)
 
 
-def _run_name(config: str, argument: str) -> str:
-    """Returns e.g. 'cifar100-resnet32-wrn-16-4' of configs/cifar100.py:resnet32,wrn-16-4."""
-    return re.sub(r'[^\w.]+', '-', f'{config}-{argument}').strip('-')
+def _run_name(config: str, argument: str, overrides: dict[str, Any]) -> str:
+    """Returns the default name of a run: of its config, the config's argument and the overrides.
+
+    So the experiments that differ do not meet in one workdir, and the same command finds its own:
+    'cifar100-resnet32-wrn-16-4-method=dml' of configs/cifar100.py:resnet32,wrn-16-4.
+    """
+    words = [config, argument, *(f'{name}={overrides[name]}' for name in sorted(overrides))]
+    name = re.sub(r'[^\w.=]+', '-', '-'.join(words)).replace('=-', '=').strip('-')
+    if len(name) > 200:
+        raise UserError(f'--workdir: name one; the default, runs/{name[:40]}..., would be too long')
+    return name
 
 
 def _train(config: ConfigDict, workdir: pathlib.Path, step: None) -> int:

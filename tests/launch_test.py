@@ -125,15 +125,21 @@ def test_a_second_signal_ends_at_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ('config', 'argument', 'name'),
+    ('config', 'argument', 'overrides', 'name'),
     [
-        ('cifar100', 'resnet32,wrn-16-4', 'cifar100-resnet32-wrn-16-4'),
-        ('digits', '', 'digits'),
-        ('cifar100', 'mobilenet_v2x0.5,resnet8', 'cifar100-mobilenet_v2x0.5-resnet8'),
+        ('digits', '', {}, 'digits'),
+        ('cifar100', 'resnet32,wrn-16-4', {}, 'cifar100-resnet32-wrn-16-4'),
+        ('digits', '', {'seed': 1, 'method': 'all+l1'}, 'digits-method=all-l1-seed=1'),
+        (
+            'digits',
+            '',
+            {'networks': ('resnet8', 'mobilenet_v2x0.5'), 'data.pad': 2},
+            'digits-data.pad=2-networks=resnet8-mobilenet_v2x0.5',
+        ),
     ],
 )
-def test_the_default_workdir_is_named_after_the_config_and_its_argument(config, argument, name):
-    assert cli._run_name(config, argument) == name
+def test_the_default_workdir_is_named_after_what_makes_the_run(config, argument, overrides, name):
+    assert cli._run_name(config, argument, overrides) == name
 
 
 def test_describe_ends_with_one_json_line():
