@@ -12,7 +12,15 @@ from afkd_jax import models
 from afkd_jax import state as state_lib
 from afkd_jax.describe import multiply_adds
 from afkd_jax.errors import UserError
-from afkd_jax.models import layers, vgg
+from afkd_jax.models import (
+    layers,
+    mobilenet_v2,
+    resnet,
+    resnet_cifar,
+    shufflenet_v2,
+    vgg,
+    wide_resnet,
+)
 
 
 @functools.cache
@@ -198,12 +206,65 @@ def test_he_initialisation():
     assert abs(float(kernel.mean())) < 1e-3
 
 
+LAYERS = {'conv': layers.conv, 'norm': layers.batch_norm(None)}
+WIDE = wide_resnet.Block(
+    4, 1, 0.0, **LAYERS, dropout=functools.partial(layers.Dropout, axis_name=None)
+)
+
+
+@pytest.mark.parametrize(
+    ('block', 'activated'),
+    [
+        (resnet_cifar.Block(4, 1, 'B', **LAYERS), True),
+        (resnet.Block(4, 1, False, **LAYERS), True),
+        (resnet.Block(1, 1, True, **LAYERS), True),
+        (WIDE, False),
+        (mobilenet_v2.Block(4, 1, 6, **LAYERS), False),
+    ],
+    ids=lambda value: type(value).__module__.split('.')[-1],
+)
+def test_a_block_whose_weights_are_zero_hands_its_input_on(block, activated):
+    x = noise(6, channels=4)
+    variables = jax.tree.map(jnp.zeros_like, block.init(jax.random.key(0), x, False))
+    out = block.apply(variables, x, False)
+    np.testing.assert_array_equal(out, np.maximum(x, 0) if activated else x)
+
+
+def test_a_wide_block_that_changes_the_shape_equals_a_plain_computation():
+    # The shortcut starts from the activated input. Running statistics of 0 and 1 make each norm
+    # a division.
+    x = noise(6, channels=3)
+    block = WIDE.clone(stride=2)
+    variables = block.init(jax.random.key(0), x, False)
+    kernels = {name: part['kernel'] for name, part in variables['params'].items() if 'conv' in name}
+
+    def conv(x, name, stride, padding):
+        return jax.lax.conv_general_dilated(
+            x, kernels[name], (stride,) * 2, [(padding,) * 2] * 2,
+            dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+        )  # fmt: skip
+
+    def activated(x):
+        return np.maximum(np.asarray(x) / np.sqrt(1 + 1e-5), 0)
+
+    y = activated(conv(activated(x), 'conv1', 2, 1))
+    expected = conv(activated(x), 'conv_short', 2, 0) + conv(y, 'conv2', 1, 1)
+    np.testing.assert_allclose(block.apply(variables, x, False), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_mobilenets_activations_end_at_6():
+    block = mobilenet_v2.Block(3, 1, 6, **LAYERS)
+    x = 1e4 * noise(4, channels=4)
+    out, variables = block.init_with_output(jax.random.key(0), x, False)
+    # The last 1x1 convolution of the block sees no more than 6 in each channel.
+    kernel = np.abs(variables['params']['ConvNorm_2']['conv']['kernel'])
+    assert np.all(np.abs(out) <= 6 * kernel.sum((0, 1, 2)) * 1.001)
+
+
 def test_a_shuffled_unit_interleaves_its_two_halves():
     # What the first half of the channels brings is left as it is, on the even places.
-    from afkd_jax.models.shufflenet_v2 import Unit
-
     images = noise(4, channels=6)
-    unit = Unit(6, first=False, conv=layers.conv, norm=layers.batch_norm(None))
+    unit = shufflenet_v2.Unit(6, first=False, **LAYERS)
     out, _ = unit.init_with_output(jax.random.key(0), images, False)
     np.testing.assert_array_equal(out[..., ::2], images[..., :3])
     assert not np.allclose(out[..., 1::2], images[..., 3:])

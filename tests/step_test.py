@@ -403,3 +403,25 @@ def test_learning_alone_does_not_see_the_other_network():
     two, _ = update(devices.replicate(other), *batch)
     assert relative_difference(one.networks[0], two.networks[0])[0] == 0
     assert relative_difference(one.networks[1], two.networks[1])[0] > 0
+
+
+def test_dropout_differs_between_networks_and_steps():
+    # Two equal networks on one batch: only their dropout can tell them apart.
+    config = tiny_config(('tiny-8-2-drop', 'tiny-8-2-drop'), method='vanilla', batch_size=BATCH)
+    cohort, state = tiny_cohort(config, parallel.AXIS), initial_state(config)
+    state = state.replace(networks=(state.networks[0],) * 2)
+    devices = parallel.Devices.local('shard_map', 1)
+
+    def update(state, images, labels, key):
+        return step_lib.update(cohort, state, images, labels, key)[1]['cross_entropy']
+
+    mapped = devices.map(update, (False, True, True, False))
+    batch = [devices.split(part) for part in random_batch(BATCH)]
+    entropies = [
+        float(entropy)
+        for seed in (0, 1)
+        for entropy in mapped(
+            devices.replicate(state), *batch, devices.replicate(jax.random.key(seed))
+        )
+    ]
+    assert len(set(entropies)) == 4

@@ -1,6 +1,7 @@
 """Whole runs: same seed, same bits; stopped and resumed, same bits; what is written."""
 
 import json
+import shutil
 import signal
 
 import jax
@@ -175,6 +176,15 @@ def test_stopped_and_resumed_is_the_uninterrupted_run(
     assert logged == sorted({2, 4, 5, 6, 8, 10} | {stop_at})
     for key in ('fingerprint', 'networks', 'ensemble', 'ring', 'steps'):
         assert resumed[key] == uninterrupted[1][key], key
+
+
+def test_a_run_that_was_killed_before_its_summary_writes_the_same_one(uninterrupted, tmp_path):
+    workdir, summary = uninterrupted
+    shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
+    (tmp_path / 'summary.json').unlink()
+    again = train.train(short_config(), tmp_path)
+    for key in ('fingerprint', 'networks', 'ensemble', 'ring', 'steps', 'images_per_s'):
+        assert again[key] == summary[key], key
 
 
 def test_a_finished_run_says_so_and_changes_nothing(uninterrupted, capsys):
