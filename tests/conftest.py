@@ -105,6 +105,12 @@ def relative_difference(a, b):
     return worst
 
 
+def softmax(z):
+    """Returns the softmax over the last axis, in NumPy."""
+    e = np.exp(z - z.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
 def as_float64(tree):
     """Returns the tree with its float32 arrays in double precision."""
 

@@ -6,7 +6,7 @@ import functools
 import jax
 import numpy as np
 import pytest
-from conftest import PAIR, tiny_config
+from conftest import PAIR, softmax, tiny_config
 
 from afkd_jax import evaluate, parallel
 from afkd_jax import run as run_lib
@@ -33,8 +33,7 @@ def plain(networks=PAIR):
     for module, network in zip(run.cohort.networks, state.networks, strict=True):
         apply = jax.jit(functools.partial(module.apply, train=False))
         logits = np.asarray(apply(network.variables(), pixels)[0], np.float64)
-        e = np.exp(logits - logits.max(1, keepdims=True))
-        probabilities.append(e / e.sum(1, keepdims=True))
+        probabilities.append(softmax(logits))
     probabilities.append(np.mean(probabilities, axis=0))
     accuracy = [100 * float((p.argmax(1) == labels).mean()) for p in probabilities]
     entropy = [-np.log(p[np.arange(len(labels)), labels]).mean() for p in probabilities]

@@ -221,7 +221,7 @@ WIDE = wide_resnet.Block(
         (WIDE, False),
         (mobilenet_v2.Block(4, 1, 6, **LAYERS), False),
     ],
-    ids=lambda value: type(value).__module__.split('.')[-1],
+    ids=['resnet_cifar', 'resnet', 'bottleneck', 'wide_resnet', 'mobilenet_v2'],
 )
 def test_a_block_whose_weights_are_zero_hands_its_input_on(block, activated):
     x = noise(6, channels=4)

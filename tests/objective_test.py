@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import softmax
 
 from afkd_jax.methods import Method
 from afkd_jax.objective import Objective
@@ -20,11 +21,6 @@ def objective(logits='nobody', maps='nothing', order=(0, 1, 2), **fields):
         'adversarial_weight': 1.0,
     }
     return Objective(Method(logits, maps), Ring(order), **defaults | fields)
-
-
-def softmax(z):
-    e = np.exp(z - z.max(-1, keepdims=True))
-    return e / e.sum(-1, keepdims=True)
 
 
 @pytest.fixture

@@ -352,6 +352,19 @@ def test_what_a_method_does_not_use_does_not_exist(method, networks):
         assert moved(state.networks[k].params['head'], network.params['head'])
 
 
+def test_eight_networks_take_a_step():
+    networks = tuple(f'tiny-{4 + k % 3}-2' for k in range(8))
+    config = tiny_config(networks, ring_order=(8, 1, 3, 2, 4, 5, 7, 6), batch_size=BATCH)
+    devices, state = parallel.Devices.local('shard_map', 1), initial_state(config)
+    batch = (devices.split(part) for part in random_batch(BATCH))
+    after, values = mapped_update(config, devices)(devices.replicate(state), *batch)
+    assert all(np.isfinite(value).all() for value in values.values())
+    for old, new in zip(state.networks, jax.device_get(after).networks, strict=True):
+        assert moved(old.params['trunk'], new.params['trunk'])
+    for old, new in zip(state.discriminators, jax.device_get(after).discriminators, strict=True):
+        assert moved(old.params, new.params)
+
+
 def test_for_a_pair_learning_from_all_is_learning_from_the_ring():
     devices = parallel.Devices.local('shard_map', 1)
     states = []
