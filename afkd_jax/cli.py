@@ -1,5 +1,6 @@
 """From the command line to a mode, and from an error to one sentence and an exit code."""
 
+import hashlib
 import json
 import os
 import pathlib
@@ -24,9 +25,11 @@ _OVERRIDE = re.compile(r'--?(?:no)?config\.([^=]+)')
 def parse(argv: list[str]) -> list[str]:
     """Parses the flags, of which --config also runs the config file; ends with one sentence."""
     try:
-        config_lib.check_names(
-            match[1] for argument in argv[1:] if (match := _OVERRIDE.match(argument))
-        )
+        names = [match[1] for argument in argv[1:] if (match := _OVERRIDE.match(argument))]
+        config_lib.check_names(names)
+        for name in names:
+            if names.count(name) > 1:  # a tuple's values would be joined
+                raise UserError(f'--config.{name}: given {names.count(name)} times; give it once')
         try:
             rest = flags.FLAGS(argv)
         except Exception as error:  # a config file is code and may raise anything
@@ -104,8 +107,8 @@ def _run_name(config: str, argument: str, overrides: dict[str, Any]) -> str:
     """
     words = [config, argument, *(f'{name}={overrides[name]}' for name in sorted(overrides))]
     name = re.sub(r'[^\w.=]+', '-', '-'.join(words)).replace('=-', '=').strip('-')
-    if len(name) > 200:
-        raise UserError(f'--workdir: name one; the default, runs/{name[:40]}..., would be too long')
+    if len(name) > 200:  # most file systems end at 255
+        name = f'{name[:180]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}'
     return name
 
 

@@ -81,16 +81,19 @@ def _check_size(
         )
 
 
-def _ring(order: tuple[int, ...], names: tuple[str, ...]) -> Ring:
-    """Returns the ring of config.ring_order, which counts networks from 1; () is as listed."""
-    listed = tuple(range(len(names)))
-    if order and sorted(order) != [place + 1 for place in listed]:
+def ring_of(config: ConfigDict) -> Ring:
+    """Returns the ring of config.ring_order, which counts networks from 1; () is as listed.
+
+    Raises:
+      UserError: it does not name each network once.
+    """
+    order, listed = tuple(config.ring_order), tuple(range(1, len(config.networks) + 1))
+    if order and sorted(order) != list(listed):
         raise UserError(
-            f'config.ring_order: must name each of the networks 1 .. {len(names)} once, as in '
-            f'{(*range(2, len(names) + 1), 1)}, or be () for the order of config.networks, but is '
-            f'{tuple(order)}'
+            f'config.ring_order: must name each of the networks 1 .. {len(listed)} once, as in '
+            f'{(*listed[1:], 1)}, or be () for the order of config.networks, but is {order}'
         )
-    return Ring(tuple(place - 1 for place in order) or listed)
+    return Ring(tuple(network - 1 for network in order or listed))
 
 
 def assemble(
@@ -113,7 +116,6 @@ def assemble(
       UserError: an unknown method or network, a wrong ring, or images too small for a network.
     """
     method, names = methods.named(config.method), tuple(config.networks)
-    ring = _ring(tuple(config.ring_order), names)
     # One module serves all networks of one name: modules hold no parameters.
     modules = {name: models.build(name, num_classes, image_shape, axis_name) for name in names}
     shapes = {name: _map_shape(module, image_shape) for name, module in modules.items()}
@@ -141,7 +143,7 @@ def assemble(
         optimizers=optim.create(config, adversarial, steps_in),
         objective=Objective(
             method=method,
-            ring=ring,
+            ring=ring_of(config),
             temperature=config.loss.temperature,
             label_smoothing=config.loss.label_smoothing,
             kl_weight=config.loss.kl_weight,

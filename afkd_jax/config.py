@@ -50,8 +50,8 @@ def _is_optimizer(name: str) -> dict:
 # Every field of the schema: its test, and the words that finish "must be ...".
 RULES = {
     'networks': (
-        lambda v: len(v) >= 2 and all(isinstance(x, str) for x in v),
-        'a tuple of at least two network names (one has nobody to learn from), '
+        lambda v: len(v) >= 2 and all(isinstance(x, str) and x for x in v),
+        'a tuple of at least two network names (one has nobody to learn from), none empty, '
         "as in \"('resnet8','resnet20')\"",
     ),
     'ring_order': (
@@ -100,7 +100,11 @@ def _is(value: Any, kind: type) -> bool:
 
 def wrong_type(name: str, value: Any) -> str:
     """Returns the sentence for a value that is not of its field's type."""
-    kind = type(flatten(default.get_config()).get(name, ''))
+    fields = flatten(default.get_config())
+    if name not in fields:
+        inside = ', '.join(field for field in fields if field.startswith(f'{name}.'))
+        return f'config.{name}: is a section, not a field; assign one of {inside}'
+    kind = type(fields[name])
     words = {int: 'whole number', float: 'number', bool: 'truth value', str: 'string'}
     return f'config.{name}: must be a {words.get(kind, kind.__name__)}, but is {value!r}'
 

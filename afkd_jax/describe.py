@@ -13,6 +13,7 @@ from afkd_jax import config as config_lib
 from afkd_jax import optim, summary
 from afkd_jax import state as state_lib
 from afkd_jax.data import sources
+from afkd_jax.objective import Objective
 
 
 def multiply_adds(function: Any, *arguments: Any) -> int:
@@ -54,6 +55,16 @@ def _schedule(schedule: optim.Schedule) -> dict[str, Any]:
     }
 
 
+def _weights(objective: Objective) -> dict[str, float]:
+    """Returns what scales the losses that the method has."""
+    method, names = objective.method, ['label_smoothing']
+    if method.logits != 'nobody':
+        names += ['temperature', 'kl_weight', 'kl_ramp_steps']
+    if method.maps != 'nothing':
+        names += [f'{method.maps}_weight']
+    return {name: getattr(objective, name) for name in names}
+
+
 def describe(config: ConfigDict) -> dict[str, Any]:
     """Returns the facts of a valid config; `networks` and `ensemble` as in summary.json.
 
@@ -93,6 +104,7 @@ def describe(config: ConfigDict) -> dict[str, Any]:
         'ensemble': ensemble,
         'steps': config_lib.steps_in(config.epochs, info.train, config.batch_size),
         'epochs': config.epochs,
+        'loss': _weights(objective),
         'optimizers': {
             name: _schedule(rule.schedule) for name, rule in cohort.optimizers.used().items()
         },
@@ -121,7 +133,8 @@ def text(facts: dict[str, Any]) -> str:
             lines.append(f'  transfer layer to {shape}, {parameters:,} parameters')
         if row['discriminator']:
             lines.append(f'  discriminator, {row["discriminator"]["parameters"]:,} parameters')
-    lines += ['', *_ring_lines(facts), '']
+    weights = ', '.join(f'{name} {value:,g}' for name, value in facts['loss'].items())
+    lines += ['', *_ring_lines(facts), f'loss: {weights}', '']
     for name, rule in facts['optimizers'].items():
         lines.append(f'{name} optimizer: {_schedule_words(rule)}')
     return '\n'.join(lines)

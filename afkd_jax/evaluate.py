@@ -1,7 +1,7 @@
 """Every network and the ensemble over a whole split, each image counted once."""
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -42,11 +42,13 @@ class Evaluator:
 
         mapped = run.devices.map(step, split=(False, False, True, True))
         networks = run.abstract_state().networks
-        compiled = mapped.lower(networks, run.images, *self._batches('test')[0]).compile()
+        compiled = mapped.lower(
+            networks, run.images, *self._batches(run.info.places('test'))[0]
+        ).compile()
         return lambda networks, *batch: compiled(networks, run.images, *batch)
 
-    def _batches(self, split: str) -> list[tuple[jax.Array, jax.Array]]:
-        put, places = self._run.devices.split, self._run.info.places(split)
+    def _batches(self, places: Sequence[int]) -> list[tuple[jax.Array, jax.Array]]:
+        put = self._run.devices.split
         return [
             (put(index), put(mask))
             for index, mask in batches.padded(places, self._run.config.eval_batch_size)
@@ -54,11 +56,12 @@ class Evaluator:
 
     def __call__(self, networks: tuple[state_lib.NetworkState, ...], split: str) -> summary.Scores:
         """Returns the scores on 'train', 'validation' or 'test'; waits until they are there."""
-        size = len(self._run.info.places(split))
-        parts = jax.device_get([self._score(networks, *batch) for batch in self._batches(split)])
+        places = self._run.info.places(split)
+        parts = jax.device_get([self._score(networks, *batch) for batch in self._batches(places)])
         correct = np.sum([part['correct'] for part in parts], axis=0)
         entropy = np.sum([part['cross_entropy'] for part in parts], axis=0, dtype=np.float64)
-        return summary.Scores((100 * correct / size).tolist(), (entropy / size).tolist())
+        accuracy, entropy = 100 * correct / len(places), entropy / len(places)
+        return summary.Scores(accuracy.tolist(), entropy.tolist())
 
     def edges(self, networks: tuple[state_lib.NetworkState, ...]) -> list[dict[str, Any]]:
         """Returns how alike each network and its teacher are on the test split.
@@ -67,7 +70,9 @@ class Evaluator:
         between all images of a batch are too dear for every evaluation.
         """
         compare = self._compiled(similarity.sums)
-        parts = jax.device_get([compare(networks, *batch) for batch in self._batches('test')])
+        # Batches of the stored order may hold one class each, of which CKA must know nothing.
+        order = np.random.RandomState(0).permutation(self._run.info.places('test'))
+        parts = jax.device_get([compare(networks, *batch) for batch in self._batches(order)])
         return similarity.figures(self._run.cohort, parts)
 
 

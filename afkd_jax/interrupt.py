@@ -1,11 +1,13 @@
 """SIGINT and SIGTERM: the first asks the loop to stop after its step, the second ends at once."""
 
+import contextlib
 import os
 import signal
 import threading
 from types import FrameType
 
 KILLED = 130  # exit code of a second signal
+_SHOW_CURSOR = b'\x1b[?25h\n'
 _WORDS = (
     b'stopping after this step, with a checkpoint; once more ends at once\n',
     b'error: interrupted; what was written before is intact\n',
@@ -44,7 +46,11 @@ class Interrupt:
         while numbers := os.read(self._read, 1):
             if numbers[0] in self.SIGNALS:
                 count += 1
-                os.write(2, _WORDS[count - 1])
+                words = _WORDS[count - 1]
+                if count == len(_WORDS) and os.isatty(2):
+                    words = _SHOW_CURSOR + words  # a progress bar hides it
+                with contextlib.suppress(OSError):  # e.g. a pipe whose reader is gone
+                    os.write(2, words)
                 if count == len(_WORDS):
                     os._exit(KILLED)
 

@@ -95,6 +95,7 @@ def prepare(config: ConfigDict) -> Run:
     """
     # Names and devices first: the images may be a long download away.
     methods.named(config.method)
+    cohort_lib.ring_of(config)
     for name in config.networks:
         models.build(name, num_classes=2, image_shape=(32, 32, 3))
     devices = parallel.Devices.local(config.mapping)

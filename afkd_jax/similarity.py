@@ -93,9 +93,11 @@ def _distances(maps_KxBxHxWxC: jax.Array, teacher_maps: jax.Array) -> dict[str, 
 def _hsic(cohort: Cohort, maps: tuple[jax.Array, ...], mask_B: jax.Array) -> dict[str, jax.Array]:
     """Returns n HSIC_1(K_k, K_k) and n HSIC_1(K_k, K_p) of the global batch, n its images: [K].
 
+    And `power`, the sum over the images of a map's squares, which tells HSIC from rounding.
+
     K_k is the matrix of inner products between the images' own maps, and HSIC_1 the unbiased
-    estimator, so that the mean over batches is that of the whole split; fewer than four images
-    have none. Inner products have no need of a common shape.
+    estimator: its mean over random batches tends to that of the whole split, whatever their size;
+    fewer than four images have none. Inner products have no need of a common shape.
 
     Source: Kornblith et al. 2019 (linear CKA); Nguyen, Raghu and Kornblith 2021, equation 3.
     """
@@ -129,7 +131,9 @@ def _hsic(cohort: Cohort, maps: tuple[jax.Array, ...], mask_B: jax.Array) -> dic
         return jnp.where(images >= 4, value / (n - 3), 0)  # n HSIC_1 = value / (n - 3)
 
     ring = cohort.objective.ring
+    squares = [jnp.where(mask_B, jnp.square(own).sum((1, 2, 3)), 0).sum() for own in maps]
     return {
+        'power': jax.lax.psum(jnp.stack(squares), AXIS),
         'hsic_own': jnp.stack([hsic(own, own) for own in rows]),
         'hsic_cross': jnp.stack(
             [hsic(own, rows[ring.teacher_of(k)]) for k, own in enumerate(rows)]
@@ -140,13 +144,17 @@ def _hsic(cohort: Cohort, maps: tuple[jax.Array, ...], mask_B: jax.Array) -> dic
 def figures(cohort: Cohort, parts: list[dict[str, np.ndarray]]) -> list[dict[str, Any]]:
     """Returns the figures of each edge, of network 1, 2, ... K; what is not defined is None.
 
-    network, teacher: counted from 1. l1: mean |a - b| over images and elements of the maps as the
-    method compares them (after the transfer layers, or None where shapes differ without them);
-    l2: root of the mean (a - b)^2; cosine: mean over the images of the angle's cosine between
-    whole maps. cka: linear CKA of the networks' own maps, 1 for equal up to rotation and scale,
-    near 0 for unrelated. agreement, disagreement, and of this only_network_correct and
-    only_teacher_correct: percent of the images. Source: the paper shows cosine, L1 and L2 (told
-    by a third party; means as here are our choice).
+    network, teacher: counted from 1.
+    l1: mean |a - b| over images and elements of the maps as the method compares them (after the
+      transfer layers, or None where shapes differ without them); l2: root of the mean (a - b)^2;
+      cosine: mean over the images of the angle's cosine between whole maps, 0 for a map of zeros.
+    cka: linear CKA of the networks' own maps, 1 for equal up to rotation and scale, near 0 for
+      unrelated.
+    agreement, disagreement, and of this only_network_correct and only_teacher_correct: percent of
+      the images.
+
+    Source: the paper shows cosine, L1 and L2 (told by a third party; means as here are our
+    choice).
 
     Args:
       cohort: whose ring.
@@ -163,9 +171,13 @@ def figures(cohort: Cohort, parts: list[dict[str, np.ndarray]]) -> list[dict[str
             edge[name] = float(total[name][k] / images) if name in total else None
         if edge['l2'] is not None:
             edge['l2'] = math.sqrt(edge['l2'])
-        scale = total['hsic_own'][k] * total['hsic_own'][teacher]
-        # A map that is the same for all images has no variance to compare.
-        edge['cka'] = float(total['hsic_cross'][k] / math.sqrt(scale)) if scale > 0 else None
+        # A map that is the same for all images has no variance to compare, but for rounding.
+        pair = [k, teacher]
+        floor = 1e-12 * (total['power'][pair] / images) ** 2
+        edge['cka'] = None
+        if (total['hsic_own'][pair] / images > floor).all():
+            scale = math.sqrt(np.prod(total['hsic_own'][pair]))
+            edge['cka'] = float(total['hsic_cross'][k] / scale)
         edge['agreement'] = float(100 * total['same'][k] / images)
         edge['disagreement'] = 100 - edge['agreement']
         for name in ('only_network_correct', 'only_teacher_correct'):

@@ -62,7 +62,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any] | None:
             loop.until(last_step, interrupt)
             checkpoints.close()
             state = loop.state
-            if loop.step < last_step:
+            if loop.step < last_step or interrupt.requested:
                 writer.console.print(
                     f'{workdir}: stopped by a signal, with a checkpoint at step {loop.step} of '
                     f'{last_step}; the same command continues'

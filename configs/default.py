@@ -7,7 +7,7 @@ Command: python launch.py --config configs/default.py
 
 An experiment starts from get_config() and assigns fields. There is no other place for a default:
 a field that is not here is refused. The networks may be given behind the file's name:
-configs/default.py:resnet32,wrn-16-2,resnet32 is the same as --config.networks=...
+configs/default.py:resnet32,wrn-16-2 is --config.networks="('resnet32','wrn-16-2')".
 """
 
 from ml_collections import config_dict
@@ -26,14 +26,14 @@ def get_config(networks: str = 'resnet32,resnet32') -> config_dict.ConfigDict:
     config.epochs = 300  # passes over the training images
     config.batch_size = 128  # images per step over all devices together
     config.eval_batch_size = 1000  # images per evaluation step over all devices together
-    config.seed = 0  # initial weights, order of the images, augmentation; never the splits
+    config.seed = 0  # weights, order of the images, augmentation, dropout; never the splits
     config.mapping = 'shard_map'  # how the step is mapped over devices: 'shard_map' or 'pmap'
 
     # The losses; what a method does not use has no effect.
     config.loss = config_dict.ConfigDict()
     config.loss.temperature = 3.0  # T of the mimicry KL; above 0
     config.loss.kl_weight = 1.0  # of the mimicry KL
-    config.loss.kl_ramp_up = 0.0  # fraction of the run in which kl_weight grows from 0; 0: none
+    config.loss.kl_ramp_up = 0.0  # fraction of the run in which its weight grows; 0: none
     config.loss.l1_weight = 1.0  # of the L1 between maps
     config.loss.adversarial_weight = 1.0  # of L_G, whose scale Adam mostly takes out again
     config.loss.label_smoothing = 0.0  # of the cross-entropy, in [0, 1); 0: none

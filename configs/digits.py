@@ -6,10 +6,12 @@ Measured: see README, "Measured". The recipe is ours (the paper has no such expe
 instead of steps, larger adversarial rates, and digits are never flipped.
 """
 
+from ml_collections import config_dict
+
 from configs import default
 
 
-def get_config(networks='resnet8,resnet8'):
+def get_config(networks: str = 'resnet8,resnet8') -> config_dict.ConfigDict:
     """Returns the config of the demo."""
     config = default.get_config(networks)
     config.dataset = 'digits'

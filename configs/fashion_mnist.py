@@ -8,10 +8,12 @@ On a small machine, with the first 10,000 images of a fixed permutation:
 Measured: see README, "Measured". The recipe is ours (the paper has no such experiment).
 """
 
+from ml_collections import config_dict
+
 from configs import default
 
 
-def get_config(networks='resnet8,resnet8'):
+def get_config(networks: str = 'resnet8,resnet8') -> config_dict.ConfigDict:
     """Returns the config of the Fashion-MNIST experiment."""
     config = default.get_config(networks)
     config.dataset = 'idx:/usr/share/datasets/fashion-mnist'

@@ -23,10 +23,11 @@ def test_every_field_has_a_rule():
 @pytest.mark.parametrize(
     ('field', 'value', 'sentence'),
     [
-        ('networks', ('resnet8',), r'at least two network names .* but is \(.resnet8.,\)'),
+        ('networks', ('resnet8',), r'at least two network names .*but is \(.resnet8.,\)'),
         ('networks', (), 'at least two'),
         ('networks', 'resnet8', "must be a tuple, but is 'resnet8'"),
         ('networks', ('resnet8', 3), 'at least two network names'),
+        ('networks', ('resnet8', ''), 'none empty'),
         ('method', 3, 'must be a string, but is 3'),
         ('method', '', 'name of a method'),
         ('loss.temperature', -1.0, 'above 0, but is -1.0'),

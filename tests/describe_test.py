@@ -56,10 +56,16 @@ def test_multiply_adds_of_a_matrix_product_by_hand():
 
 
 def test_dml_learns_from_all_the_others():
-    facts = describe.describe(tiny_config(('tiny-4-2',) * 3, method='dml'))
+    facts = describe.describe(
+        tiny_config(('tiny-4-2',) * 3, method='dml', epochs=2, batch_size=8, loss__kl_ramp_up=0.2)
+    )
     assert [entry['logit_teachers'] for entry in facts['networks']] == [[3, 2], [1, 3], [2, 1]]
     assert [entry['map_teacher'] for entry in facts['networks']] == [None] * 3
+    assert facts['loss'] == {
+        'label_smoothing': 0.0, 'temperature': 3.0, 'kl_weight': 1.0, 'kl_ramp_steps': 4
+    }  # fmt: skip
     text = describe.text(facts)
+    assert 'loss: label_smoothing 0, temperature 3, kl_weight 1, kl_ramp_steps 4\n' in text
     assert 'network 1 (tiny-4-2) learns from the logits of 3 (tiny-4-2), 2 (tiny-4-2)\n' in text
 
 

@@ -47,6 +47,13 @@ def test_the_configs_are_the_golden_ones():
     assert text == GOLDEN.read_text()
 
 
+def test_a_config_files_docstring_names_its_experiments():
+    for command in COMMANDS:
+        path, _, argument = command.split(' ')[0].partition(':')
+        if argument:
+            assert re.search(rf'[\s:]{argument}\s', (ROOT / path).read_text()), command
+
+
 @pytest.mark.parametrize('command', COMMANDS)
 def test_every_experiment_is_described(command, tmp_path):
     config = resolved(command)

@@ -142,6 +142,15 @@ def test_the_default_workdir_is_named_after_what_makes_the_run(config, argument,
     assert cli._run_name(config, argument, overrides) == name
 
 
+def test_a_long_name_is_cut_but_still_tells_runs_apart():
+    names = [
+        cli._run_name('digits', '', {'networks': ('mobilenet_v2x0.75',) * 20, 'seed': seed})
+        for seed in (0, 1)
+    ]
+    assert len(set(names)) == 2
+    assert max(map(len, names)) < 200
+
+
 def test_describe_ends_with_one_json_line():
     process = launch('--config=configs/digits.py', '--mode=describe')
     assert process.returncode == 0, process.stderr
@@ -184,6 +193,14 @@ BAD_COMMANDS = {
     'no file before the argument': (
         ['--config=configs/cifar1000.py:resnet32,resnet32'],
         'there is no file configs/cifar1000.py;',
+    ),
+    'a field twice': (
+        [*SHORT, "--config.networks=('resnet8','resnet8')", "--config.networks=('resnet8',)"],
+        'config.networks: given 2 times; give it once',
+    ),
+    'a section': (
+        [*SHORT, '--config.loss=3'],
+        'config.loss: is a section, not a field; assign one of loss.temperature, ',
     ),
     'wrong ring': ([*SHORT, '--config.ring_order=(1,3)'], r'config.ring_order: .*but is \(1, 3\)'),
     'images that cannot be trained on': (

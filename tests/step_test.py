@@ -289,7 +289,7 @@ def moved(before, after):
         pytest.param('l1_kd', 0, {'trunk', 'head', 'transfer'}, id='logit with l1'),
     ],
 )
-def test_each_loss_moves_its_own_parties_and_nobody_else(method, turn, movers):
+def test_each_optimizer_moves_its_own_parts_and_no_others(method, turn, movers):
     before, after = states_by_turns(method)[turn : turn + 2]
     assert before.networks[0].params['transfer'] is not None
     assert before.networks[1].params['transfer'] is None

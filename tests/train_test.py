@@ -5,7 +5,6 @@ import shutil
 import signal
 
 import jax
-import numpy as np
 import pytest
 from conftest import tiny_config
 
@@ -139,13 +138,6 @@ def test_the_seed_gives_the_weights_and_the_augmentation():
         draws |= {int(jax.random.bits(key)) for key in (run.init_key, run.step_key)}
     assert len(states) == 2
     assert len(draws) == 4
-
-
-def test_networks_of_one_name_start_from_different_weights():
-    one, two = run_lib.prepare(short_config()).initial_state().networks
-    assert not np.array_equal(
-        one.params['head']['Dense_0']['kernel'], two.params['head']['Dense_0']['kernel']
-    )
 
 
 @pytest.mark.parametrize('stop_at', [5, 7])

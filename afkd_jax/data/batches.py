@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -52,14 +53,15 @@ def _permutation(seed: int, epoch: int, examples: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(examples).astype(np.int32)
 
 
-def padded(places: range, batch_size: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def padded(places: Sequence[int], batch_size: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Returns (indices int32 [B], mask bool [B]) that visit every place once, in order.
 
     The last batch is filled up with the first place and mask False.
     """
-    batches = []
-    for start in range(places.start, places.stop, batch_size):
-        index = np.arange(start, start + batch_size, dtype=np.int32)
-        mask = index < places.stop
-        batches.append((np.where(mask, index, places.start).astype(np.int32), mask))
+    places, batches = np.asarray(places, np.int32), []
+    for start in range(0, len(places), batch_size):
+        index = places[start : start + batch_size]
+        filling = np.full(batch_size - len(index), places[0], np.int32)
+        mask = np.arange(batch_size) < len(index)
+        batches.append((np.concatenate([index, filling]), mask))
     return batches

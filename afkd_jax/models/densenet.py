@@ -16,7 +16,7 @@ from afkd_jax.models import names
 from afkd_jax.models.layers import Conv, Layers, Norm
 
 NAMES = ('densenet-40-12', 'densenet-100-12')
-_NAME = re.compile(r'densenet-(\d{1,4})-(\d{1,3})')
+_NAME = re.compile(r'densenet-([1-9][0-9]{0,3})-([0-9]{1,3})')
 
 
 class DenseNet(nn.Module):

@@ -15,7 +15,7 @@ from afkd_jax.errors import UserError
 from afkd_jax.models.layers import Conv, ConvNorm, Layers, Norm
 
 NAMES = ('mobilenet_v2', 'mobilenet_v2x0.5', 'mobilenet_v2x0.75', 'mobilenet_v2x1.4')
-_NAME = re.compile(r'mobilenet_v2(?:x(\d(?:\.\d{1,2})?))?')
+_NAME = re.compile(r'mobilenet_v2(?:x([0-9]\.[0-9]{1,2}))?')
 # Expansion, channels, blocks, stride of the first block.
 _STAGES = (
     *((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2)),
@@ -46,7 +46,7 @@ class Block(nn.Module):
             y = nn.relu6(ConvNorm(wide, 1, self.conv, self.norm)(y, train))
         y = nn.relu6(ConvNorm(wide, 3, self.conv, self.norm, self.stride, wide)(y, train))
         y = ConvNorm(self.channels, 1, self.conv, self.norm)(y, train)
-        return x + y if x.shape == y.shape else y
+        return x + y if self.stride == 1 and x.shape == y.shape else y
 
 
 class MobileNetV2(nn.Module):

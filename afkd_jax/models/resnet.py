@@ -1,4 +1,4 @@
-"""Residual networks of ImageNet: `resnet18`, `resnet34`, `resnet50`, `resnet101`.
+"""Residual networks of ImageNet: `resnet18`, `resnet34`, `resnet50`, `resnet101`, `resnet152`.
 
 Source: He et al. 2016, "Deep residual learning", table 1; a bottleneck's stride is at its 3x3
 convolution, as in torchvision. Four stages with 64, 128, 256 and 512 channels (bottlenecks: four
@@ -18,6 +18,7 @@ _NETWORKS = {
     'resnet34': ((3, 4, 6, 3), False),
     'resnet50': ((3, 4, 6, 3), True),
     'resnet101': ((3, 4, 23, 3), True),
+    'resnet152': ((3, 8, 36, 3), True),
 }
 NAMES = tuple(_NETWORKS)
 

@@ -3,8 +3,8 @@
 Source: He et al. 2016, "Deep residual learning", section 4.2. Three stages of n blocks with
 16, 32 and 64 channels (times the width multiplier, which widens the stem too: our choice); the
 second and third stage halve height and width. The feature map is the last block's output after
-its ReLU, before pooling. `resnet50` is the ImageNet network (resnet.py); the one of this family
-is `resnet50-B`.
+its ReLU, before pooling. A depth that ImageNet's networks (resnet.py) have too is of this family
+only with its shortcut named: `resnet50-B`.
 """
 
 import re
@@ -13,11 +13,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from afkd_jax.errors import UserError
 from afkd_jax.models import names
 from afkd_jax.models.layers import Conv, Layers, Norm
 
 NAMES = tuple(f'resnet{depth}' for depth in (8, 14, 20, 26, 32, 38, 44, 56, 110))
-_NAME = re.compile(r'resnet(\d{1,4})(?:x(\d{1,2}))?(?:-(A|B))?')
+_NAME = re.compile(r'resnet([1-9][0-9]{0,3})(?:x([0-9]{1,2}))?(?:-(A|B))?')
+_IMAGENET_DEPTHS = (50, 152, 200)  # of the form 6n + 2
 
 
 class Block(nn.Module):
@@ -91,11 +93,16 @@ def from_name(name: str, layers: Layers, large: bool) -> ResNetCifar | None:
     """Returns the trunk called `name`, None where the name is of another family.
 
     Raises:
-      UserError: the depth is not 6n + 2, or the width multiplier is 0.
+      UserError: the depth is not 6n + 2, or needs its shortcut named, or the width is 0.
     """
     match = _NAME.fullmatch(name)
     if not match:
         return None
     blocks = names.blocks(name, int(match[1]), offset=2)
+    if int(match[1]) in _IMAGENET_DEPTHS and not match[3]:
+        raise UserError(
+            f'config.networks: "{name}" is not known; if you mean the network for small images of '
+            f'this depth, name its shortcut: "{name}-B" or "{name}-A"'
+        )
     width = names.at_least_1(name, 'width multiplier', int(match[2] or 1))
     return ResNetCifar(blocks, width, match[3] or 'B', layers.conv, layers.norm)

@@ -16,7 +16,6 @@ from afkd_jax.models.layers import Conv, ConvNorm, Layers, Norm
 _NETWORKS = {
     'shufflenet_v2': (116, 232, 464, 1024),
     'shufflenet_v2x0.5': (48, 96, 192, 1024),
-    'shufflenet_v2x1.0': (116, 232, 464, 1024),
     'shufflenet_v2x1.5': (176, 352, 704, 1024),
     'shufflenet_v2x2.0': (244, 488, 976, 2048),
 }

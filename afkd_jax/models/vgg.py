@@ -5,7 +5,7 @@ layer behind the pooled map, as in the distillation literature (RepDistiller, fr
 comes too). Five stages with 64, 128, 256, 512 and 512 channels; a 2x2 max pool after each of the
 first three, on large images after each of the first four. The feature map is the last stage's
 output after its ReLU: the last pool of the original is the mean over the map here. No convolution
-has a bias (it would cancel in the norm), so the published counts are higher by its 2 to 6 thousand.
+has a bias (it would cancel in the norm), so the published counts are higher by their number.
 """
 
 import flax.linen as nn

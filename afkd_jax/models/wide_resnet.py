@@ -19,7 +19,7 @@ from afkd_jax.models.layers import Conv, Dropout, Layers, Norm
 NAMES = tuple(
     f'wrn-{size}' for size in ('16-1', '16-2', '16-4', '28-2', '28-4', '28-10', '40-1', '40-2')
 )
-_NAME = re.compile(r'wrn-(\d{1,4})-(\d{1,3})(?:-drop(\d(?:\.\d{1,3})?))?')
+_NAME = re.compile(r'wrn-([1-9][0-9]{0,3})-([0-9]{1,3})(?:-drop([0-9]*\.?[0-9]+))?')
 
 
 class Block(nn.Module):
@@ -90,13 +90,15 @@ def from_name(name: str, layers: Layers, large: bool) -> WideResNet | None:
     """Returns the trunk called `name`, None where the name is of another family.
 
     Raises:
-      UserError: the depth is not 6n + 4, the width is 0, or the dropout's rate is 1 or more.
+      UserError: the depth is not 6n + 4, the width is 0, or the rate not between 0 and 1.
     """
     match = _NAME.fullmatch(name)
     if not match:
         return None
     blocks = names.blocks(name, int(match[1]), offset=4)
     width, rate = names.at_least_1(name, 'width', int(match[2])), float(match[3] or 0)
-    if rate >= 1:
-        raise UserError(f'config.networks: "{name}" has dropout {rate:g}; it must be below 1')
+    if match[3] and not 0 < rate < 1:
+        raise UserError(
+            f'config.networks: "{name}" has dropout {rate:g}; it must be above 0 and below 1'
+        )
     return WideResNet(blocks, width, rate, layers.conv, layers.norm, layers.dropout)
