@@ -62,10 +62,10 @@ def test_dml_learns_from_all_the_others():
     assert [entry['logit_teachers'] for entry in facts['networks']] == [[3, 2], [1, 3], [2, 1]]
     assert [entry['map_teacher'] for entry in facts['networks']] == [None] * 3
     assert facts['loss'] == {
-        'label_smoothing': 0.0, 'temperature': 3.0, 'kl_weight': 1.0, 'kl_ramp_steps': 4
+        'label_smoothing': 0.0, 'temperature': 3.0, 'kl_weight': 1.0, 'kl_ramp_steps': 65
     }  # fmt: skip
     text = describe.text(facts)
-    assert 'loss: label_smoothing 0, temperature 3, kl_weight 1, kl_ramp_steps 4\n' in text
+    assert 'loss: label_smoothing 0, temperature 3, kl_weight 1, kl_ramp_steps 65\n' in text
     assert 'network 1 (tiny-4-2) learns from the logits of 3 (tiny-4-2), 2 (tiny-4-2)\n' in text
 
 
