@@ -17,9 +17,10 @@ from conftest import (
     tiny_config,
 )
 
-from afkd_jax import methods, parallel
+from afkd_jax import methods, metrics, optim, parallel
 from afkd_jax import state as state_lib
 from afkd_jax import step as step_lib
+from afkd_jax.data import augment
 
 # Maps of 4x4x4, 8x8x6 and 3x3x4: the shared one is 3x3x6, and every network has a transfer layer.
 TRIPLE = ('tiny-4-2', 'tiny-6-1', 'tiny-4-3')
@@ -438,3 +439,35 @@ def test_dropout_differs_between_networks_and_steps():
         )
     ]
     assert len(set(entropies)) == 4
+
+
+@pytest.mark.parametrize(('pad', 'flip', 'differs'), [(2, True, True), (0, False, False)])
+def test_the_same_images_are_varied_anew_in_every_step(pad, flip, differs):
+    # At learning rate 0 a batch's cross-entropy changes only with how its images are varied.
+    config = tiny_config(method='vanilla', batch_size=BATCH)
+    cohort = tiny_cohort(config, parallel.AXIS)
+    still = dataclasses.replace(cohort.optimizers.logit, schedule=lambda step: jnp.float32(0))
+    cohort = dataclasses.replace(cohort, optimizers=optim.Optimizers(still, None, None))
+    devices = parallel.Devices.local('shard_map', 1)
+    step = devices.map(
+        functools.partial(step_lib.train_step, cohort, pad, flip),
+        split=(False, False, False, True, False),
+    )
+    pixels = np.random.default_rng(0).integers(0, 256, (BATCH, 8, 8, 1), np.uint8)
+    table = augment.Table(
+        pixels=pixels, labels=random_batch(BATCH)[1], mean=np.float32([0.5]), std=np.float32([0.3])
+    )
+    state, zeros, table, key = devices.replicate(
+        (
+            initial_state(config),
+            metrics.zeros(step_lib.value_shapes(cohort)),
+            table,
+            jax.random.key(0),
+        )
+    )
+    index = devices.split(np.arange(BATCH, dtype=np.int32))
+    entropies = []
+    for _ in range(2):
+        state, sums = step(state, zeros, table, index, key)
+        entropies.append(metrics.means(sums)['cross_entropy'])
+    assert (entropies[0] != entropies[1]) == differs
