@@ -5,6 +5,7 @@ over, and what `describe` prints.
 """
 
 import dataclasses
+import functools
 
 import jax
 from ml_collections import ConfigDict
@@ -61,6 +62,7 @@ class Cohort:
         return {'logit': ('trunk', 'head', 'transfer') if self.maps_teach else ('trunk', 'head')}
 
 
+@functools.lru_cache(maxsize=64)
 def _map_shape(network: models.Network, image_shape: tuple[int, ...]) -> tuple[int, int, int]:
     """Returns (h, w, c) of a network's map; no device is touched."""
     image = jax.ShapeDtypeStruct((1, *image_shape), 'float32')

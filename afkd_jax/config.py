@@ -101,10 +101,9 @@ def _is(value: Any, kind: type) -> bool:
 def wrong_type(name: str, value: Any) -> str:
     """Returns the sentence for a value that is not of its field's type."""
     fields = flatten(default.get_config())
-    if name not in fields:
-        inside = ', '.join(field for field in fields if field.startswith(f'{name}.'))
-        return f'config.{name}: is a section, not a field; assign one of {inside}'
-    kind = type(fields[name])
+    if inside := [field for field in fields if field.startswith(f'{name}.')]:
+        return f'config.{name}: is a section, not a field; assign one of {", ".join(inside)}'
+    kind = type(fields.get(name, ''))
     words = {int: 'whole number', float: 'number', bool: 'truth value', str: 'string'}
     return f'config.{name}: must be a {words.get(kind, kind.__name__)}, but is {value!r}'
 

@@ -141,7 +141,7 @@ def test_sets_that_do_not_fit_are_refused(name, sentence, tmp_path):
 
 
 def test_images_of_many_sizes_are_described_but_not_trained_on(tmp_path):
-    known = sources.info(config('imagenet2012', tmp_path))
+    known = sources.info(config('imagenet2012', tmp_path, data__validation_fraction=0.0))
     assert known == sources.Info((224, 224, 3), 1000, 1_281_167, 0, 50_000)
     with pytest.raises(UserError, match='to be trained on they must be uint8, all of one size'):
         sources.load(config('imagenet2012', tmp_path))
