@@ -28,7 +28,7 @@ BATCH = 16
 def after_three_steps(mapping, count):
     """Returns (state, sums) after three whole steps: gather, augment, learn, sum."""
     # Maps of two sizes, and dropout.
-    config = tiny_config(('tiny-4-2', 'tiny-6-1-drop', 'tiny-4-2'), batch_size=BATCH)
+    config = tiny_config(('tiny-4-2', 'tiny-6-1-drop'), batch_size=BATCH)
     devices = parallel.Devices.local(mapping, count)
     cohort = tiny_cohort(config, parallel.AXIS)
     rng = np.random.default_rng(0)
