@@ -51,3 +51,36 @@ def test_no_gradient_reaches_a_teacher(order):
     own = jnp.arange(6.0).reshape(3, 2)
     gradient = jax.grad(lambda x: (Ring(order).teachers(x) ** 2).sum())(own)
     np.testing.assert_array_equal(gradient, np.zeros((3, 2)))
+
+
+def unstable_from(teachers, momentum=0.9):
+    """Returns the rate times curvature from which heavy-ball mimicry of the teachers diverges.
+
+    In a linear model network k moves by v_k <- momentum v_k + (z_k - mean of its teachers' z),
+    z_k <- z_k - rate v_k. A mode of eigenvalue a has the roots of
+    r^2 - (1 + momentum - rate a) r + momentum.
+    """
+    pull = np.eye(len(teachers))
+    for k, own in enumerate(teachers):
+        pull[k, own] -= 1 / len(own)
+    modes = np.linalg.eigvals(pull)
+    for rate in np.geomspace(1e-3, 5, 2000):
+        for a in modes:
+            if max(abs(np.roots([1, -(1 + momentum - rate * a), momentum]))) > 1 + 1e-9:
+                return rate
+    return np.inf
+
+
+def test_a_ring_of_three_is_far_less_stable_under_momentum_than_a_pair():
+    # The figures of README, "Why the ring of three falls behind".
+    def ring(networks):
+        return [[listed(networks).teacher_of(k)] for k in range(networks)]
+
+    everyone = [[1, 2], [0, 2], [0, 1]]
+    assert unstable_from(ring(2)) == pytest.approx(1.9, rel=0.01)
+    assert unstable_from(everyone) == pytest.approx(2.53, rel=0.01)
+    assert unstable_from(ring(3)) == pytest.approx(0.021, rel=0.02)
+    assert unstable_from(ring(4)) == pytest.approx(0.0105, rel=0.02)
+    assert unstable_from(ring(8)) == pytest.approx(0.0062, rel=0.02)
+    for networks in (2, 3, 8):
+        assert unstable_from(ring(networks), momentum=0) == pytest.approx(1.0, rel=0.01)
