@@ -52,7 +52,7 @@ RULES = {
     'networks': (
         lambda v: len(v) >= 2 and all(isinstance(x, str) and x for x in v),
         'a tuple of at least two network names (one has nobody to learn from), none empty, '
-        "as in \"('resnet8','resnet20')\"",
+        "each quoted, as in \"('resnet8','resnet20')\"",
     ),
     'ring_order': (
         lambda v: all(_is(x, int) for x in v),

@@ -46,6 +46,12 @@ def _forward_cost(network: Any, variables: Any, image_shape: tuple[int, ...]) ->
     return multiply_adds(lambda v, x: network.apply(v, x, False), variables, image)
 
 
+def _rule(c: ConfigDict) -> dict[str, Any]:
+    """Returns what an optimizer's section says beside its schedule; that with momentum is SGD."""
+    rule = {'rule': 'SGD', 'momentum': c.momentum} if 'momentum' in c else {'rule': 'Adam'}
+    return rule | {'weight_decay': c.weight_decay}
+
+
 def _schedule(schedule: optim.Schedule) -> dict[str, Any]:
     return {
         'schedule': schedule.kind,
@@ -104,9 +110,11 @@ def describe(config: ConfigDict) -> dict[str, Any]:
         'ensemble': ensemble,
         'steps': config_lib.steps_in(config.epochs, info.train, config.batch_size),
         'epochs': config.epochs,
+        'batch_size': config.batch_size,
         'loss': _weights(objective),
         'optimizers': {
-            name: _schedule(rule.schedule) for name, rule in cohort.optimizers.used().items()
+            name: _rule(config[name]) | _schedule(rule.schedule)
+            for name, rule in cohort.optimizers.used().items()
         },
     }
 
@@ -117,7 +125,8 @@ def text(facts: dict[str, Any]) -> str:
     shape = 'x'.join(map(str, facts['image_shape']))
     lines = [
         f'{facts["dataset"]}: {shape}, {facts["num_classes"]} classes; {images}',
-        f'method {facts["method"]}, {facts["epochs"]} epochs, {facts["steps"]:,} steps',
+        f'method {facts["method"]}, {facts["epochs"]} epochs, {facts["steps"]:,} steps of batch '
+        f'{facts["batch_size"]}',
         '',
     ]
     for k, row in enumerate(facts['networks'], start=1):
@@ -159,7 +168,9 @@ def _ring_lines(facts: dict[str, Any]) -> list[str]:
 
 
 def _schedule_words(rule: dict[str, Any]) -> str:
-    words = f'learning rate {rule["learning_rate"]:g}'
+    momentum = f' momentum {rule["momentum"]:g},' if 'momentum' in rule else ''
+    words = f'{rule["rule"]},{momentum} weight decay {rule["weight_decay"]:g}, '
+    words += f'learning rate {rule["learning_rate"]:g}'
     if rule['schedule'] == 'cosine':
         return f'{words}, along a cosine to 0 at step {rule["steps"]:,}'
     for change in rule['changes']:

@@ -121,7 +121,7 @@ def tables(summary: dict[str, Any]) -> list[rich.table.Table]:
         accuracies = (_number(row[key], 2) for key in _ACCURACIES)
         networks.add_row(number + row['name'], f'{row["parameters"]:,}', shape, *accuracies)
     # Percentages: both predict the same; the network, or its teacher, alone is right.
-    columns = ('L1', 'L2', 'cosine', 'CKA', 'agree %', 'own right %', "teacher's right %")
+    columns = ('L1', 'L2', 'cosine', 'CKA', 'agree %', 'only own right %', "only teacher's right %")
     ring = _table('teacher -> own', columns)
     for edge in summary['ring']:
         ring.add_row(

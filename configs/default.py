@@ -18,7 +18,9 @@ def get_config(networks: str = 'resnet32,resnet32') -> config_dict.ConfigDict:
     config = config_dict.ConfigDict()
 
     # What is trained, and how. A network learns from its predecessor, the first from the last.
-    config.networks = tuple(networks.split(','))  # at least two names; see afkd_jax/models
+    config.networks = tuple(
+        name.strip() for name in networks.split(',')
+    )  # at least two names; see afkd_jax/models
     # The networks, counted from 1, as each teaches the next and the last the first, e.g. (1, 3, 2);
     # (): as listed.
     config.ring_order = ()

@@ -28,6 +28,7 @@ def test_every_field_has_a_rule():
         ('networks', 'resnet8', "must be a tuple, but is 'resnet8'"),
         ('networks', ('resnet8', 3), 'at least two network names'),
         ('networks', ('resnet8', ''), 'none empty'),
+        ('networks', ('resnet8,resnet14',), 'each quoted'),
         ('method', 3, 'must be a string, but is 3'),
         ('method', '', 'name of a method'),
         ('loss.temperature', -1.0, 'above 0, but is -1.0'),

@@ -17,6 +17,8 @@ def test_the_papers_experiment_is_described_without_data(tmp_path):
     assert facts['images'] == {'train': 50_000, 'validation': 0, 'test': 10_000}
     assert facts['steps'] == 117_188  # ceil(300 * 50,000 / 128)
     logit = facts['optimizers']['logit']
+    assert (logit['rule'], logit['momentum'], logit['weight_decay']) == ('SGD', 0.9, 1e-4)
+    assert facts['optimizers']['feature']['rule'] == 'Adam'
     assert logit['changes'] == [{'step': 58_594, 'factor': 0.1}, {'step': 87_891, 'factor': 0.1}]
     for entry, teacher in zip(facts['networks'], (2, 1), strict=True):
         assert entry['stem'] == 'conv 3x3'
@@ -31,7 +33,11 @@ def test_the_papers_experiment_is_described_without_data(tmp_path):
         assert entry['multiply_adds'] == pytest.approx(69.5e6, rel=0.01)
     text = describe.text(facts)
     assert 'network 1 (resnet32) learns from the logits of 2 (resnet32), and from the maps' in text
+    assert (
+        'logit optimizer: SGD, momentum 0.9, weight decay 0.0001, learning rate 0.1, x0.1' in text
+    )
     assert 'x0.1 at step 58,594' in text
+    assert '117,188 steps of batch 128' in text
 
 
 def test_a_mixed_ring_of_three():

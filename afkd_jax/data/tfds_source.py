@@ -86,7 +86,8 @@ def _check_images(builder: tfds.core.DatasetBuilder, keys: _Keys, name: str) -> 
     if None in image.shape or image.np_dtype != np.uint8:
         raise UserError(
             f'config.dataset: the images of tfds:{name} are {image.shape} of '
-            f'{np.dtype(image.np_dtype)}; to be trained on they must be uint8, all of one size'
+            f'{np.dtype(image.np_dtype)}; to be trained on they must be uint8, all of one size '
+            '(until then: --mode describe)'
         )
 
 
