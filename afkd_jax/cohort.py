@@ -125,12 +125,12 @@ def assemble(
     for name, shape in shapes.items():
         # Our choice: where the map is a single point a discriminator would see no map at all.
         _check_size(name, shape, image_shape, least=2 if adversarial else 1)
-    shared, transfers, norm = None, (), layers.batch_norm(axis_name)
+    shared, transfers, parts = None, (), layers.layers(axis_name)
     if method.maps != 'nothing':
         heights, widths, channels = zip(*shapes.values(), strict=True)
         shared = (min(heights), min(widths), max(channels))
         transfers = tuple(
-            None if shapes[name] == shared else Transfer(shared, layers.conv, norm)
+            None if shapes[name] == shared else Transfer(shared, parts.conv, parts.norm)
             for name in names
         )
 
@@ -141,7 +141,7 @@ def assemble(
         names=names,
         networks=tuple(modules[name] for name in names),
         transfers=transfers,
-        discriminators=tuple(Discriminator(norm) for _ in names if adversarial),
+        discriminators=tuple(Discriminator(parts.norm) for _ in names if adversarial),
         optimizers=optim.create(config, adversarial, steps_in),
         objective=Objective(
             method=method,

@@ -46,12 +46,6 @@ def _forward_cost(network: Any, variables: Any, image_shape: tuple[int, ...]) ->
     return multiply_adds(lambda v, x: network.apply(v, x, False), variables, image)
 
 
-def _rule(c: ConfigDict) -> dict[str, Any]:
-    """Returns what an optimizer's section says beside its schedule; that with momentum is SGD."""
-    rule = {'rule': 'SGD', 'momentum': c.momentum} if 'momentum' in c else {'rule': 'Adam'}
-    return rule | {'weight_decay': c.weight_decay}
-
-
 def _schedule(schedule: optim.Schedule) -> dict[str, Any]:
     return {
         'schedule': schedule.kind,
@@ -113,7 +107,7 @@ def describe(config: ConfigDict) -> dict[str, Any]:
         'batch_size': config.batch_size,
         'loss': _weights(objective),
         'optimizers': {
-            name: _rule(config[name]) | _schedule(rule.schedule)
+            name: dict(rule.facts) | _schedule(rule.schedule)
             for name, rule in cohort.optimizers.used().items()
         },
     }

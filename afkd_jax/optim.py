@@ -41,8 +41,15 @@ class Schedule:
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """A direction from optax, and the learning rate that scales it."""
+    """A direction from optax, and the learning rate that scales it.
 
+    Attributes:
+      facts: what it is, for a reader: ('rule', its name), and what that rule is set to.
+      direction: from optax.
+      schedule: of the learning rate.
+    """
+
+    facts: tuple[tuple[str, Any], ...]
     direction: optax.GradientTransformation
     schedule: Schedule
 
@@ -75,7 +82,10 @@ class Optimizers:
 
 
 def _optimizer(
-    c: ConfigDict, direction: optax.GradientTransformation, steps_in: Callable[[float], int]
+    c: ConfigDict,
+    facts: dict[str, Any],
+    direction: optax.GradientTransformation,
+    steps_in: Callable[[float], int],
 ) -> Optimizer:
     changes = ()
     if c.schedule == 'steps':
@@ -83,7 +93,8 @@ def _optimizer(
     # Coupled weight decay, on every parameter, as in the neighbours' recipes.
     decay = optax.add_decayed_weights(c.weight_decay) if c.weight_decay else optax.identity()
     schedule = Schedule(c.schedule, float(c.learning_rate), changes, steps_in(1))
-    return Optimizer(optax.chain(decay, direction), schedule)
+    facts = (*facts.items(), ('weight_decay', c.weight_decay))
+    return Optimizer(facts, optax.chain(decay, direction), schedule)
 
 
 def create(config: ConfigDict, adversarial: bool, steps_in: Callable[[float], int]) -> Optimizers:
@@ -97,11 +108,12 @@ def create(config: ConfigDict, adversarial: bool, steps_in: Callable[[float], in
       adversarial: whether the method has discriminators.
       steps_in: fraction of the run -> steps.
     """
-    logit = _optimizer(config.logit, optax.trace(config.logit.momentum), steps_in)
+    sgd = {'rule': 'SGD', 'momentum': config.logit.momentum}
+    logit = _optimizer(config.logit, sgd, optax.trace(config.logit.momentum), steps_in)
     if not adversarial:
         return Optimizers(logit, None, None)
     return Optimizers(
         logit,
-        _optimizer(config.feature, optax.scale_by_adam(), steps_in),
-        _optimizer(config.discriminator, optax.scale_by_adam(), steps_in),
+        _optimizer(config.feature, {'rule': 'Adam'}, optax.scale_by_adam(), steps_in),
+        _optimizer(config.discriminator, {'rule': 'Adam'}, optax.scale_by_adam(), steps_in),
     )

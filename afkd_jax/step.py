@@ -136,25 +136,24 @@ def update(
     # What each optimizer pulls back, (to logits, to maps): entries of k, or zeros for all.
     no_logits = [jnp.zeros_like(own.logits) for own in passes]
     no_maps = [jnp.zeros_like(own.maps) for own in passes]
-    cotangents, to_judges = {'logit': (to_logits, no_maps)}, []
+    cotangents, gradients = {'logit': (to_logits, no_maps)}, {}
     if cohort.maps_teach:
         maps_KxBxHxWxC = jnp.stack([own.maps for own in passes])
         if cohort.adversarial:
             judges = [_judge(module) for module in cohort.discriminators]
             params = [varying(judge.params) for judge in state.discriminators]
-            to_maps, to_judges, more = objective.of_adversaries(judges, params, maps_KxBxHxWxC)
+            to_maps, gradients['discriminator'], more = objective.of_adversaries(
+                judges, params, maps_KxBxHxWxC
+            )
             cotangents['feature'] = (no_logits, to_maps)
         else:
             to_maps, more = objective.of_maps(maps_KxBxHxWxC)
             cotangents['logit'] = (to_logits, to_maps)
         values |= more
-    gradients = {name: [] for name in used}
     for name, (to_logits, to_maps) in cotangents.items():
-        for k, own in enumerate(passes):
-            pulled = own.pull(to_logits[k], to_maps[k])
-            gradients[name].append({part: pulled[part] for part in cohort.moves()[name]})
-    if cohort.adversarial:
-        gradients['discriminator'] = to_judges
+        pulled = [own.pull(to_logits[k], to_maps[k]) for k, own in enumerate(passes)]
+        parts = cohort.moves()[name]
+        gradients[name] = [{part: own[part] for part in parts} for own in pulled]
 
     gradients, values = jax.lax.pmean((gradients, values), AXIS)
     for name, optimizer in used.items():

@@ -15,7 +15,6 @@ Norm = Callable[..., nn.Module]
 conv = functools.partial(nn.Conv, use_bias=False, kernel_init=nn.initializers.he_normal())
 
 
-@functools.cache  # so that equal networks are equal modules
 def batch_norm(axis_name: str | None) -> Norm:
     """Returns a batch norm whose statistics are over the global batch.
 
@@ -66,7 +65,7 @@ class Layers:
     dropout: Callable[[float], Dropout]
 
 
-@functools.cache
+@functools.cache  # so that equal networks are equal modules
 def layers(axis_name: str | None) -> Layers:
     """Returns the layers for a mapped axis, None where nothing is mapped."""
     return Layers(conv, batch_norm(axis_name), functools.partial(Dropout, axis_name=axis_name))

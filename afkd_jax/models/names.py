@@ -3,22 +3,21 @@
 from afkd_jax.errors import UserError
 
 
-def blocks(name: str, depth: int, offset: int, least: int = 1) -> int:
-    """Returns n of a network of depth 6n + `offset`.
+def blocks(name: str, depth: int, offset: int) -> int:
+    """Returns n, at least 1, of a network of depth 6n + `offset`.
 
     Args:
       name: of the network, with its depth.
       depth: in layers.
       offset: of the family.
-      least: the smallest n.
 
     Raises:
       UserError: the family has no network of this depth.
     """
     n, rest = divmod(depth - offset, 6)
-    if n >= least and not rest:
+    if n >= 1 and not rest:
         return n
-    below = 6 * max(n, least) + offset
+    below = 6 * max(n, 1) + offset
     near = [name.replace(str(depth), str(d), 1) for d in (below, below + 6)]
     raise UserError(
         f'config.networks: "{name}" has depth {depth}, but these networks have depth '
