@@ -17,12 +17,15 @@ _WORKDIR = flags.DEFINE_string(
     'workdir', None, 'Where the run is kept [runs/<config and overrides>].'
 )
 _MODE = flags.DEFINE_enum('mode', 'train', ['train', 'eval', 'describe'], 'What to do.')
-_STEP = flags.DEFINE_integer('step', None, 'Which checkpoint eval takes [the last].')
+_STEP = flags.DEFINE_integer(
+    'step', None, 'Which checkpoint eval takes, or train goes on from [the newest].', lower_bound=0
+)
+_DEBUG = flags.DEFINE_bool('debug', False, 'Show the traceback of an error.')
 
 
 def main(_: list[str]) -> None:
     """Runs the mode and exits with its code."""
-    sys.exit(cli.main(_MODE.value, _CONFIG, _WORKDIR.value, _STEP.value))
+    sys.exit(cli.main(_MODE.value, _CONFIG, _WORKDIR.value, _STEP.value, _DEBUG.value))
 
 
 if __name__ == '__main__':

@@ -1,114 +1,294 @@
-"""Checkpoints: the state (Orbax) and the run's progress (JSON), written together or not at all."""
+"""Checkpoints: the arrays (Orbax) and a record of what they are (JSON), in one atomic directory.
 
+The record holds the run's progress, what the run is (its config, images and the names, dtypes and
+shapes of its arrays), the versions, and checksums: of every file, of the state's arrays and of
+itself. So a checkpoint that is cut, altered, incomplete or another run's is told from one that is
+whole before any of its files is interpreted.
+"""
+
+import concurrent.futures
 import dataclasses
+import hashlib
+import json
 import pathlib
+import re
+import shutil
+from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
+from afkd_jax import config as config_lib
+from afkd_jax import state as state_lib
+from afkd_jax import workdir as workdir_lib
 from afkd_jax.errors import UserError
+from afkd_jax.metrics import Sums
+from afkd_jax.progress import Progress
 from afkd_jax.state import TrainState
 
+# <step>, or <step>.<n> where a checkpoint of that step was replaced by a later one.
+_NAME = re.compile(r'\d+(\.\d+)?')
+_UNFINISHED = '.unfinished'  # being written, or being deleted
+_RECORD = 'record.json'
 
-@dataclasses.dataclass
-class Progress:
-    """What a run must remember beside its state.
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """A run at one step: all that is needed to go on as if it had never stopped.
 
     Attributes:
-      best: per network and, last, the ensemble: {'validation', 'test', 'step'}, accuracies in
-        percent where the validation accuracy was highest (the first such epoch); None before.
-      images_per_s: training speed of each epoch so far, without each process's first step.
-      wall_s: seconds spent up to this checkpoint, over all restarts.
+      state: of the run.
+      sums: of the values since the last log line.
+      progress: what else must be remembered.
     """
 
-    best: list[dict | None]
-    images_per_s: list[float]
-    wall_s: float
+    state: TrainState
+    sums: Sums
+    progress: Progress
 
-    @classmethod
-    def start(cls, networks: int) -> 'Progress':
-        """Returns the progress before the first step of a run of K = `networks`."""
-        return cls([None] * (networks + 1), [], 0.0)
 
-    def improved(self, validation: list[float]) -> list[int]:
-        """Returns whose validation accuracy is higher than ever before; ties keep the first."""
-        return [
-            k
-            for k, best in enumerate(self.best)
-            if best is None or validation[k] > best['validation']
-        ]
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A point that was read.
+
+    Attributes:
+      point: the run.
+      about: what the checkpoint was written by: 'versions' and 'devices'.
+      rejected: directory -> why it was not used, of the newer ones that should have been.
+      newer: the other directories that are newer.
+    """
+
+    point: Point
+    about: dict[str, Any]
+    rejected: dict[pathlib.Path, str]
+    newer: list[pathlib.Path]
+
+
+class _Unfit(Exception):
+    """Why a checkpoint cannot be used."""
+
+
+def _step(path: pathlib.Path) -> int:
+    return int(path.name.split('.')[0])
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _files(folder: pathlib.Path) -> dict[str, str]:
+    """Returns relative path -> SHA-256 of every file below a checkpoint, but for its record."""
+    digests = {}
+    for path in sorted(folder.rglob('*')):
+        if path.is_file() and path != folder / _RECORD:
+            with path.open('rb') as file:
+                digests[str(path.relative_to(folder))] = hashlib.file_digest(
+                    file, 'sha256'
+                ).hexdigest()
+    return digests
+
+
+def _first_words(error: BaseException) -> str:
+    """Returns the first line of an error's text, cut to a readable length."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line if len(line) <= 300 else f'{line[:300]} ...'
 
 
 class Checkpoints:
     """The checkpoints of one workdir.
 
+    Written by a thread of their own, one at a time, while training goes on; the directory of one
+    that is not complete has another name. Kept are the last `keep`, and for each network and the
+    ensemble that of its best epoch on validation.
+
     Args:
       workdir: they lie in its folder `checkpoints`.
-      keep: how many of the last are kept; None to read only.
+      origin: what makes the run (Run.origin).
+      about: what goes into each record for the reader: 'versions', 'devices'.
+      keep: None to read only.
     """
 
-    def __init__(self, workdir: pathlib.Path, keep: int | None):
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        origin: dict[str, Any],
+        about: dict[str, Any] | None = None,
+        keep: int | None = None,
+    ):
         self.folder = workdir.absolute() / 'checkpoints'
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
-            create=keep is not None,
-            # On a CPU a copy to the host may be no copy, and the next step reuses the memory.
-            enable_async_checkpointing=False,
-        )
-        if keep is None and not self.folder.is_dir():
-            raise UserError(f'{self.folder}: no checkpoint here; run --mode train first')
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._origin = json.loads(json.dumps(origin))  # as it will come back
+        self._about, self._keep = about, keep
+        self._orbax = ocp.Checkpointer(ocp.StandardCheckpointHandler())
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, 'checkpoints')
+        self._writing: concurrent.futures.Future | None = None
+        # The next step reuses the memory of the state; a copy on the devices is made at once.
+        self._copy = jax.jit(lambda arrays: jax.tree.map(jnp.copy, arrays))
+        if keep is not None:
+            self.folder.mkdir(exist_ok=True)
+            for path in self.folder.iterdir():  # what a killed process left half done
+                if path.name.endswith(_UNFINISHED):
+                    shutil.rmtree(path)
 
-    @property
-    def latest(self) -> int | None:
-        """The step of the last checkpoint, None if there is none."""
-        return self._manager.latest_step()
+    def __enter__(self) -> 'Checkpoints':
+        return self
 
-    def save(self, step: int, state: TrainState, progress: Progress) -> None:
-        """Writes a checkpoint; one of the same step is left as it is."""
-        if step == self.latest:
-            return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
-            ),
-        )
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            self.wait()
+        except UserError:
+            if kind is None:  # else there is something more important to say
+                raise
+        finally:
+            self._thread.shutdown()
+            self._orbax.close()
 
-    def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, Progress]:
-        """Returns (state, progress) of a checkpoint, the last by default.
+    def paths(self) -> list[pathlib.Path]:
+        """Returns the directories of the checkpoints, the oldest first."""
+        if not self.folder.is_dir():
+            return []
+        found = [path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)]
+        return sorted(found, key=lambda path: tuple(map(int, path.name.split('.'))))
+
+    def save(self, step: int, point: Point) -> None:
+        """Starts to write a checkpoint; waits only for the one before.
 
         Args:
-          like: shapes, dtypes and where the arrays go (Run.abstract_state).
-          step: which checkpoint.
+          step: of the point.
+          point: whose state and sums may be given away afterwards.
 
         Raises:
-          UserError: there is no such checkpoint, or its arrays are not those of this config.
+          UserError: the one before could not be written.
         """
-        steps = sorted(self._manager.all_steps())
-        if not steps:
-            raise UserError(f'{self.folder}: no checkpoint here; run --mode train first')
-        step = steps[-1] if step is None else step
-        if step not in steps:
-            raise UserError(
-                f'--step: there is no checkpoint of step {step} in {self.folder}; '
-                f'there are {", ".join(map(str, steps))}'
-            )
-        try:
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(like), progress=ocp.args.JsonRestore()
-                ),
-            )
-        except (ValueError, KeyError, OSError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(
-                f'{self.folder / str(step)}: this checkpoint cannot be restored ({reason}); '
-                'delete it to continue from the one before, or take another --workdir'
-            ) from error
-        return restored.state, Progress(**restored.progress)
+        self.wait()
+        arrays = self._copy((point.state, point.sums))
+        content = {
+            'step': step,
+            'progress': dataclasses.asdict(point.progress),
+            'origin': self._origin,
+            **self._about,
+        }
+        self._writing = self._thread.submit(self._write, step, arrays, content)
 
-    def close(self) -> None:
-        """Waits for what is being written."""
-        self._manager.close()
+    def wait(self) -> None:
+        """Waits for what is being written, and raises what went wrong there."""
+        writing, self._writing = self._writing, None
+        if writing:
+            writing.result()
+
+    def poll(self) -> None:
+        """Raises what went wrong in writing, if that is known by now."""
+        if self._writing and self._writing.done():
+            self.wait()
+
+    def _write(self, step: int, arrays: Any, content: dict[str, Any]) -> None:
+        state, _ = arrays
+        _refuse_nonfinite(step, state)
+        content['fingerprint'] = state_lib.fingerprint(state)
+        same = sum(_step(path) == step for path in self.paths())
+        path = self.folder / (f'{step}.{same + 1}' if same else str(step))
+        unfinished = path.with_name(path.name + _UNFINISHED)
+        try:
+            self._orbax.save(unfinished / 'arrays', args=ocp.args.StandardSave(arrays))
+            content['files'] = _files(unfinished)
+            record = {'content': content, 'sha256': _digest(content)}
+            workdir_lib.write_json(unfinished / _RECORD, record)
+            unfinished.rename(path)
+            self._remove_old(Progress(**content['progress']).best_steps())
+        except Exception as error:  # Orbax and TensorStore raise whatever their drivers raise
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise UserError(
+                f'{path}: the checkpoint cannot be written ({_first_words(error)}); those before '
+                'it are intact: make room, or mend the disk, then the same command continues'
+            ) from error
+
+    def _remove_old(self, best: set[int]) -> None:
+        """Deletes what need not be kept; each is renamed first, so that none is left in pieces."""
+        last = {_step(path): path for path in self.paths()}  # of two of one step the later
+        kept = {last[step] for step in [*sorted(last)[-self._keep :], *(best & last.keys())]}
+        for path in self.paths():
+            if path not in kept:
+                removed = path.with_name(path.name + _UNFINISHED)
+                path.rename(removed)
+                shutil.rmtree(removed)
+
+    def restore(self, like: tuple[TrainState, Sums], step: int | None = None) -> Restored | None:
+        """Returns the newest checkpoint that is whole and this run's; None if there is none at all.
+
+        Args:
+          like: shapes, dtypes and where the arrays go.
+          step: which checkpoint; None for the newest.
+
+        Raises:
+          UserError: there are checkpoints, but none that can be used.
+        """
+        paths = self.paths()[::-1]
+        wanted = [path for path in paths if step in (None, _step(path))]
+        if step is not None and not wanted:
+            known = ', '.join(str(step) for step in sorted(set(map(_step, paths)))) or 'none'
+            raise UserError(
+                f'--step: there is no checkpoint of step {step} in {self.folder}; there are {known}'
+            )
+        rejected: dict[pathlib.Path, str] = {}
+        for path in wanted:
+            try:
+                point, about = self._read(path, like)
+            except _Unfit as error:
+                rejected[path] = str(error)
+                continue
+            newer = [other for other in paths[: paths.index(path)] if other not in rejected]
+            return Restored(point, about, rejected, newer)
+        if rejected:
+            told = '; '.join(f'{path.name} {why}' for path, why in rejected.items())
+            raise UserError(
+                f'{self.folder}: no checkpoint can be used: {told}. Put back a whole one of this '
+                'run, or name another --workdir to start anew'
+            )
+        return None
+
+    def _read(
+        self, path: pathlib.Path, like: tuple[TrainState, Sums]
+    ) -> tuple[Point, dict[str, Any]]:
+        content = self._whole_record(path)
+        different = config_lib.differences(
+            config_lib.flatten(content['origin']), config_lib.flatten(self._origin)
+        )
+        if different:
+            more = f' and {len(different) - 4} more' if len(different) > 4 else ''
+            raise _Unfit(f'is of another run ({"; ".join(different[:4])}{more})')
+        try:
+            progress = Progress(**content['progress'])
+            arrays = self._orbax.restore(path / 'arrays', args=ocp.args.StandardRestore(like))
+        except Exception as error:  # as above; its files are whole, so another version wrote them
+            raise _Unfit(f'cannot be read by this version ({_first_words(error)})') from error
+        if state_lib.fingerprint(arrays[0]) != content['fingerprint']:
+            raise _Unfit('is read as other arrays than were written, by this version')
+        return Point(*arrays, progress), {name: content[name] for name in ('versions', 'devices')}
+
+    def _whole_record(self, path: pathlib.Path) -> dict[str, Any]:
+        """Returns what a checkpoint says of itself, if that and all its files are as written."""
+        try:
+            record = json.loads((path / _RECORD).read_bytes())
+            content, digest = record['content'], record['sha256']
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise _Unfit(f'has no readable {_RECORD} ({_first_words(error)})') from error
+        if _digest(content) != digest:
+            raise _Unfit(f'has a {_RECORD} that was altered (its checksum differs)')
+        files = _files(path)
+        for name, digest in content['files'].items():
+            if files.get(name) != digest:
+                how = 'was altered (its checksum differs)' if name in files else 'is missing'
+                raise _Unfit(f'is damaged: its file {name} {how}')
+        return content
+
+
+def _refuse_nonfinite(step: int, state: TrainState) -> None:
+    """Refuses to keep a state that has run over, though the step's values were still finite."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        if jnp.issubdtype(leaf.dtype, jnp.inexact) and not np.isfinite(leaf).all():
+            raise UserError(
+                f'step {step}: {jax.tree_util.keystr(path)} holds numbers that are not finite; the '
+                'run has diverged and is ended, its checkpoints are from before: '
+                'lower config.logit.learning_rate, in a new --workdir'
+            )

@@ -15,9 +15,10 @@ from afkd_jax import config as config_lib
 from afkd_jax.errors import UserError
 from afkd_jax.interrupt import KILLED
 
-# Exit codes: finished; an input to be corrected; stopped by a signal with a checkpoint, so that
-# the same command continues. KILLED: interrupted outside training, or for the second time.
-DONE, WRONG, CONTINUE = 0, 1, 75
+# Exit codes: finished; an input to be corrected, or a run that has diverged; a fault of this
+# program; stopped by a signal with a checkpoint, so that the same command continues. KILLED:
+# interrupted outside training, or for the second time.
+DONE, WRONG, FAULT, CONTINUE = 0, 1, 70, 75
 
 _OVERRIDE = re.compile(r'--?(?:no)?config\.([^=]+)')
 
@@ -40,6 +41,8 @@ def parse(argv: list[str]) -> list[str]:
             raise UserError(f'{rest[1]}: not understood; every option starts with --')
         return rest
     except UserError as error:
+        if '--debug' in argv:
+            raise
         _fail(error)
 
 
@@ -56,66 +59,95 @@ def _flag_sentence(error: Exception) -> str:
     return f'--config: the file cannot be loaded ({type(error).__name__}: {words})'
 
 
-def _fail(error: UserError) -> None:
+def _fail(error: UserError | str, code: int = WRONG) -> None:
     print(f'error: {error}', file=sys.stderr)
-    sys.exit(WRONG)
+    sys.exit(code)
 
 
-def main(mode: str, config_flag: flags.FlagHolder, workdir: str | None, step: int | None) -> int:
-    """Runs a mode and returns the exit code.
+def main(
+    mode: str, config_flag: flags.FlagHolder, workdir: str | None, step: int | None, debug: bool
+) -> int:
+    """Runs a mode and returns the exit code; whatever goes wrong becomes one sentence.
 
     Args:
       mode: 'train', 'eval' or 'describe'.
       config_flag: the holder of --config.
       workdir: None for runs/<a name made of the config, its argument and the overrides>.
-      step: which checkpoint 'eval' takes; None for the last.
+      step: which checkpoint 'eval' takes, or 'train' goes on from; None for the newest.
+      debug: let errors through, with their tracebacks.
     """
     try:
-        config = config_flag.value
-        if config is None and not config_flag.present:
-            raise UserError('--config: name a config file, e.g. --config configs/digits.py')
-        file, _, argument = config_flags.get_config_filename(flags.FLAGS['config']).partition(':')
-        path = pathlib.Path(file)
-        if not path.is_file():
-            raise UserError(f'--config: there is no file {path}; see configs/ for those there are')
-        if not isinstance(config, ConfigDict):
-            raise UserError(
-                f'--config: get_config() must return a ConfigDict, not a {type(config).__name__}'
-            )
-        config_lib.validate(config)
-        if step is not None and mode != 'eval':
-            raise UserError(f'--step: {step} is only for --mode eval, not for --mode {mode}')
-        overrides = config_flags.get_override_values(flags.FLAGS['config'])
-        folder = pathlib.Path(workdir or f'runs/{_run_name(path.stem, argument, overrides)}')
-        return {'train': _train, 'eval': _eval, 'describe': _describe}[mode](config, folder, step)
-    except UserError as error:
-        _fail(error)
-    except OSError as error:
-        where = error.filename or 'the disk'
-        _fail(UserError(f'{where}: {error.strerror or error}; mend that, then run this again'))
+        return _run(mode, config_flag, workdir, step)
     except KeyboardInterrupt:
         print('error: interrupted; what was written before is intact', file=sys.stderr, flush=True)
         # Not sys.exit: threads of the runtime may still hold what the interpreter would tear down.
         os._exit(KILLED)
+    except Exception as error:
+        if debug:
+            raise
+        _fail(*_sentence(error))
+
+
+def _sentence(error: Exception) -> tuple[str, int]:
+    """Returns what a user is told of an error, and the exit code."""
+    if isinstance(error, UserError):
+        return str(error), WRONG
+    words = ' '.join((str(error).strip().splitlines() or [''])[0].split())
+    if isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in words:
+        return (
+            f'memory is exhausted ({words or "of the host"}); lower config.batch_size or '
+            'config.eval_batch_size, or use more devices',
+            WRONG,
+        )
+    if isinstance(error, OSError):
+        where = error.filename or 'the disk'
+        return f'{where}: {error.strerror or error}; mend that, then run this again', WRONG
+    return (
+        f'a fault of this program ({type(error).__name__}: {words}); run the same command with '
+        '--debug for a traceback to report',
+        FAULT,
+    )
+
+
+def _run(mode: str, config_flag: flags.FlagHolder, workdir: str | None, step: int | None) -> int:
+    config = config_flag.value
+    if config is None and not config_flag.present:
+        raise UserError('--config: name a config file, e.g. --config configs/digits.py')
+    file, _, argument = config_flags.get_config_filename(flags.FLAGS['config']).partition(':')
+    path = pathlib.Path(file)
+    if not path.is_file():
+        raise UserError(f'--config: there is no file {path}; see configs/ for those there are')
+    if not isinstance(config, ConfigDict):
+        raise UserError(
+            f'--config: get_config() must return a ConfigDict, not a {type(config).__name__}'
+        )
+    config_lib.validate(config)
+    if step is not None and mode == 'describe':
+        raise UserError(f'--step: {step} is only for --mode eval or train, not for --mode {mode}')
+    overrides = config_flags.get_override_values(flags.FLAGS['config'])
+    folder = pathlib.Path(workdir or f'runs/{_run_name(path.stem, argument, overrides)}')
+    return {'train': _train, 'eval': _eval, 'describe': _describe}[mode](config, folder, step)
 
 
 def _run_name(config: str, argument: str, overrides: dict[str, Any]) -> str:
     """Returns the default name of a run: of its config, the config's argument and the overrides.
 
     So the experiments that differ do not meet in one workdir, and the same command finds its own:
-    'cifar100-resnet32-wrn-16-4-method=dml' of configs/cifar100.py:resnet32,wrn-16-4.
+    'cifar100-resnet32-wrn-16-4-method=dml' of configs/cifar100.py:resnet32,wrn-16-4. What a run
+    may go on with (config.makes_the_run) is not in it.
     """
-    words = [config, argument, *(f'{name}={overrides[name]}' for name in sorted(overrides))]
+    fields = sorted(filter(config_lib.makes_the_run, overrides))
+    words = [config, argument, *(f'{name}={overrides[name]}' for name in fields)]
     name = re.sub(r'[^\w.=]+', '-', '-'.join(words)).replace('=-', '=').strip('-')
     if len(name) > 200:  # most file systems end at 255
         name = f'{name[:180]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}'
     return name
 
 
-def _train(config: ConfigDict, workdir: pathlib.Path, step: None) -> int:
+def _train(config: ConfigDict, workdir: pathlib.Path, step: int | None) -> int:
     from afkd_jax import summary, train, writer
 
-    result = train.train(config, workdir)
+    result = train.train(config, workdir, step)
     if result is None:
         return CONTINUE
     writer.console.print(*summary.tables(result))

@@ -1,5 +1,6 @@
 """What a valid config is, and the numbers derived from it. Imports no JAX."""
 
+import json
 import math
 import re
 from collections.abc import Iterable
@@ -12,6 +13,13 @@ from configs import default
 
 MAPPINGS = ('shard_map', 'pmap')
 SCHEDULES = ('constant', 'steps', 'cosine')
+ON_NONFINITE = ('stop', 'skip')
+
+# Fields that may differ when a run continues: no bit of what it computes depends on them. (Which
+# images there are is checked by their fingerprint.)
+_MAY_CHANGE = re.compile(
+    r'checkpoint\..*|on_nonfinite|saturation_steps|data\.(manual_dir|data_dir)'
+)
 
 
 def flatten(config: ConfigDict | dict, prefix: str = '') -> dict[str, Any]:
@@ -85,7 +93,11 @@ RULES = {
     **_is_optimizer('feature'),
     **_is_optimizer('discriminator'),
     'log_every': (_positive, 'at least 1'),
-    'keep_checkpoints': (_positive, 'at least 1'),
+    'checkpoint.every_steps': (_not_negative, 'at least 0 (0: none)'),
+    'checkpoint.every_minutes': (_not_negative, 'at least 0 (0: none)'),
+    'checkpoint.keep': (_positive, 'at least 1'),
+    'on_nonfinite': (lambda v: v in ON_NONFINITE, f'one of {", ".join(ON_NONFINITE)}'),
+    'saturation_steps': (_not_negative, 'at least 0 (0: never warn)'),
 }
 
 
@@ -143,6 +155,17 @@ def differences(old: dict, new: dict) -> list[str]:
         for name in dict.fromkeys([*old, *new])
         if old.get(name, absent) != new.get(name, absent)
     ]
+
+
+def makes_the_run(name: str) -> bool:
+    """Returns whether the bits of a run depend on the field (dotted name)."""
+    return not _MAY_CHANGE.fullmatch(name)
+
+
+def of_the_run(config: ConfigDict | dict) -> dict[str, Any]:
+    """Returns the flattened fields that make the run, as JSON has them."""
+    plain = json.loads(json.dumps(config.to_dict() if isinstance(config, ConfigDict) else config))
+    return {name: value for name, value in flatten(plain).items() if makes_the_run(name)}
 
 
 def steps_in(epochs: float, examples: int, batch_size: int) -> int:

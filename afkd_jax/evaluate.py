@@ -12,6 +12,7 @@ from afkd_jax import run as run_lib
 from afkd_jax import similarity, summary, writer
 from afkd_jax import state as state_lib
 from afkd_jax import step as step_lib
+from afkd_jax import workdir as workdir_lib
 from afkd_jax.checkpoints import Checkpoints
 from afkd_jax.data import augment, batches
 from afkd_jax.errors import UserError
@@ -41,7 +42,7 @@ class Evaluator:
             return per_device(run.cohort, networks, *batch, mask_B)
 
         mapped = run.devices.map(step, split=(False, False, True, True))
-        networks = run.abstract_state().networks
+        networks = run.abstract()[0].networks
         (batch,) = self._batches(run.info.places('test')[:1])  # padded: as every other
         compiled = mapped.lower(networks, run.images, *batch).compile()
         return lambda networks, *batch: compiled(networks, run.images, *batch)
@@ -53,10 +54,27 @@ class Evaluator:
             for index, mask in batches.padded(places, self._run.config.eval_batch_size)
         ]
 
-    def __call__(self, networks: tuple[state_lib.NetworkState, ...], split: str) -> summary.Scores:
-        """Returns the scores on 'train', 'validation' or 'test'; waits until they are there."""
-        places = self._run.info.places(split)
-        parts = jax.device_get([self._score(networks, *batch) for batch in self._batches(places)])
+    def __call__(
+        self,
+        networks: tuple[state_lib.NetworkState, ...],
+        split: str,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> summary.Scores | None:
+        """Returns the scores on 'train', 'validation' or 'test'; waits until they are there.
+
+        Args:
+          networks: their states.
+          split: which images.
+          stop: asked before each batch; if it says so there are no scores, but None.
+        """
+        places, parts = self._run.info.places(split), []
+        for batch in self._batches(places):
+            if stop():
+                return None
+            # One batch on its way while the one before is fetched.
+            parts.append(self._score(networks, *batch))
+            parts[-2:-1] = jax.device_get(parts[-2:-1])
+        parts[-1:] = jax.device_get(parts[-1:])
         correct = np.sum([part['correct'] for part in parts], axis=0)
         entropy = np.sum([part['cross_entropy'] for part in parts], axis=0, dtype=np.float64)
         accuracy, entropy = 100 * correct / len(places), entropy / len(places)
@@ -86,15 +104,23 @@ def evaluate(config: ConfigDict, workdir: pathlib.Path, step: int | None) -> dic
     Raises:
       UserError: there is no such run or checkpoint, or the config is another.
     """
-    if not (workdir / 'config.json').exists():
-        raise UserError(f'--workdir: {workdir} holds no run; train first, with --mode train')
-    writer.claim(workdir, config)
+    workdir_lib.check(workdir, config)
+    workdir_lib.check_begun(workdir)
     run = run_lib.prepare(config)
-    checkpoints = Checkpoints(workdir, keep=None)
-    state, progress = checkpoints.restore(run.abstract_state(), step)
-    checkpoints.close()
+    with Checkpoints(workdir, run.origin()) as checkpoints:
+        restored = checkpoints.restore(run.abstract(), step)
+    if restored is None:
+        raise UserError(f'--workdir: {workdir} has no checkpoint yet; train first')
+    for path, why in restored.rejected.items():
+        writer.console.print(f'warning: {path}: this checkpoint {why}; an older one is taken')
+    state = restored.point.state
     evaluator = Evaluator(run)
     scores = {split: evaluator(state.networks, split) for split in run.info.held_out()}
-    networks, ensemble = summary.entries(run.cohort, scores, progress)
-    edges = evaluator.edges(state.networks)
-    return {'step': int(state.step), 'networks': networks, 'ensemble': ensemble, 'ring': edges}
+    networks, ensemble = summary.entries(run.cohort, scores, restored.point.progress)
+    return {
+        'step': int(state.step),
+        'networks': networks,
+        'ensemble': ensemble,
+        'ring': evaluator.edges(state.networks),
+        'fingerprint': state_lib.fingerprint(state),
+    }

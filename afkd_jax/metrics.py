@@ -1,34 +1,76 @@
-"""Device side of the metrics: sums over steps, so that nothing is fetched step by step."""
+"""Device side of the metrics: sums over steps, so that nothing is fetched step by step.
+
+Steps in which a value is no finite number are counted and left out of the sums; the values of the
+first of them are kept, for the reader who wants to know what went wrong.
+"""
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @flax.struct.dataclass
 class Sums:
-    """Sums of a step's values over steps.
+    """Sums of a step's values over steps, since they were last logged.
 
     Attributes:
       steps: int32 scalar, how many steps were added.
       totals: name -> [K], one per network, or a scalar, one per step.
+      skipped: int32 scalar, how many steps were left out.
+      first_skipped: int32 scalar, the number (counted from 1) of the first of those; 0: none.
+      skipped_values: like totals, the values of that step.
     """
 
     steps: jax.Array
     totals: dict[str, jax.Array]
+    skipped: jax.Array
+    first_skipped: jax.Array
+    skipped_values: dict[str, jax.Array]
 
 
 def zeros(shapes: dict[str, tuple[int, ...]]) -> Sums:
-    """Returns empty sums for values of these names and shapes."""
-    return Sums(jnp.int32(0), {name: jnp.zeros(shape) for name, shape in shapes.items()})
+    """Returns empty sums for values of these names and shapes, on the host."""
+
+    def empty():
+        return {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+
+    return Sums(np.int32(0), empty(), np.int32(0), np.int32(0), empty())
 
 
-def add(sums: Sums, values: dict[str, jax.Array]) -> Sums:
-    """Returns the sums with one step's values added; the names must be the same."""
-    return Sums(sums.steps + 1, jax.tree.map(jnp.add, sums.totals, values))
+def finite(values: dict[str, jax.Array]) -> jax.Array:
+    """Returns whether every value is a finite number: a bool scalar, on the device."""
+    return jnp.stack([jnp.isfinite(value).all() for value in jax.tree.leaves(values)]).all()
+
+
+def add(sums: Sums, values: dict[str, jax.Array], ok: jax.Array, step: jax.Array) -> Sums:
+    """Returns the sums with one step's values.
+
+    Args:
+      sums: so far.
+      values: of the step; the names must be those of the sums.
+      ok: bool scalar, finite(values): if not, the step is counted as skipped and left out.
+      step: int32 scalar, the step's number, counted from 1.
+    """
+    is_first = ~ok & (sums.skipped == 0)
+
+    def where(condition, a, b):
+        return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
+
+    return Sums(
+        steps=sums.steps + ok,
+        totals=where(ok, jax.tree.map(jnp.add, sums.totals, values), sums.totals),
+        skipped=sums.skipped + ~ok,
+        first_skipped=jnp.where(is_first, step, sums.first_skipped),
+        skipped_values=where(is_first, values, sums.skipped_values),
+    )
+
+
+def fetch(sums: Sums) -> Sums:
+    """Returns the sums on the host, as NumPy arrays; waits until they are there."""
+    return jax.device_get(sums)
 
 
 def means(sums: Sums) -> dict[str, list[float] | float]:
-    """Fetches the sums and returns name -> means over the steps; waits until they are there."""
-    host = jax.device_get(sums)
-    return {name: (total / host.steps).tolist() for name, total in host.totals.items()}
+    """Returns name -> means over the steps of fetched sums; of steps there must be some."""
+    return {name: (total / sums.steps).tolist() for name, total in sums.totals.items()}

@@ -10,6 +10,7 @@ import jax
 from ml_collections import ConfigDict
 
 from afkd_jax import cohort as cohort_lib
+from afkd_jax import config as config_lib
 from afkd_jax import methods, metrics, models, parallel
 from afkd_jax import state as state_lib
 from afkd_jax import step as step_lib
@@ -26,6 +27,7 @@ class Run:
       cohort: what is trained.
       devices: where.
       images: all images, on the devices.
+      images_fingerprint: of all images and labels, in their order.
     """
 
     config: ConfigDict
@@ -33,6 +35,7 @@ class Run:
     cohort: cohort_lib.Cohort
     devices: parallel.Devices
     images: augment.Table
+    images_fingerprint: str
 
     @property
     def order(self) -> batches.Order:
@@ -54,13 +57,28 @@ class Run:
         create = functools.partial(state_lib.create, self.cohort)
         return jax.jit(create, out_shardings=self.devices.replicated)(self.init_key)
 
-    def abstract_state(self) -> state_lib.TrainState:
-        """Returns shapes, dtypes and placement of the state; no array is made."""
-        return self.devices.abstract(state_lib.abstract(self.cohort))
-
     def no_sums(self) -> metrics.Sums:
         """Returns empty sums of a step's values, on the devices."""
-        return self.devices.replicate(metrics.zeros(step_lib.value_shapes(self.cohort)))
+        return self.devices.replicate(self._host_sums())
+
+    def _host_sums(self) -> metrics.Sums:
+        return metrics.zeros(step_lib.value_shapes(self.cohort))
+
+    def abstract(self) -> tuple[state_lib.TrainState, metrics.Sums]:
+        """Returns shapes, dtypes and placement of state and sums; no array is made."""
+        return self.devices.abstract((state_lib.abstract(self.cohort), self._host_sums()))
+
+    def origin(self) -> dict[str, Any]:
+        """Returns what makes the run, as JSON: with another config, images or arrays it is another.
+
+        The number of devices is not in it, nor what a run may go on with (config.of_the_run).
+        """
+        arrays = state_lib.abstract(self.cohort), self._host_sums()
+        return {
+            'config': config_lib.of_the_run(self.config),
+            'images': {**dataclasses.asdict(self.info), 'fingerprint': self.images_fingerprint},
+            'arrays': state_lib.layout(arrays),
+        }
 
     def compiled_step(self, state: state_lib.TrainState) -> Callable[..., Any]:
         """Returns the compiled training step: (state, sums, batch's indices) -> (state, sums).
@@ -106,4 +124,6 @@ def prepare(config: ConfigDict) -> Run:
     cohort = cohort_lib.assemble(
         config, info.image_shape, info.num_classes, info.train, parallel.AXIS
     )
-    return Run(config, info, cohort, devices, devices.replicate(augment.table(splits)))
+    table = augment.table(splits)
+    fingerprint = state_lib.fingerprint((table.pixels, table.labels))
+    return Run(config, info, cohort, devices, devices.replicate(table), fingerprint)

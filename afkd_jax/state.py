@@ -111,14 +111,22 @@ def parameter_count(params: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def fingerprint(state: TrainState) -> str:
+def fingerprint(arrays: Any) -> str:
     """Returns a SHA-256 over every array: name, dtype, shape and bytes, in the tree's order.
 
-    Two runs with one fingerprint are the same run, bit for bit.
+    Two runs whose states have one fingerprint are the same run, bit for bit.
     """
     digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(state)):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(arrays)):
         array = np.ascontiguousarray(leaf)
         digest.update(f'{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n'.encode())
-        digest.update(array.tobytes())
+        digest.update(array.reshape(-1).view(np.uint8))
     return digest.hexdigest()
+
+
+def layout(arrays: Any) -> dict[str, str]:
+    """Returns name -> dtype and shape of every array, or of every abstract one, of a tree."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator='/'): f'{leaf.dtype}{[*leaf.shape]}'
+        for path, leaf in jax.tree_util.tree_leaves_with_path(arrays)
+    }

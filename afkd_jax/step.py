@@ -196,6 +196,10 @@ def train_step(
 ) -> tuple[TrainState, metrics.Sums]:
     """Returns (state, sums) after gathering, varying and learning this device's batch.
 
+    Where a loss, another reported value or the norm of a gradient is no finite number, nothing of
+    the step remains but its number: parameters, statistics and optimizers stay as they were, and
+    the sums count it as skipped. Whether the run goes on after that is for the host to say.
+
     Args:
       cohort: what is trained.
       pad: see augment.vary.
@@ -208,8 +212,11 @@ def train_step(
     """
     augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
     batch = augment.training_batch(images, index_B, augment_key, pad, flip)
-    state, values = update(cohort, state, *batch, dropout_key)
-    return state, metrics.add(sums, values)
+    moved, values = update(cohort, state, *batch, dropout_key)
+    ok = metrics.finite(values)
+    kept = state.replace(step=moved.step)
+    state = jax.tree.map(lambda new, old: jnp.where(ok, new, old), moved, kept)
+    return state, metrics.add(sums, values, ok, moved.step)
 
 
 def eval_step(

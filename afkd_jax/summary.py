@@ -8,8 +8,8 @@ import rich.box
 import rich.table
 
 from afkd_jax import state as state_lib
-from afkd_jax.checkpoints import Progress
 from afkd_jax.cohort import Cohort
+from afkd_jax.progress import Progress
 from afkd_jax.run import Run
 
 _ACCURACIES = ('validation_accuracy', 'test_accuracy', 'test_accuracy_at_best_validation')
@@ -64,34 +64,35 @@ def build(
     run: Run,
     state: state_lib.TrainState,
     scores: dict[str, Scores],
-    edges: list[dict[str, Any]],
+    edges: list[dict[str, Any]] | None,
     progress: Progress,
     compile_s: float,
-    wall_s: float,
 ) -> dict[str, Any]:
-    """Returns the summary of a finished run, as it stands in summary.json.
+    """Returns the summary of a run, as it stands in summary.json.
 
     Args:
       run: which.
-      state: after its last step.
-      scores: of that state, by split.
-      edges: of that state's ring (similarity.figures).
-      progress: of the run; `images_per_s` is the median over its epochs, None if none was timed.
+      state: after its last step so far.
+      scores: the last there are, by split.
+      edges: of that state's ring (similarity.figures); None if the run is not finished.
+      progress: of the run; `images_per_s` is the median over its epochs, None if none was timed;
+        in `wall_s` what a killed process did after its last checkpoint is missing.
       compile_s: seconds to compile the training and the evaluation step, in this process.
-      wall_s: seconds, over all restarts; what a killed process did after its last checkpoint is
-        not in it.
     """
     networks, ensemble = entries(run.cohort, scores, progress)
     speeds = progress.images_per_s
     return {
+        'finished': edges is not None,
         'networks': networks,
         'ensemble': ensemble,
         'ring': edges,
         'steps': int(state.step),
+        'steps_skipped': progress.skipped,
         'epochs': run.config.epochs,
+        'evaluated': {split: known['step'] for split, known in progress.scores.items()},
         'images_per_s': statistics.median(speeds) if speeds else None,
         'compile_s': compile_s,
-        'wall_s': wall_s,
+        'wall_s': progress.wall_s,
         'device': run.devices.name,
         'fingerprint': state_lib.fingerprint(state),
     }

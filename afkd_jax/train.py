@@ -1,6 +1,7 @@
 """The loop: steps, log lines, evaluations and checkpoints, in their order."""
 
-import json
+import contextlib
+import dataclasses
 import pathlib
 import time
 from collections.abc import Callable
@@ -8,75 +9,142 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from afkd_jax import config as config_lib
 from afkd_jax import curves, metrics, summary, writer
 from afkd_jax import run as run_lib
-from afkd_jax import state as state_lib
-from afkd_jax.checkpoints import Checkpoints, Progress
+from afkd_jax import workdir as workdir_lib
+from afkd_jax.checkpoints import Checkpoints, Point
+from afkd_jax.errors import UserError
 from afkd_jax.evaluate import Evaluator
 from afkd_jax.interrupt import Interrupt
+from afkd_jax.progress import Progress
+from afkd_jax.watch import Watch
+
+_tell = writer.console.print
 
 
-def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any] | None:
-    """Trains from the workdir's last checkpoint, or from the start, to the end of the config.
+def train(config: ConfigDict, workdir: pathlib.Path, step: int | None = None) -> dict | None:
+    """Trains from the workdir's newest checkpoint, or from the start, to the end of the config.
 
     Args:
       config: valid.
       workdir: made if it is not there.
+      step: go on from the checkpoint of this step; what is newer is set aside.
 
     Returns:
       The summary; None if a signal ended the run early (its checkpoint is written).
 
     Raises:
-      UserError: the config, its images, devices or the workdir do not fit, or a loss is no number.
+      UserError: the config, its images, devices, the workdir or its checkpoints do not fit, the
+        disk cannot be written, or the run has diverged.
     """
     started = time.perf_counter()
+    workdir_lib.check(workdir, config)
+    if step is not None:
+        workdir_lib.check_begun(workdir)
+    if step is None and (finished := workdir_lib.summary(workdir)):
+        _tell(f'{workdir}: this run is finished; its summary:')
+        return finished
     run = run_lib.prepare(config)
-    with Interrupt() as interrupt:
-        writer.claim(workdir, config)
-        if (workdir / 'summary.json').exists():
-            writer.console.print(f'{workdir}: this run is finished; its summary:')
-            return json.loads((workdir / 'summary.json').read_text())
-
-        last_step = run.order.end_of(config.epochs)
-        checkpoints = Checkpoints(workdir, config.keep_checkpoints)
-        if checkpoints.latest is None:
-            state, progress = run.initial_state(), Progress.start(len(config.networks))
-        else:
-            state, progress = checkpoints.restore(run.abstract_state())
-            writer.console.print(f'{workdir}: continues from step {int(state.step)} of {last_step}')
-        first_step = int(state.step)
-        writer.console.print(
-            f'{workdir}: {len(run.cohort.names)} networks, {last_step} steps, on '
-            f'{run.devices.name}; compiling'
+    last_step = run.order.end_of(config.epochs)
+    names = run.cohort.names
+    with contextlib.ExitStack() as stack:
+        interrupt = stack.enter_context(Interrupt())
+        check_held = stack.enter_context(workdir_lib.claimed(workdir, config, _tell))
+        about = {'versions': writer.versions(), 'devices': run.devices.name}
+        checkpoints = stack.enter_context(
+            Checkpoints(workdir, run.origin(), about, config.checkpoint.keep)
+        )
+        point = _begin(run, workdir, checkpoints, about, step, last_step)
+        first_step = int(point.state.step)
+        _tell(
+            f'{workdir}: {len(names)} networks, {last_step} steps, on {run.devices.name}; compiling'
         )
         begin = time.perf_counter()
-        train_step, evaluate = run.compiled_step(state), Evaluator(run)
+        train_step, evaluate = run.compiled_step(point.state), Evaluator(run)
         compile_s = time.perf_counter() - begin
-        names = run.cohort.names
-        with writer.Writer(workdir, names, first_step, last_step, config.epochs) as out:
-            out.header(config, run.devices.name, first_step)
-            loop = _Loop(
-                run, state, progress, started - progress.wall_s, train_step, evaluate,
-                checkpoints, out,
-            )  # fmt: skip
-            loop.until(last_step, interrupt)
-            checkpoints.close()
-            state = loop.state
-            if loop.step < last_step or interrupt.requested:
-                writer.console.print(
-                    f'{workdir}: stopped by a signal, with a checkpoint at step {loop.step} of '
-                    f'{last_step}; the same command continues'
-                )
-                return None
-            scores = {
-                split: loop.scores.get(split) or evaluate(state.networks, split)
-                for split in run.info.held_out()
-            }
-            edges = evaluate.edges(state.networks)
-        result = summary.build(run, state, scores, edges, progress, compile_s, loop.wall_s())
-        writer.write_json(workdir / 'summary.json', result)
+        out = stack.enter_context(
+            writer.Writer(
+                workdir, names, first_step, point.progress.evaluated, last_step, config.epochs
+            )
+        )
+        out.header(config, run.devices.name, first_step)
+        watch = Watch(run, workdir, point.progress, out)
+        loop = _Loop(
+            run,
+            point,
+            started,
+            train_step,
+            evaluate,
+            checkpoints,
+            out,
+            watch,
+            check_held,
+            interrupt,
+        )
+        loop.until(last_step)
+        stopped = loop.step < last_step or interrupt.requested
+        result = summary.build(
+            run,
+            loop.state,
+            loop.scores() if stopped else loop.final_scores(),
+            None if stopped else evaluate.edges(loop.state.networks),
+            loop.progress(),
+            compile_s,
+        )
+        workdir_lib.write_json(workdir / 'summary.json', result)
+        if stopped:
+            _tell(
+                f'{workdir}: stopped by a signal, with a checkpoint at step {loop.step} of '
+                f'{last_step}; the same command continues'
+            )
+            return None
         curves.draw(workdir)
     return result
+
+
+def _begin(
+    run: run_lib.Run,
+    workdir: pathlib.Path,
+    checkpoints: Checkpoints,
+    about: dict[str, Any],
+    step: int | None,
+    last_step: int,
+) -> Point:
+    """Returns where the run goes on, or its start, which is written as a checkpoint of its own.
+
+    So a workdir with a metrics.jsonl has, or had, a checkpoint; and a disk that cannot hold one is
+    noticed before any step. What is newer than the checkpoint is set aside.
+    """
+    restored = checkpoints.restore(run.abstract(), step)
+    if restored is None:
+        if (workdir / 'metrics.jsonl').exists():
+            raise UserError(
+                f'{checkpoints.folder}: the checkpoints of this run, which has begun, are gone; '
+                'put one back, or name another --workdir to start anew'
+            )
+        progress = Progress.start(len(run.cohort.names))
+        point = Point(run.initial_state(), run.no_sums(), progress)
+        checkpoints.save(0, point)
+        checkpoints.wait()
+        return point
+    for path, why in restored.rejected.items():
+        _tell(
+            f'warning: {path}: this checkpoint {why}; it is set aside as '
+            f'{workdir_lib.set_aside(workdir.absolute(), path)}'
+        )
+    for path in restored.newer:
+        workdir_lib.set_aside(workdir.absolute(), path)
+    if workdir_lib.summary(workdir):  # of an end that this run is to reach once more
+        workdir_lib.set_aside(workdir, workdir / 'summary.json')
+    _tell(f'{workdir}: continues from step {int(restored.point.state.step)} of {last_step}')
+    for what in about:
+        if changes := config_lib.differences(
+            config_lib.flatten({what: restored.about[what]}),
+            config_lib.flatten({what: about[what]}),
+        ):
+            _tell(f'warning: {"; ".join(changes)}: the run goes on, but not to the same bits')
+    return restored.point
 
 
 class _Loop:
@@ -85,81 +153,113 @@ class _Loop:
     Attributes:
       state: of the last step.
       step: how many steps were taken; state.step, known without a fetch.
-      scores: of the state, by split, as far as the loop has evaluated it.
 
     Args:
       run: what is trained.
-      state: from which it goes on.
-      progress: of the run; kept up to date.
-      started: time.perf_counter() at which the run would have started without a stop.
+      point: from which it goes on; its progress is kept up to date.
+      started: time.perf_counter() at which this process started.
       train_step: Run.compiled_step.
-      evaluate: the evaluator of the run.
-      checkpoints: where to save.
-      out: where to write.
+      evaluate: of the run.
+      checkpoints: of the run.
+      out: of the run.
+      watch: of the run.
+      check_held: raises if the workdir is no longer ours.
+      interrupt: ends the loop after the step, and an evaluation after a batch.
     """
 
     def __init__(
         self,
         run: run_lib.Run,
-        state: state_lib.TrainState,
-        progress: Progress,
+        point: Point,
         started: float,
         train_step: Callable[..., Any],
         evaluate: Evaluator,
         checkpoints: Checkpoints,
         out: writer.Writer,
+        watch: Watch,
+        check_held: Callable[[], None],
+        interrupt: Interrupt,
     ):
-        self.state, self.step, self.scores = state, int(state.step), {}
-        self._run, self._progress, self._started = run, progress, started
-        self._train_step, self._evaluate = train_step, evaluate
-        self._checkpoints, self._out = checkpoints, out
-
-    def wall_s(self) -> float:
-        """Returns the seconds spent on the run so far, over all restarts."""
-        return time.perf_counter() - self._started
-
-    def until(self, last_step: int, interrupt: Interrupt) -> None:
-        """Trains to the last step; a signal ends it earlier. Leaves a checkpoint either way."""
-        run, order = self._run, self._run.order
-        no_sums = sums = run.no_sums()
-        pending, first = None, True
+        self._run, self._train_step, self._evaluate = run, train_step, evaluate
+        self._checkpoints, self._out, self._watch = checkpoints, out, watch
+        self._check_held, self._interrupt = check_held, interrupt
+        self.state, self._sums, self._progress = point.state, point.sums, point.progress
+        self.step = self._saved_step = int(point.state.step)
+        self._started = started - self._progress.wall_s
+        self._no_sums = run.no_sums()
+        # The line that is still to be written: (step, sums).
+        self._pending: tuple[int, metrics.Sums] | None = None
+        self._saved_at = time.perf_counter()
         self._restart_clocks()
-        while self.step < last_step and not interrupt.requested:
-            index = run.devices.split(order.indices(self.step))
-            before = sums
-            self.state, sums = self._train_step(self.state, sums, index)
-            self.step, self.scores = self.step + 1, {}
+
+    def until(self, last_step: int) -> None:
+        """Trains up to `last_step`, or until a signal asks to stop; ends with a checkpoint."""
+        order, log_every, first = self._run.order, self._run.config.log_every, self.step
+        self._end_epoch()  # of one that was stopped before its evaluation
+        while self.step < last_step and not self._interrupt.requested:
+            index = self._run.devices.split(order.indices(self.step))
+            before = self._sums
+            self.state, self._sums = self._train_step(self.state, before, index)
+            self.step += 1
             # At most two steps on their way, so that a signal does not wait for many.
             before.steps.block_until_ready()
-            if first:  # the first step also warms up: it is not timed
-                sums.steps.block_until_ready()
+            if self.step == first + 1:  # the first step also warms up: it is not timed
+                self._sums.steps.block_until_ready()
                 self._restart_clocks()
-                first = False
-            if pending:  # fetched only now that the next step is on its way
-                self._log(*pending)
-                pending = None
-            epoch = int(order.epoch_at(self.step))
-            epoch_ends = self.step == order.end_of(epoch)
-            if epoch_ends or self.step % run.config.log_every == 0:
-                pending, sums = (self.step, sums), no_sums
-            if epoch_ends:
-                self._log(*pending)
-                pending = None
-                if speed := self._speed(self._epoch_clock, self.step):
-                    self._progress.images_per_s.append(speed)
-                self._evaluate_epoch(epoch)
+            self._log()  # of the steps before: only now that the next one is on its way
+            if self._epoch() or self.step % log_every == 0:
+                self._pending, self._sums = (self.step, self._sums), self._no_sums
+            if self._epoch():
+                self._end_epoch()
+            elif self._checkpoint_is_due():
                 self._save()
-                self._out.epoch(epoch)
-                self._restart_clocks()
-        if pending:
-            self._log(*pending)
-        elif sums is not no_sums:
-            self._log(self.step, sums)
-        self._save()
+        if self.step > self._saved_step:
+            self._save()
+        self._checkpoints.wait()
+
+    def progress(self) -> Progress:
+        """Returns what is known of the run beside its arrays."""
+        self._progress.wall_s = time.perf_counter() - self._started
+        return self._progress
+
+    def scores(self) -> dict[str, summary.Scores]:
+        """Returns the last scores of each split that was evaluated."""
+        return {
+            split: summary.Scores(known['accuracy'], known['cross_entropy'])
+            for split, known in self._progress.scores.items()
+        }
+
+    def final_scores(self) -> dict[str, summary.Scores]:
+        """Returns the scores of the last state on the splits that are held out."""
+        known = self.scores()
+        return {
+            split: known[split]
+            if split in known and self._progress.scores[split]['step'] == self.step
+            else self._evaluate(self.state.networks, split)
+            for split in self._run.info.held_out()
+        }
+
+    def _epoch(self) -> int:
+        """Returns the number of the epoch that ends with this step, counted from 1; 0 if none."""
+        epoch = int(self._run.order.epoch_at(self.step))
+        return epoch if epoch and self.step == self._run.order.end_of(epoch) else 0
+
+    def _checkpoint_is_due(self) -> bool:
+        due = self._run.config.checkpoint
+        if due.every_steps and self.step % due.every_steps == 0:
+            return True
+        minutes = (time.perf_counter() - self._saved_at) / 60
+        return bool(due.every_minutes) and minutes >= due.every_minutes
 
     def _save(self) -> None:
-        self._progress.wall_s = self.wall_s()
-        self._checkpoints.save(self.step, self.state, self._progress)
+        """Writes what is to be logged up to here, and then starts to write a checkpoint."""
+        self._log()
+        self._watch.finite(metrics.fetch(self._sums))
+        self._check_held()
+        self._out.sync()
+        self._checkpoints.save(self.step, Point(self.state, self._sums, self.progress()))
+        self._saved_at, self._saved_step = time.perf_counter(), self.step
+        self._restart_clocks()
 
     def _restart_clocks(self) -> None:
         """Starts the clocks of img/s; called after whatever is not training."""
@@ -171,28 +271,62 @@ class _Loop:
         images = (step - first_step) * self._run.config.batch_size
         return images / (time.perf_counter() - then)
 
-    def _log(self, step: int, sums: metrics.Sums) -> None:
-        means = metrics.means(sums)  # waits for the step
-        speed = self._speed(self._line_clock, step)
-        self._out.train(step, self._run.order.epoch_at(step), means, speed)
+    def _log(self) -> None:
+        """Writes the line that is pending, if there is one; waits for its step."""
+        if self._pending is None:
+            return
+        (step, sums), self._pending = self._pending, None
+        sums = metrics.fetch(sums)
+        self._watch.line(step, sums)
+        self._checkpoints.poll()
+        if sums.steps:
+            speed = self._speed(self._line_clock, step)
+            epoch = self._run.order.epoch_at(step)
+            self._out.train(step, epoch, metrics.means(sums), speed, int(sums.skipped))
         self._line_clock = (time.perf_counter(), step)
 
-    def _evaluate_epoch(self, epoch: int) -> None:
+    def _end_epoch(self) -> None:
+        """Evaluates and saves, if an epoch ends here and has not been evaluated yet."""
+        epoch = self._epoch()
+        if not epoch or self._progress.evaluated == self.step:
+            return
+        self._log()
+        if speed := self._speed(self._epoch_clock, self.step):
+            self._progress.images_per_s.append(speed)
+        if self._evaluate_epoch(epoch):
+            self._out.epoch(epoch)
+        self._save()
+
+    def _evaluate_epoch(self, epoch: int) -> bool:
         """Evaluates on validation, and on test where a network is better than it has ever been.
 
         The last epoch is evaluated on test in any case. Without a validation split every epoch
-        is, for its curve: nothing is selected.
+        is, for its curve: nothing is selected. Returns False if a signal asked to stop meanwhile:
+        then nothing is known yet, and the epoch is evaluated when the run goes on.
         """
+
+        def stop() -> bool:
+            return self._interrupt.requested
+
+        networks, progress = self.state.networks, self._progress
         split = self._run.info.held_out()[0]
-        scores = self.scores[split] = self._evaluate(self.state.networks, split)
-        improved = self._progress.improved(scores.accuracy) if split == 'validation' else []
-        if improved or (split == 'validation' and epoch == self._run.config.epochs):
-            test = self.scores['test'] = self._evaluate(self.state.networks, 'test')
-            self._out.evaluation(self.step, epoch, 'test', test)
-            for k in improved:
-                self._progress.best[k] = {
-                    'validation': scores.accuracy[k],
-                    'test': test.accuracy[k],
-                    'step': self.step,
-                }
-        self._out.evaluation(self.step, epoch, split, scores)
+        if (scores := self._evaluate(networks, split, stop)) is None:
+            return False
+        known, improved = {split: scores}, []
+        if split == 'validation':
+            improved = progress.improved(scores.accuracy)
+            if improved or epoch == self._run.config.epochs:
+                if (test := self._evaluate(networks, 'test', stop)) is None:
+                    return False
+                known = {'test': test, **known}
+        for name, values in known.items():
+            self._out.evaluation(self.step, epoch, name, values)
+            progress.scores[name] = {'step': self.step, **dataclasses.asdict(values)}
+        for k in improved:
+            progress.best[k] = {
+                'validation': scores.accuracy[k],
+                'test': test.accuracy[k],
+                'step': self.step,
+            }
+        progress.evaluated = self.step
+        return True

@@ -1,7 +1,9 @@
 """Host side of the metrics: the workdir's files, log lines, and the progress bar on a terminal."""
 
+import errno
 import importlib.metadata
 import json
+import os
 import pathlib
 import platform
 import subprocess
@@ -12,9 +14,9 @@ import numpy as np
 import rich.console
 import rich.progress
 
-from afkd_jax import config as config_lib
 from afkd_jax.errors import UserError
 from afkd_jax.summary import Scores
+from afkd_jax.workdir import write_whole
 
 _PACKAGES = (
     *('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy'),
@@ -24,41 +26,10 @@ _PACKAGES = (
 console = rich.console.Console(highlight=False, markup=False, soft_wrap=True)
 
 
-def claim(workdir: pathlib.Path, config: Any) -> None:
-    """Makes the workdir and its config.json, or checks that it is the same run's.
-
-    Raises:
-      UserError: the workdir belongs to another config, or cannot be made.
-    """
-    path = workdir / 'config.json'
-    ours = json.loads(json.dumps(config.to_dict()))
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            if (workdir / 'checkpoints').exists():
-                raise ValueError('it has checkpoints, but no config.json to tell whose')
-            write_json(path, ours)
-            return
-        theirs = json.loads(path.read_text())
-        if not isinstance(theirs, dict):
-            raise ValueError('its config.json is not an object')
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f'--workdir: {workdir} cannot be used ({error}); name another directory'
-        ) from None
-    different = config_lib.differences(config_lib.flatten(theirs), config_lib.flatten(ours))
-    if different:
-        raise UserError(
-            f'--workdir: {workdir} holds a run with another config ({"; ".join(different)}); '
-            'name another directory, or use the old config to continue that run'
-        )
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes the file whole or not at all."""
-    temporary = path.with_name(path.name + '.tmp')
-    temporary.write_text(json.dumps(value, indent=2) + '\n')
-    temporary.replace(path)
+def versions() -> dict[str, str]:
+    """Returns the versions of Python and of the packages that a run's numbers depend on."""
+    packages = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {'python': platform.python_version(), **packages}
 
 
 def _git_commit() -> str | None:
@@ -85,22 +56,55 @@ def _refuse_non_finite(step: int, values: dict[str, list[float] | float]) -> Non
             )
 
 
+def _cut(path: pathlib.Path, start: int, evaluated: int) -> None:
+    """Moves lines about later steps, and what is no line, to set_aside/metrics.jsonl."""
+
+    def belongs(text: bytes) -> bool:
+        try:
+            line = json.loads(text)
+            last = evaluated if line['kind'] == 'evaluation' else start
+            return text.endswith(b'\n') and line['step'] <= last
+        except (ValueError, KeyError, TypeError):  # cut, or altered
+            return False
+
+    lines = path.read_bytes().splitlines(keepends=True)
+    past = [line for line in lines if not belongs(line)]
+    if past:
+        aside = path.parent / 'set_aside' / path.name
+        aside.parent.mkdir(exist_ok=True)
+        with aside.open('ab') as file:  # first there, then no longer here
+            file.writelines(line.rstrip(b'\n') + b'\n' for line in past)
+            os.fsync(file.fileno())
+        write_whole(path, b''.join(line for line in lines if belongs(line)))
+
+
 class Writer:
     """Writes metrics.jsonl, one line of text per epoch, and on a terminal a progress bar.
 
     Args:
       workdir: exists.
       names: of the networks.
-      start: step at which this process starts.
+      start: step at which this process starts. Lines of metrics.jsonl about later steps, which a
+        killed process left, are set aside: they will be written again.
+      evaluated: step of the last evaluation up to there; likewise.
       steps: of the whole run.
       epochs: of the whole run.
     """
 
     def __init__(
-        self, workdir: pathlib.Path, names: tuple[str, ...], start: int, steps: int, epochs: int
+        self,
+        workdir: pathlib.Path,
+        names: tuple[str, ...],
+        start: int,
+        evaluated: int,
+        steps: int,
+        epochs: int,
     ):
-        self._file = (workdir / 'metrics.jsonl').open('a+')
-        self._end_cut_line()
+        path = workdir / 'metrics.jsonl'
+        self._resumes = path.exists()
+        if self._resumes:
+            _cut(path, start, evaluated)
+        self._file = path.open('ab', buffering=0)
         self._names, self._epochs = names, epochs
         self._started, self._rate, self._losses, self._accuracies = time.time(), 0.0, '', ''
         self._bar = None
@@ -128,27 +132,26 @@ class Writer:
             self._bar.stop()
         self._file.close()
 
-    def _end_cut_line(self) -> None:
-        """Ends a last line that a killed process left without its end, so that none is glued on."""
-        self._file.seek(0)
-        text = self._file.read()
-        if text and not text.endswith('\n'):
-            self._file.write('\n')
-
     def _line(self, kind: str, **values: Any) -> None:
-        self._file.write(json.dumps({'kind': kind, **values}, allow_nan=False) + '\n')
-        self._file.flush()
+        # Unbuffered, so that a line that did not fit on the disk is not tried again.
+        line = (json.dumps({'kind': kind, **values}, allow_nan=False) + '\n').encode()
+        try:
+            if self._file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise UserError(
+                f'{self._file.name}: cannot be written ({error.strerror}); the checkpoints are '
+                'intact: make room, or mend the disk, then the same command continues'
+            ) from error
 
     def header(self, config: Any, device: str, step: int) -> None:
         """Writes what the following lines come from; kind 'run', or 'resume' after a stop."""
-        versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
         self._line(
-            'resume' if self._file.tell() else 'run',
+            'resume' if self._resumes else 'run',
             step=step,
             time=time.strftime('%Y-%m-%dT%H:%M:%S%z'),
             config=config.to_dict(),
-            python=platform.python_version(),
-            versions=versions,
+            versions=versions(),
             devices=device,
             commit=_git_commit(),
         )
@@ -159,8 +162,11 @@ class Writer:
         epoch: float,
         means: dict[str, list[float] | float],
         images_per_s: float,
+        skipped: int,
     ) -> None:
         """Writes the means since the last such line: of the step, and an entry per network.
+
+        `skipped` steps are not in the means.
 
         Raises:
           UserError: a value is not a finite number; nothing is written.
@@ -176,6 +182,7 @@ class Writer:
             step=step,
             epoch=epoch,
             images_per_s=images_per_s,
+            skipped=skipped,
             **{name: value for name, value in means.items() if name not in own},
             networks=networks,
         )
@@ -203,6 +210,15 @@ class Writer:
         self._line('evaluation', step=step, epoch=epoch, split=split, networks=networks)
         *own, ensemble = (f'{value:.2f}' for value in scores.accuracy)
         self._accuracies = f'{split} % {" ".join(own)} ensemble {ensemble}'
+
+    def warning(self, step: int, text: str) -> None:
+        """Writes a warning, and tells it to the reader."""
+        self._line('warning', step=step, text=text)
+        console.print(f'warning: step {step}: {text}')
+
+    def sync(self) -> None:
+        """Returns when all lines are on the disk, whatever happens to the machine."""
+        os.fsync(self._file.fileno())
 
     def epoch(self, epoch: int) -> None:
         """Tells the terminal or the log how far the run is."""

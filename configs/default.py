@@ -71,7 +71,18 @@ def get_config(networks: str = 'resnet32,resnet32') -> config_dict.ConfigDict:
     # Updates the discriminators: Adam.
     config.discriminator = config.feature.copy_and_resolve_references()
 
-    # What is written, and how often.
+    # What is written, and how often. These do not change what is computed, nor do data.manual_dir
+    # and data.data_dir: of a run that continues they may be changed, but for log_every.
     config.log_every = 50  # steps per line of metrics.jsonl
-    config.keep_checkpoints = 3  # the last n are kept
+    config.checkpoint = config_dict.ConfigDict()  # besides those at the end of each epoch:
+    config.checkpoint.every_steps = 0  # one each time so many steps are taken; 0: none
+    config.checkpoint.every_minutes = 10.0  # one so long after the last; 0: none
+    config.checkpoint.keep = 3  # the last n, and for each network its best on validation
+
+    # What is done when a loss or a gradient is no finite number: 'stop' the run, or 'skip' the
+    # step: no array is changed by it, and it is counted.
+    config.on_nonfinite = 'stop'
+    # Warn when the outputs of a discriminator have been within 0.02 of 0 or 1 on own and teacher's
+    # maps for so many steps; 0: never.
+    config.saturation_steps = 500
     return config

@@ -1,42 +1,159 @@
 """Checkpoints: what is kept, what comes back, what is refused."""
 
+import contextlib
+import json
+import os
+import pathlib
+import random
+import shutil
+import subprocess
+
 import jax
 import numpy as np
 import pytest
 from conftest import PAIR, initial_state, tiny_cohort, tiny_config
 
-from afkd_jax import parallel
+from afkd_jax import checkpoints as checkpoints_lib
+from afkd_jax import config as config_lib
+from afkd_jax import metrics, parallel
 from afkd_jax import state as state_lib
-from afkd_jax.checkpoints import Checkpoints, Progress
+from afkd_jax import step as step_lib
+from afkd_jax.checkpoints import Checkpoints, Point
 from afkd_jax.errors import UserError
+from afkd_jax.progress import Progress
+
+ABOUT = {'versions': {'jax': '1'}, 'devices': '1 x cpu'}
+
+
+def sums_of(config):
+    return metrics.zeros(step_lib.value_shapes(tiny_cohort(config)))
 
 
 @pytest.fixture(scope='module')
-def state():
-    return initial_state(tiny_config())
+def point():
+    """A state and sums in which no two arrays are alike, on the host."""
+    config, rng = tiny_config(), np.random.default_rng(0)
+    arrays = initial_state(config), sums_of(config)
+    arrays = jax.tree.map(
+        lambda leaf: np.asarray(rng.integers(1, 9, np.shape(leaf)), np.asarray(leaf).dtype), arrays
+    )
+    return Point(*arrays, Progress.start(2))
 
 
 def replicated(count):
     return parallel.Devices.local('shard_map', count)
 
 
-def test_a_state_comes_back_to_the_bit_on_any_number_of_devices(state, tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=2)
-    best = {'validation': 98.6013986013986, 'test': 97.5, 'step': 4}
-    progress = Progress([best, None, None], [1e3, 2e3], 3.5)
-    for step in (2, 4, 6):
-        checkpoints.save(step, replicated(2).replicate(state), progress)
-    assert checkpoints.latest == 6
-    like = state_lib.abstract(tiny_cohort(tiny_config()))
-    for count in (1, 2, 8):
-        devices = replicated(count)
-        restored, remembered = checkpoints.restore(devices.abstract(like))
-        assert remembered == progress
-        assert state_lib.fingerprint(restored) == state_lib.fingerprint(state)
-        assert all(leaf.sharding == devices.replicated for leaf in jax.tree.leaves(restored))
-    with pytest.raises(UserError, match='no checkpoint of step 2 .* there are 4, 6'):
-        checkpoints.restore(replicated(1).abstract(like), 2)
-    checkpoints.close()
+def origin(config):
+    arrays = state_lib.abstract(tiny_cohort(config)), sums_of(config)
+    return {
+        'config': config_lib.of_the_run(config),
+        'images': {'train': 64, 'fingerprint': 'ab'},
+        'arrays': state_lib.layout(arrays),
+    }
+
+
+def like(config, count=1):
+    arrays = state_lib.abstract(tiny_cohort(config)), sums_of(config)
+    return replicated(count).abstract(arrays)
+
+
+def opened(folder, config=None, keep=2):
+    return Checkpoints(folder, origin(config or tiny_config()), ABOUT, keep)
+
+
+def write(folder, point, steps, keep=9, config=None):
+    with opened(folder, config, keep) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, point)
+
+
+def names(folder):
+    return sorted(path.name for path in (folder / 'checkpoints').iterdir())
+
+
+def same(a, b):
+    fingerprints = [state_lib.fingerprint((x.state, x.sums)) for x in (a, b)]
+    return fingerprints[0] == fingerprints[1] and a.progress == b.progress
+
+
+def test_a_point_comes_back_to_the_bit_on_any_number_of_devices(point, tmp_path):
+    progress = Progress(
+        best=[{'validation': 98.6013986013986, 'test': 97.5, 'step': 4}, None, None],
+        saturated=[3, 0],
+        scores={'test': {'step': 4, 'accuracy': [0.1, 1 / 3], 'cross_entropy': [2.5, 1e-30]}},
+        evaluated=4,
+        images_per_s=[1e3, 2e3],
+        wall_s=3.5,
+        skipped=7,
+    )
+    for written in (1, 8):
+        folder = tmp_path / str(written)
+        folder.mkdir()
+        state, sums = replicated(written).replicate((point.state, point.sums))
+        write(folder, Point(state, sums, progress), [6])
+        for count in (1, 2, 8):
+            with opened(folder) as checkpoints:
+                restored = checkpoints.restore(like(tiny_config(), count))
+            assert same(restored.point, Point(point.state, point.sums, progress))
+            arrays = jax.tree.leaves((restored.point.state, restored.point.sums))
+            assert all(leaf.sharding == replicated(count).replicated for leaf in arrays)
+            assert restored.about == ABOUT
+            assert (restored.rejected, restored.newer) == ({}, [])
+
+
+def test_the_last_and_the_best_are_kept(point, tmp_path):
+    progress = Progress.start(2)
+    with opened(tmp_path, keep=2) as checkpoints:
+        for step in range(0, 18, 2):
+            if step == 4:
+                progress.best[0] = {'validation': 1.0, 'test': 1.0, 'step': 4}
+            if step == 8:
+                progress.best[2] = {'validation': 1.0, 'test': 1.0, 'step': 8}
+            if step == 14:
+                progress.best[2] = {'validation': 2.0, 'test': 1.0, 'step': 14}
+            checkpoints.save(step, Point(point.state, point.sums, progress))
+            checkpoints.wait()
+            if step == 12:
+                assert names(tmp_path) == ['10', '12', '4', '8']
+    assert names(tmp_path) == ['14', '16', '4']
+    with opened(tmp_path) as checkpoints:
+        for step in (4, 14, 16):
+            assert checkpoints.restore(like(tiny_config()), step).point.progress.best_steps()
+        restored = checkpoints.restore(like(tiny_config()), 14)
+        assert [path.name for path in restored.newer] == ['16']
+        with pytest.raises(UserError, match='no checkpoint of step 2 .* there are 4, 14, 16'):
+            checkpoints.restore(like(tiny_config()), 2)
+
+
+def test_a_step_that_is_saved_again_is_replaced(point, tmp_path):
+    later = Progress.start(2)
+    later.evaluated = 4
+    with opened(tmp_path) as checkpoints:
+        for progress in (Progress.start(2), later):
+            checkpoints.save(4, Point(point.state, point.sums, progress))
+        checkpoints.wait()
+        assert names(tmp_path) == ['4.2']
+        assert checkpoints.restore(like(tiny_config()), 4).point.progress == later
+
+
+def test_training_goes_on_while_a_save_is_written_and_may_reuse_the_memory(
+    point, tmp_path, monkeypatch
+):
+    written = []
+    monkeypatch.setattr(
+        checkpoints_lib.Checkpoints,
+        '_write',
+        lambda self, step, arrays, content: written.append(arrays),
+    )
+    donating = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+    arrays = replicated(1).replicate((point.state, point.sums))
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(0, Point(*arrays, point.progress))
+        jax.block_until_ready(donating(arrays))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(arrays))
+    (kept,) = written
+    assert state_lib.fingerprint(kept) == state_lib.fingerprint((point.state, point.sums))
 
 
 def test_the_best_is_the_first_with_the_highest_validation_accuracy():
@@ -46,27 +163,223 @@ def test_the_best_is_the_first_with_the_highest_validation_accuracy():
     assert progress.improved([50.0, 60.1, 69.9]) == [1]
 
 
-def test_none_to_restore(state, tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=2)
-    assert checkpoints.latest is None
-    with pytest.raises(UserError, match='no checkpoint here; run --mode train first'):
-        checkpoints.restore(replicated(1).abstract(state))
-    checkpoints.close()
+def test_none_to_restore(tmp_path):
+    with Checkpoints(tmp_path, origin(tiny_config())) as checkpoints:  # to read only
+        assert checkpoints.restore(like(tiny_config())) is None
+    assert list(tmp_path.iterdir()) == []
+    with opened(tmp_path) as checkpoints:
+        assert checkpoints.restore(like(tiny_config())) is None
+        with pytest.raises(UserError, match='no checkpoint of step 3 .* there are none'):
+            checkpoints.restore(like(tiny_config()), 3)
 
 
 @pytest.mark.parametrize(
-    ('networks', 'method'), [(('tiny-8-2', 'tiny-6-2'), 'afd'), (PAIR, 'kd_ring')]
+    ('networks', 'method', 'difference'),
+    [
+        (('tiny-8-2', 'tiny-6-2'), 'afd', r"config.networks: \['tiny-8-2', 'tiny-8-2'\] -> \["),
+        (PAIR, 'kd_ring', r"config.method: 'afd' -> 'kd_ring'"),
+    ],
 )
-def test_another_cohorts_checkpoint_is_refused(networks, method, state, tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=2)
-    checkpoints.save(1, state, Progress.start(2))
-    like = state_lib.abstract(tiny_cohort(tiny_config(networks, method=method)))
-    with pytest.raises(UserError, match='cannot be restored'):
-        checkpoints.restore(replicated(1).abstract(like))
-    checkpoints.close()
+def test_another_runs_checkpoint_is_refused_with_the_differing_fields(
+    networks, method, difference, point, tmp_path
+):
+    write(tmp_path, point, [1])
+    config = tiny_config(networks, method=method)
+    with (
+        opened(tmp_path, config) as checkpoints,
+        pytest.raises(
+            UserError, match=f'no checkpoint can be used: 1 is of another run .*{difference}'
+        ),
+    ):
+        checkpoints.restore(like(config))
 
 
-def test_the_fingerprint_sees_every_array_and_bit(state):
+def test_other_shapes_and_images_are_named_too(point, tmp_path):
+    write(tmp_path, point, [1])
+    ours = origin(tiny_config())
+    ours['arrays']['0/step'] = 'int64[]'
+    ours['images']['fingerprint'] = 'cd'
+    with (
+        Checkpoints(tmp_path, ours) as checkpoints,
+        pytest.raises(
+            UserError,
+            match=r"images.fingerprint: 'ab' -> 'cd'; arrays.0/step: 'int32\[\]' -> 'int64\[\]'",
+        ),
+    ):
+        checkpoints.restore(like(tiny_config()))
+
+
+# What happens to a checkpoint's directory, and what is said of it.
+def _largest(folder):
+    files = [path for path in (folder / 'arrays').rglob('*') if path.is_file()]
+    return max(files, key=lambda path: path.stat().st_size)
+
+
+def _flip(path, place=0.5):
+    data = bytearray(path.read_bytes())
+    data[int(place * len(data))] ^= 1
+    path.write_bytes(data)
+
+
+def _cut(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def _edit(path):
+    # A well-formed record that says something else.
+    path.write_text(path.read_text().replace('"step": 4', '"step": 3'))
+
+
+DAMAGES = {
+    'truncated': (lambda folder: _cut(_largest(folder)), 'is damaged'),
+    'flipped': (lambda folder: _flip(_largest(folder)), 'is damaged'),
+    'a file gone': (lambda folder: _largest(folder).unlink(), 'is damaged'),
+    'arrays gone': (lambda folder: shutil.rmtree(folder / 'arrays'), 'is damaged'),
+    'emptied': (lambda folder: _largest(folder).write_bytes(b''), 'is damaged'),
+    'record gone': (lambda folder: (folder / 'record.json').unlink(), 'has no readable record'),
+    'record cut': (lambda folder: _cut(folder / 'record.json'), 'has no readable record'),
+    'record edited': (lambda folder: _edit(folder / 'record.json'), 'was altered'),
+    'record foreign': (lambda folder: (folder / 'record.json').write_text('[]'), 'has no read'),
+    'all gone': (lambda folder: (shutil.rmtree(folder), folder.mkdir()), 'has no readable record'),
+    'a file': (lambda folder: (shutil.rmtree(folder), folder.write_text('x')), 'has no readable'),
+    'other arrays': (
+        lambda folder: (
+            shutil.rmtree(folder / 'arrays'),
+            shutil.copytree(folder.parent / 'other/checkpoints/4/arrays', folder / 'arrays'),
+        ),
+        'is damaged',
+    ),
+}
+
+
+@pytest.mark.parametrize('name', DAMAGES)
+def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(name, point, tmp_path):
+    damage, sentence = DAMAGES[name]
+    write(tmp_path, point, [2, 4])
+    newest = tmp_path / 'checkpoints' / '4'
+    if name == 'other arrays':
+        other = jax.tree.map(lambda leaf: leaf + 1, point.state)
+        (tmp_path / 'checkpoints' / 'other').mkdir()
+        write(tmp_path / 'checkpoints' / 'other', Point(other, point.sums, point.progress), [4])
+    damage(newest)
+    with opened(tmp_path, keep=9) as checkpoints:
+        restored = checkpoints.restore(like(tiny_config()))
+        assert list(restored.rejected) == [newest]
+        assert sentence in restored.rejected[newest]
+        assert same(restored.point, point)
+        with pytest.raises(UserError, match=f'no checkpoint can be used: 4 .*{sentence}'):
+            checkpoints.restore(like(tiny_config()), 4)
+        damage(tmp_path / 'checkpoints' / '2')
+        if name != 'record edited':  # there 2 does not say "step": 4
+            with pytest.raises(
+                UserError, match=r'no checkpoint can be used: 4 .*; 2 .*name another'
+            ):
+                checkpoints.restore(like(tiny_config()))
+
+
+def test_no_flipped_bit_goes_unnoticed(point, tmp_path):
+    write(tmp_path, point, [4])
+    rng = random.Random(0)
+    files = sorted(path for path in (tmp_path / 'checkpoints' / '4').rglob('*') if path.is_file())
+    files = [path for path in files if path.stat().st_size]
+    with opened(tmp_path, keep=9) as checkpoints:
+        for _ in range(100):
+            path = rng.choice(files)
+            whole = path.read_bytes()
+            data = bytearray(whole)
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+            path.write_bytes(data)
+            with pytest.raises(UserError, match='no checkpoint can be used: 4 (is damaged|has )'):
+                checkpoints.restore(like(tiny_config()))
+            path.write_bytes(whole)
+        assert same(checkpoints.restore(like(tiny_config())).point, point)
+
+
+def test_what_a_killed_process_left_half_done_is_removed(point, tmp_path):
+    write(tmp_path, point, [2])
+    folder = tmp_path / 'checkpoints'
+    shutil.copytree(folder / '2', folder / '4.unfinished')
+    shutil.copytree(folder / '2', folder / '1.unfinished')
+    (folder / 'notes').mkdir()  # not ours to touch
+    with Checkpoints(tmp_path, origin(tiny_config())) as checkpoints:
+        assert [path.name for path in checkpoints.paths()] == ['2']
+    assert len(names(tmp_path)) == 4
+    with opened(tmp_path) as checkpoints:
+        assert [path.name for path in checkpoints.paths()] == ['2']
+    assert names(tmp_path) == ['2', 'notes']
+
+
+def test_a_state_that_has_run_over_is_not_kept(point, tmp_path):
+    networks = jax.tree.map(np.copy, point.state.networks)
+    networks[1].params['trunk']['Conv_0']['kernel'][0, 0, 0, 0] = np.inf
+    bad = Point(point.state.replace(networks=networks), point.sums, point.progress)
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(2, point)
+        checkpoints.save(4, bad)
+        with pytest.raises(UserError, match=r'step 4: .networks\[1\].params.*not finite.*diverged'):
+            checkpoints.wait()
+    assert names(tmp_path) == ['2']
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MiB, where this machine lets us mount one."""
+    folder = tmp_path / 'disk'
+    folder.mkdir()
+    mount = ['mount', '-t', 'tmpfs', '-o', 'size=1m', 'tmpfs', str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip('mounting needs rights that are not there')
+    yield folder
+    subprocess.run(['umount', '-l', str(folder)], check=True)
+
+
+def test_a_full_disk_is_told_and_what_was_there_is_intact(point, small_disk):
+    write(small_disk, point, [2])
+    filler = small_disk / 'filler'
+    with filler.open('wb', buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(bytes(4096)):
+            pass
+    with (
+        pytest.raises(UserError, match='4: the checkpoint cannot be written .*; those before it'),
+        opened(small_disk) as checkpoints,
+    ):
+        checkpoints.save(4, point)
+    assert names(small_disk) == ['2']
+    with opened(small_disk) as checkpoints:
+        assert same(checkpoints.restore(like(tiny_config())).point, point)
+        filler.unlink()
+        checkpoints.save(4, point)
+    assert names(small_disk) == ['2', '4']
+
+
+def test_a_failed_save_is_raised_by_whatever_comes_next(point, tmp_path, monkeypatch):
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(2, point)
+        checkpoints.wait()
+
+        def full(*_, **__):
+            raise OSError(28, 'No space left on device')
+
+        monkeypatch.setattr(checkpoints._orbax, 'save', full)
+        for raises in (checkpoints.poll, checkpoints.wait, lambda: checkpoints.save(6, point)):
+            checkpoints.save(4, point)
+            checkpoints._writing.exception()  # waits, so that poll() can know
+            with pytest.raises(UserError, match='cannot be written .*No space left'):
+                raises()
+    assert names(tmp_path) == ['2']
+
+
+def test_the_record_tells_a_reader_what_it_is(point, tmp_path):
+    write(tmp_path, point, [2])
+    content = json.loads((tmp_path / 'checkpoints/2/record.json').read_text())['content']
+    assert content['step'] == 2
+    assert content['origin']['config']['networks'] == list(PAIR)
+    assert content['versions'] == {'jax': '1'}
+    assert content['fingerprint'] == state_lib.fingerprint(point.state)
+
+
+def test_the_fingerprint_sees_every_array_and_bit(point):
+    state = point.state
     fingerprint = state_lib.fingerprint(state)
     assert fingerprint == state_lib.fingerprint(jax.tree.map(np.copy, state))
     leaves, tree = jax.tree.flatten(state)
@@ -74,3 +387,8 @@ def test_the_fingerprint_sees_every_array_and_bit(state):
         changed = [np.array(leaf) for leaf in leaves]
         changed[i].reshape(-1).view(np.uint8)[-1] ^= 1
         assert state_lib.fingerprint(tree.unflatten(changed)) != fingerprint
+
+
+def test_no_module_loads_pickles():
+    sources = pathlib.Path(checkpoints_lib.__file__).parent.rglob('*.py')
+    assert not [path for path in sources if 'pickle' in path.read_text()]

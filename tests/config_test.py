@@ -65,7 +65,12 @@ def test_every_field_has_a_rule():
         ('logit.boundaries', (150.0, 225.0), r'each between 0 and 1.*but is \(150.0, 225.0\)'),
         ('discriminator.factor', 0.0, 'above 0'),
         ('log_every', 0, 'at least 1'),
-        ('keep_checkpoints', 0, 'at least 1'),
+        ('checkpoint.keep', 0, 'at least 1'),
+        ('checkpoint.every_steps', -1, 'at least 0'),
+        ('checkpoint.every_minutes', -0.5, 'at least 0'),
+        ('checkpoint.every_minutes', '10', "must be a number, but is '10'"),
+        ('on_nonfinite', 'ignore', "one of stop, skip, but is 'ignore'"),
+        ('saturation_steps', -1, 'at least 0'),
     ],
 )
 def test_impossible_values_are_refused(field, value, sentence):

@@ -5,13 +5,15 @@ import shutil
 import signal
 
 import jax
+import jax.numpy as jnp
 import pytest
 from conftest import tiny_config
 
-from afkd_jax import parallel, train
+from afkd_jax import checkpoints, parallel, train, watch
 from afkd_jax import run as run_lib
 from afkd_jax import state as state_lib
-from afkd_jax.data import batches
+from afkd_jax import step as step_lib
+from afkd_jax.data import batches, sources
 from afkd_jax.errors import UserError
 
 LOCAL = parallel.Devices.local
@@ -85,7 +87,8 @@ def test_the_metrics_name_their_step_and_epoch(uninterrupted):
     workdir, summary = uninterrupted
     (header,) = lines(workdir, 'run')
     assert header['config']['networks'] == ['tiny-8-2', 'tiny-8-2']
-    assert {'versions', 'devices', 'commit', 'python', 'time'} <= set(header)
+    assert {'versions', 'devices', 'commit', 'time'} <= set(header)
+    assert {'python', 'jax'} <= set(header['versions'])
     rows = lines(workdir, 'train')
     # Every second step, and the ends of the epochs after 5 and 10 steps.
     assert [row['step'] for row in rows] == [2, 4, 5, 6, 8, 10]
@@ -116,7 +119,7 @@ def test_the_workdir_is_complete(uninterrupted):
         'config.json', 'metrics.jsonl', 'checkpoints', 'summary.json', 'curves.png',
     }  # fmt: skip
     steps = {path.name for path in (workdir / 'checkpoints').iterdir()}
-    assert steps == {'5', '10'}
+    assert steps == {'0', '5', '10'}
     assert (workdir / 'curves.png').read_bytes().startswith(b'\x89PNG')
 
 
@@ -140,11 +143,27 @@ def test_the_seed_gives_the_weights_and_the_augmentation():
     assert len(draws) == 4
 
 
-@pytest.mark.parametrize('stop_at', [5, 7])
+def told(workdir):
+    """Returns what metrics.jsonl says of the run itself: nothing of time, and of its starts."""
+    rows = lines(workdir, 'train') + lines(workdir, 'evaluation')
+    return [{key: row[key] for key in row if key != 'images_per_s'} for row in rows]
+
+
+RESULTS = ('fingerprint', 'networks', 'ensemble', 'ring', 'steps', 'evaluated')
+
+
+def assert_same_run(workdir, summary, uninterrupted):
+    for key in RESULTS:
+        assert summary[key] == uninterrupted[1][key], key
+    assert told(workdir) == told(uninterrupted[0])
+
+
+@pytest.mark.parametrize('stop_at', [5, 7, 10])
 def test_stopped_and_resumed_is_the_uninterrupted_run(
     stop_at, uninterrupted, tmp_path, monkeypatch
 ):
-    # The signal comes while step `stop_at` is being prepared: it is finished, then saved.
+    # The signal comes while step `stop_at` is being prepared: it is finished, then saved. The
+    # epochs end after steps 5 and 10: their evaluation is left to the process that continues.
     indices = batches.Order.indices
 
     def stopping(order, step):
@@ -155,19 +174,125 @@ def test_stopped_and_resumed_is_the_uninterrupted_run(
     with monkeypatch.context() as patch:
         patch.setattr(batches.Order, 'indices', stopping)
         assert train.train(short_config(), tmp_path) is None
-    assert not (tmp_path / 'summary.json').exists()
+    so_far = json.loads((tmp_path / 'summary.json').read_text())
+    assert (so_far['finished'], so_far['steps']) == (False, stop_at)
+    assert so_far['evaluated'] == ({} if stop_at == 5 else {'validation': 5, 'test': 5})
+    with_scores = [entry for entry in so_far['networks'] if entry['test_accuracy'] is not None]
+    assert len(with_scores) == (0 if stop_at == 5 else 2)
     assert str(stop_at) in {path.name for path in (tmp_path / 'checkpoints').iterdir()}
     with (tmp_path / 'metrics.jsonl').open('a') as file:
         file.write('{"kind": "train", "st')  # as a killed process may leave it
     resumed = train.train(short_config(), tmp_path)
-    text = (tmp_path / 'metrics.jsonl').read_text().splitlines()
-    rows = [json.loads(line) for line in text if not line.endswith('"st')]
-    assert len(rows) == len(text) - 1
-    assert [row['step'] for row in rows if row['kind'] == 'resume'] == [stop_at]
-    logged = [row['step'] for row in rows if row['kind'] == 'train']
-    assert logged == sorted({2, 4, 5, 6, 8, 10} | {stop_at})
-    for key in ('fingerprint', 'networks', 'ensemble', 'ring', 'steps'):
-        assert resumed[key] == uninterrupted[1][key], key
+    assert [row['step'] for row in lines(tmp_path, 'resume')] == [stop_at]
+    assert (tmp_path / 'set_aside' / 'metrics.jsonl').read_text() == '{"kind": "train", "st\n'
+    assert_same_run(tmp_path, resumed, uninterrupted)
+
+
+@pytest.fixture(scope='module')
+def every_step(tmp_path_factory):
+    """Returns (config, workdir) of the same run with a checkpoint of every step."""
+    workdir, config = tmp_path_factory.mktemp('every'), short_config()
+    config.checkpoint.every_steps, config.checkpoint.keep = 1, 100
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel.Devices, 'local', lambda mapping: LOCAL(mapping, 1))
+        train.train(config, workdir)
+    return config, workdir
+
+
+def test_checkpoints_change_nothing(every_step, uninterrupted):
+    _, workdir = every_step
+    steps = {int(path.name) for path in (workdir / 'checkpoints').iterdir()}
+    assert steps == set(range(11))
+    summary = json.loads((workdir / 'summary.json').read_text())
+    assert_same_run(workdir, summary, uninterrupted)
+
+
+@pytest.mark.parametrize('step', [0, 3, 5, 8, 10])
+def test_a_run_continues_from_any_checkpoint(step, every_step, uninterrupted, tmp_path):
+    config, workdir = every_step
+    shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
+    before = (tmp_path / 'metrics.jsonl').read_text().splitlines()
+    assert_same_run(tmp_path, train.train(config, tmp_path, step), uninterrupted)
+    # Nothing is lost: what is newer was set aside.
+    aside = tmp_path / 'set_aside'
+    assert (aside / 'summary.json').exists()
+    newer = {path.name for path in (aside / 'checkpoints').glob('*')}
+    assert newer == {str(later) for later in range(step + 1, 11)}
+    if step < 10:
+        past = (aside / 'metrics.jsonl').read_text().splitlines()
+        assert past == [line for line in before if json.loads(line)['step'] > step]
+    after = (tmp_path / 'metrics.jsonl').read_text().splitlines()
+    assert {line for line in before if json.loads(line)['step'] <= step} <= set(after)
+
+
+def test_a_time_may_trigger_a_checkpoint_too(tmp_path):
+    config = short_config(method='vanilla', checkpoint__every_minutes=1e-9, checkpoint__keep=99)
+    train.train(config, tmp_path)
+    steps = {int(path.name) for path in (tmp_path / 'checkpoints').iterdir()}
+    assert steps == set(range(11))
+
+
+def test_damaged_checkpoints_are_set_aside_and_the_run_is_the_same(
+    every_step, uninterrupted, tmp_path, capsys
+):
+    config, workdir = every_step
+    shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
+    (tmp_path / 'summary.json').unlink()
+    shutil.rmtree(tmp_path / 'checkpoints' / '10' / 'arrays')
+    (tmp_path / 'checkpoints' / '9' / 'record.json').write_text('{')
+    assert_same_run(tmp_path, train.train(config, tmp_path), uninterrupted)
+    output = capsys.readouterr().out
+    assert 'checkpoints/10: this checkpoint is damaged: its file arrays/' in output
+    assert 'checkpoints/9: this checkpoint has no readable record.json' in output
+    assert 'continues from step 8 of 10' in output
+    assert {path.name for path in (tmp_path / 'set_aside/checkpoints').iterdir()} == {'9', '10'}
+
+
+def test_without_an_intact_checkpoint_a_run_does_not_start_over(every_step, tmp_path):
+    config, workdir = every_step
+    shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
+    (tmp_path / 'summary.json').unlink()
+    for path in (tmp_path / 'checkpoints').iterdir():
+        (path / 'record.json').unlink()
+    with pytest.raises(UserError, match='no checkpoint can be used: 10 has no .*; 0 has no'):
+        train.train(config, tmp_path)
+    shutil.rmtree(tmp_path / 'checkpoints')
+    with pytest.raises(UserError, match='the checkpoints of this run, which has begun, are gone'):
+        train.train(config, tmp_path)
+
+
+def test_a_foreign_checkpoint_is_refused_with_the_differing_fields(every_step, tmp_path):
+    _, workdir = every_step
+    shutil.copytree(workdir / 'checkpoints', tmp_path / 'checkpoints')
+    sentence = r'10 is of another run \(config.seed: 0 -> 3\)'
+    with pytest.raises(UserError, match=sentence):
+        train.train(short_config(seed=3), tmp_path)
+
+
+def test_other_images_are_another_run(every_step, tmp_path, monkeypatch):
+    config, workdir = every_step
+    shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
+    load = sources.load
+
+    def altered(config):
+        splits = load(config)
+        splits.test.pixels[0, 0, 0] += 1
+        return splits
+
+    monkeypatch.setattr(sources, 'load', altered)
+    with pytest.raises(UserError, match='10 is of another run .images.fingerprint: '):
+        train.train(config, tmp_path, 10)
+
+
+def test_a_run_moves_between_numbers_of_devices(every_step, tmp_path, monkeypatch, capsys):
+    config, workdir = every_step
+    shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
+    for count, step in ((8, 8), (1, 9)):
+        monkeypatch.setattr(parallel.Devices, 'local', lambda mapping: LOCAL(mapping, count))  # noqa: B023
+        assert train.train(config, tmp_path, step)['steps'] == 10
+    output = capsys.readouterr().out
+    assert "devices: '1 x cpu (x86_64)' -> '8 x cpu (x86_64)': the run goes on, but not" in output
+    assert "devices: '8 x cpu (x86_64)' -> '1 x cpu (x86_64)'" in output
 
 
 def test_a_run_that_was_killed_before_its_summary_writes_the_same_one(uninterrupted, tmp_path):
@@ -175,8 +300,8 @@ def test_a_run_that_was_killed_before_its_summary_writes_the_same_one(uninterrup
     shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
     (tmp_path / 'summary.json').unlink()
     again = train.train(short_config(), tmp_path)
-    for key in ('fingerprint', 'networks', 'ensemble', 'ring', 'steps', 'images_per_s'):
-        assert again[key] == summary[key], key
+    assert_same_run(tmp_path, again, uninterrupted)
+    assert again['images_per_s'] == summary['images_per_s']
 
 
 def test_a_finished_run_says_so_and_changes_nothing(uninterrupted, capsys):
@@ -195,24 +320,73 @@ def test_a_workdir_of_another_config_is_refused(uninterrupted):
 
 def test_a_run_that_diverges_is_ended_with_a_sentence(tmp_path):
     config = short_config(method='vanilla', logit__learning_rate=1e30)
-    with pytest.raises(UserError, match=r'step \d+: \w+ is .*has diverged.*learning_rate'):
+    sentence = r'^step 2: cross_entropy of network 1 \(tiny-8-2\) is nan; the run has diverged'
+    with pytest.raises(UserError, match=sentence):
         train.train(config, tmp_path)
     for line in (tmp_path / 'metrics.jsonl').read_text().splitlines():
         assert 'NaN' not in line
+    facts = json.loads((tmp_path / 'nonfinite.json').read_text())
+    assert (facts['step'], facts['epoch']) == (2, 2 * 32 / 150)
+    assert {'value': 'cross_entropy', 'network': 2, 'is': 'nan'} in facts['not_finite']
+    assert [network['cross_entropy'] for network in facts['networks']] == ['nan', 'nan']
+    assert facts['learning_rate_logit'] == pytest.approx(9.75e29, rel=0.01)
+    assert facts['training_images'] == batches.Order(0, 150, 32).indices(1).tolist()
+    # The first step was finite, the checkpoint before it stays.
+    assert [path.name for path in (tmp_path / 'checkpoints').iterdir()] == ['0']
+
+
+def failing(monkeypatch, bad):
+    """Lets network 2 have a loss and a state that are no numbers in the steps that are `bad`."""
+    update = step_lib.update
+
+    def broken(cohort, state, *rest):
+        new, values = update(cohort, state, *rest)
+        poison = jnp.where(bad(state.step), jnp.nan, 0.0)
+        values['cross_entropy'] += jnp.where(jnp.arange(2) == 1, poison, 0.0)
+        return jax.tree.map(lambda x: x + poison.astype(x.dtype), new), values
+
+    monkeypatch.setattr(step_lib, 'update', broken)
+
+
+def test_a_skipped_step_leaves_nothing_but_its_count(tmp_path, monkeypatch, capsys):
+    failing(monkeypatch, lambda step: step == 2)
+    config = short_config(checkpoint__every_steps=1, checkpoint__keep=99)
+    with pytest.raises(UserError, match=r'^step 3: cross_entropy of network 2 .tiny-8-2. is nan'):
+        train.train(config, tmp_path / 'stop')
+    # Found before the checkpoint of step 3 was written, long before the log line of step 4.
+    assert {path.name for path in (tmp_path / 'stop/checkpoints').iterdir()} == {'0', '1', '2'}
+
+    config.on_nonfinite = 'skip'
+    continued = train.train(config, tmp_path / 'stop')
+    summary = train.train(config, tmp_path / 'skip')
+    assert continued['fingerprint'] == summary['fingerprint']
+    assert told(tmp_path / 'stop') == told(tmp_path / 'skip')
+    assert (summary['steps'], summary['steps_skipped']) == (10, 1)
+    assert [row['skipped'] for row in lines(tmp_path / 'skip', 'train')] == [0, 1, 0, 0, 0, 0]
+    (warning,) = lines(tmp_path / 'skip', 'warning')
+    assert warning['text'].startswith('1 steps skipped, 1 in the whole run; step 3: cross_entropy')
+    assert 'warning: step 4: 1 steps skipped' in capsys.readouterr().out
+    run = run_lib.prepare(config)
+    with checkpoints.Checkpoints(tmp_path / 'skip', run.origin()) as kept:
+        states = [kept.restore(run.abstract(), step).point.state for step in (2, 3, 4)]
+    fingerprints = [state_lib.fingerprint(state.replace(step=0)) for state in states]
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
+    assert [int(state.step) for state in states] == [2, 3, 4]
+
+
+def test_a_run_that_only_skips_is_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(watch, 'GIVE_UP', 3)
+    failing(monkeypatch, lambda step: step >= 3)
+    with pytest.raises(UserError, match=r'^step 8: the last 4 steps were all skipped, step 7: cro'):
+        train.train(short_config(on_nonfinite='skip'), tmp_path)
 
 
 @pytest.mark.parametrize(
-    ('content', 'sentence'), [('[]', 'not an object'), ('{', 'cannot be used')]
+    ('content', 'sentence'), [('[]', 'not an object'), ('{', 'cannot be read')]
 )
 def test_a_broken_config_json_is_refused(content, sentence, tmp_path):
     (tmp_path / 'config.json').write_text(content)
     with pytest.raises(UserError, match=f'--workdir: .*{sentence}'):
-        train.train(short_config(), tmp_path)
-
-
-def test_checkpoints_of_an_unknown_config_are_refused(tmp_path):
-    (tmp_path / 'checkpoints').mkdir()
-    with pytest.raises(UserError, match=r'has checkpoints, but no config.json'):
         train.train(short_config(), tmp_path)
 
 
