@@ -15,6 +15,9 @@ MAPPINGS = ('shard_map', 'pmap')
 SCHEDULES = ('constant', 'steps', 'cosine')
 ON_NONFINITE = ('stop', 'skip')
 
+# What single precision holds; a smaller number would be 0 there, a larger one infinite.
+_SMALLEST, _LARGEST = 1e-37, 1e38
+
 # Fields that may differ when a run continues: no bit of what it computes depends on them. (Which
 # images there are is checked by their fingerprint.)
 _MAY_CHANGE = re.compile(
@@ -39,6 +42,10 @@ def _positive(value):
 
 def _not_negative(value):
     return value >= 0
+
+
+def _never(value):
+    return False
 
 
 def _is_optimizer(name: str) -> dict:
@@ -67,7 +74,8 @@ RULES = {
         'a tuple of whole numbers, one per network, or () for the order of config.networks',
     ),
     'method': (bool, 'the name of a method'),
-    'loss.temperature': (_positive, 'above 0'),
+    # Its square, and one over it, are factors in single precision.
+    'loss.temperature': (lambda v: 0.01 <= v <= 1000, 'in [0.01, 1000]'),
     'loss.kl_weight': (_not_negative, 'at least 0'),
     'loss.kl_ramp_up': (lambda v: 0 <= v <= 1, 'a fraction of the run, in [0, 1]'),
     'loss.l1_weight': (_not_negative, 'at least 0'),
@@ -75,7 +83,7 @@ RULES = {
     'loss.label_smoothing': (lambda v: 0 <= v < 1, 'in [0, 1)'),
     'epochs': (_positive, 'at least 1'),
     'batch_size': (_positive, 'at least 1'),
-    'eval_batch_size': (_positive, 'at least 1'),
+    'eval_batch_size': (lambda v: 1 <= v <= 2**16, 'in 1 .. 65536'),
     'seed': (lambda v: 0 <= v < 2**32, 'in 0 .. 4294967295'),
     'mapping': (lambda v: v in MAPPINGS, f'one of {", ".join(MAPPINGS)}'),
     'dataset': (
@@ -143,6 +151,8 @@ def validate(config: ConfigDict) -> None:
         if not _is(value, kind):
             raise UserError(wrong_type(name, value))
         test, words = RULES[name]
+        if kind is float and value and not _SMALLEST <= abs(value) <= _LARGEST:
+            test, words = _never, f'0, or in size between {_SMALLEST} and {_LARGEST}'
         if not test(value):
             raise UserError(f'config.{name}: must be {words}, but is {value!r}')
 

@@ -28,8 +28,20 @@ class Devices:
 
     @classmethod
     def local(cls, mapping: str, count: int | None = None) -> 'Devices':
-        """Returns the first `count` local devices, all of them by default."""
-        return cls(Mesh(np.array(jax.local_devices()[:count]), (AXIS,)), mapping)
+        """Returns the first `count` local devices, all of them by default.
+
+        Raises:
+          UserError: JAX finds no device of the platform that it is told to use.
+        """
+        try:
+            devices = jax.local_devices()[:count]
+        except RuntimeError as error:
+            words = ' '.join(str(error).split())
+            raise UserError(
+                f'JAX_PLATFORMS: JAX cannot use what it asks for ({words}); unset it, or install '
+                'JAX for those devices (see README)'
+            ) from error
+        return cls(Mesh(np.array(devices), (AXIS,)), mapping)
 
     @property
     def name(self) -> str:

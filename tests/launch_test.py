@@ -4,37 +4,35 @@ import gzip
 import json
 import os
 import pathlib
+import random
 import re
+import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
 import time
 
+import kills
 import pytest
 
 from afkd_jax import cli
+from afkd_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
-SHORT = [
-    '--config=configs/digits.py',
-    '--config.epochs=6',
-    '--config.data.train_examples=256',
-    '--config.log_every=2',
-    '--config.method=kd_ring',  # compiles in half the time of afd, which the demo runs
-]
-
-
-def command(*arguments):
-    return [sys.executable, 'launch.py', *arguments]
-
-
+SHORT = kills.RUN
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key != 'XLA_FLAGS'}
 
 
-def launch(*arguments):
+def launch(*arguments, **environment):
     return subprocess.run(
-        command(*arguments), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+        kills.command(*arguments),
+        cwd=ROOT,
+        env=ENVIRONMENT | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
@@ -76,14 +74,7 @@ def test_eval_repeats_the_summary(trained):
 
 
 def start(workdir):
-    return subprocess.Popen(
-        command(*SHORT, f'--workdir={workdir}'),
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return kills.start(workdir, ENVIRONMENT)
 
 
 def wait_for(process, condition):
@@ -102,27 +93,39 @@ def test_stopped_by_signals_and_started_again_is_the_same_run(trained, tmp_path)
         assert process.returncode == 75
         assert errors == 'stopping after this step, with a checkpoint; once more ends at once\n'
         assert 'the same command continues' in output
+        so_far = json.loads((tmp_path / 'summary.json').read_text())
+        assert not so_far['finished']
+    assert so_far['steps'] > 0
     again = launch(*SHORT, f'--workdir={tmp_path}')
     assert again.returncode == 0, again.stderr
     assert 'continues from step' in again.stdout
-    ours, theirs = (
-        json.loads((folder / 'summary.json').read_text())['fingerprint']
-        for folder in (tmp_path, trained[0])
-    )
-    assert ours == theirs
+    assert kills.fingerprint(tmp_path) == kills.fingerprint(trained[0])
+    assert kills.logged(tmp_path) == kills.logged(trained[0])
+
+
+def test_killed_three_times_also_while_it_saves_it_is_the_same_run(trained, tmp_path):
+    cache = {
+        'JAX_COMPILATION_CACHE_DIR': str(tmp_path / 'cache'),
+        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+    }
+    counts = kills.kill_until_it_ends(tmp_path / 'run', 3, random.Random(1), ENVIRONMENT | cache)
+    assert counts['kills'] == 3
+    assert counts['during_a_save'] >= 1
+    assert kills.fingerprint(tmp_path / 'run') == kills.fingerprint(trained[0])
+    assert kills.logged(tmp_path / 'run') == kills.logged(trained[0])
 
 
 def test_a_second_signal_ends_at_once(tmp_path):
     # Both come while it compiles: the main thread can act on neither.
     process = start(tmp_path)
-    wait_for(process, (tmp_path / 'checkpoints').exists)
+    wait_for(process, (tmp_path / 'checkpoints' / '0').exists)
     for _ in range(2):
         process.send_signal(signal.SIGINT)
         time.sleep(0.1)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert errors.splitlines()[1:] == ['error: interrupted; what was written before is intact']
-    assert not (tmp_path / 'metrics.jsonl').exists()
+    assert [path.name for path in (tmp_path / 'checkpoints').iterdir()] == ['0']
 
 
 @pytest.mark.parametrize(
@@ -160,6 +163,92 @@ def test_describe_ends_with_one_json_line():
     assert facts['networks'][0].keys() >= {'name', 'feature_map', 'test_accuracy'}
 
 
+IDX = ['--config=configs/digits.py', '--config.batch_size=8', '--config.dataset=idx:{small}']
+RUN = [*SHORT, '--workdir={small}/run']
+
+
+# What is done to the files of a bad command's folder first.
+def damaged_idx(how):
+    def prepare(folder):
+        shape, labels = (80, 4, 4), bytes(i % 4 for i in range(80))
+        size = 80 * 16
+        images = folder / 'train-images-idx3-ubyte.gz'
+
+        def write(content, path=images):
+            path.write_bytes(gzip.compress(content))
+
+        header = struct.pack('>4I', 2051, *shape)
+        if how == 'cut':
+            images.write_bytes(images.read_bytes()[:-10])
+        if how == 'no gzip':
+            images.write_bytes(header + bytes(size))
+        if how == 'magic':
+            write(struct.pack('>4I', 0xD03, *shape) + bytes(size))
+        if how == 'too few':
+            write(header + bytes(size - 16))
+        if how == 'too many':
+            write(header + bytes(size + 1))
+        if how == 'claims':
+            write(struct.pack('>4I', 2051, 2**32 - 1, 65535, 65535) + bytes(size))
+        if how == 'lengths':
+            write(struct.pack('>2I', 2049, 79) + labels[:79], folder / 'train-labels-idx1-ubyte.gz')
+        if how == 'label':
+            write(
+                struct.pack('>2I', 2049, 80) + labels[:79] + bytes([9]),
+                folder / 't10k-labels-idx1-ubyte.gz',
+            )
+
+    return prepare
+
+
+def checkpoints_of(folder):
+    (folder / 'run/summary.json').unlink()
+    return list((folder / 'run/checkpoints').iterdir())
+
+
+def cut_records(folder):
+    for path in checkpoints_of(folder):
+        os.truncate(path / 'record.json', 100)
+
+
+def flip_files(folder):
+    for path in checkpoints_of(folder):
+        file = path / 'arrays/manifest.ocdbt'
+        file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
+
+
+def remove_arrays(folder):
+    for path in checkpoints_of(folder):
+        shutil.rmtree(path / 'arrays')
+
+
+def remove(name):
+    def prepare(folder):
+        checkpoints_of(folder)
+        path = folder / 'run' / name
+        shutil.rmtree(path) if name.endswith('/') else path.unlink()
+
+    return prepare
+
+
+def replace(name, text):
+    def prepare(folder):
+        remove(name)(folder)
+        path = folder / 'run' / name
+        path.mkdir() if text is None else path.write_text(text)
+
+    return prepare
+
+
+def lock(folder):
+    checkpoints_of(folder)
+    (folder / 'run/lock').write_text(
+        f'filelock/2\npid={os.getpid()}\nhost={socket.gethostname()}\n'
+        'mode=lease\ntoken=ab\nduration=30.0\n'
+    )
+
+
+# Name: the arguments, what the sentence must hold, and perhaps what is done to the files before.
 BAD_COMMANDS = {
     'no config': ([], '--config: name a config file'),
     'no such file': (['--config=configs/nothing.py'], 'there is no file configs/nothing.py'),
@@ -217,7 +306,6 @@ BAD_COMMANDS = {
     'unknown mode': ([*SHORT, '--mode=tain'], 'tain'),
     'unknown flag': ([*SHORT, '--wrkdir=x'], 'wrkdir'),
     'stray word': ([*SHORT, 'train'], 'train: not understood'),
-    'step while training': ([*SHORT, '--step=3'], '--step: 3 is only for --mode eval'),
     'eval of nothing': (
         [*SHORT, '--mode=eval', '--workdir=/nonexistent/run'],
         '/nonexistent/run holds no run',
@@ -226,22 +314,156 @@ BAD_COMMANDS = {
         ['--config=configs/digits.py', '--config.dataset=idx:{small}'],
         'images of 4x4 are too small for "resnet8"',
     ),
+    'a directory for a config': (['--config=configs'], '--config: '),
+    'truth value for a number': (
+        ['--config=configs/digits.py', '--config.epochs=True'],
+        "config.epochs: must be a whole number, but is 'True'",
+    ),
+    'fraction for a whole number': (
+        ['--config=configs/digits.py', '--config.batch_size=6.4'],
+        "config.batch_size: must be a whole number, but is '6.4'",
+    ),
+    'number for a truth value': ([*SHORT, '--config.data.flip=2'], 'config.data.flip: '),
+    'no number': ([*SHORT, '--config.loss.temperature=nan'], 'must be a number, but is nan'),
+    'too small a number': ([*SHORT, '--config.loss.temperature=1e-300'], 'loss.temperature: must'),
+    'negative seed': ([*SHORT, '--config.seed=-1'], 'config.seed: must be in 0 .. 4294967295'),
+    'no tuple': ([*SHORT, '--config.networks=resnet8'], 'config.networks: must be a tuple'),
+    'no tuple of steps': ([*SHORT, '--config.ring_order=2'], 'config.ring_order: '),
+    'no code': ([*SHORT, "--config.networks=__import__('os')"], 'config.networks: must be a tuple'),
+    'unknown choice': ([*SHORT, '--config.on_nonfinite=ignore'], 'on_nonfinite: .* stop, skip'),
+    'unknown schedule': ([*SHORT, '--config.logit.schedule=cosin'], 'constant, steps, cosine'),
+    'no checkpoint': ([*SHORT, '--config.checkpoint.keep=0'], 'checkpoint.keep: .*at least 1'),
+    'nearest field': (
+        [*SHORT, '--config.checkpoint.every_step=3'],
+        'did you mean "checkpoint.every_steps"',
+    ),
+    'old name of a field': (
+        [*SHORT, '--config.keep_checkpoints=3'],
+        'config.keep_checkpoints: there',
+    ),
+    'too many steps': (
+        ['--config=configs/digits.py', '--config.epochs=10000000000'],
+        'config.epochs: .*steps.*at most',
+    ),
+    'too large a batch': (
+        [*SHORT, '--config.batch_size=5000'],
+        'config.batch_size: must be at most 256, the number of training images, but is 5000',
+    ),
+    'too wide a crop': ([*SHORT, '--config.data.pad=8'], 'config.data.pad: must be below 8'),
+    'too small a split': (
+        ['--config=configs/digits.py', '--config.data.validation_fraction=1e-9'],
+        'validation_fraction: 1e-09 of 1438 training images of digits is no image',
+    ),
+    'too many images': (
+        ['--config=configs/digits.py', '--config.data.train_examples=2000'],
+        'config.data.train_examples: must be at most 1294',
+    ),
+    'no kind of data set': ([*SHORT, '--config.dataset=cifar10'], "tfds:cifar10.*but is 'cifar10'"),
+    'no directory of images': (
+        [*IDX[:2], '--config.dataset=idx:/nonexistent'],
+        'there is no directory',
+    ),
+    'an empty directory of images': (
+        [*IDX[:2], '--config.dataset=idx:{small}/set_aside'],
+        'no file .*gz',
+    ),
+    'no such TFDS set': ([*IDX[:2], '--config.dataset=tfds:cifar1000'], 'did you mean "cifar100"'),
+    'a TFDS set without labels': (
+        [*IDX[:2], '--config.dataset=tfds:celeb_a'],
+        'tfds:celeb_a has no .image, label. pair to learn from',
+    ),
+    'a TFDS set without images': (
+        [*IDX[:2], '--config.dataset=tfds:imdb_reviews'],
+        'tfds:imdb_reviews is not an image-classification set',
+    ),
+    'a TFDS set that is not here': (
+        [*IDX[:2], '--config.dataset=tfds:cifar10', '--config.data.data_dir={small}/tfds'],
+        'tfds:cifar10 is not prepared in .*put cifar-10-binary.tar.gz into a directory',
+    ),
+    'images cut': (IDX, 'images-idx3-ubyte.gz cannot be read as gzip', damaged_idx('cut')),
+    'images no gzip': (IDX, 'cannot be read as gzip .Not a gzipped', damaged_idx('no gzip')),
+    'images of wrong magic': (IDX, 'starts with 00000d03', damaged_idx('magic')),
+    'images too few': (IDX, 'announces 80x4x4 bytes but holds 1264', damaged_idx('too few')),
+    'images too many': (IDX, 'announces 80x4x4 bytes but holds more', damaged_idx('too many')),
+    'images that claim all memory': (
+        IDX,
+        'announces 4294967295x65535x65535 bytes but holds 1280',
+        damaged_idx('claims'),
+    ),
+    'unequal lengths': (IDX, 'has 80 images but .* has 79 labels', damaged_idx('lengths')),
+    'label out of range': (IDX, 'go to 3 in training and to 9 in test', damaged_idx('label')),
+    'eval of nothing yet': ([*RUN, '--mode=eval', '--workdir={small}'], 'holds no run'),
+    'eval of another step': (
+        [*RUN, '--mode=eval', '--step=3'],
+        '--step: .* step 3 .*there are 16, 20, 24',
+    ),
+    'training from another step': ([*RUN, '--step=7'], '--step: there is no checkpoint of step 7'),
+    'training from a step of nothing': (
+        [*SHORT, '--step=7', '--workdir={small}/new'],
+        'new holds no run',
+    ),
+    'eval of another config': (
+        [*RUN, '--mode=eval', '--config.seed=5'],
+        r'holds a run with another config \(seed: 0 -> 5\)',
+    ),
+    'another config': ([*RUN, '--config.data.pad=2'], 'data.pad: 1 -> 2'),
+    'another cohort': (
+        [*RUN, "--config.networks=('resnet8','resnet14')"],
+        r"networks: \['resnet8', 'resnet8'\] -> \['resnet8', 'resnet14'\]",
+    ),
+    'checkpoints cut': (RUN, 'no checkpoint can be used: .*has no readable record', cut_records),
+    'checkpoints flipped': (RUN, 'no checkpoint can be used: .*was altered', flip_files),
+    'checkpoints in pieces': (RUN, 'no checkpoint can be used: .*is missing', remove_arrays),
+    'checkpoint asked for flipped': (
+        [*RUN, '--mode=eval', '--step=20'],
+        'can be used: 20 is damaged: its file arrays/.*was altered',
+        flip_files,
+    ),
+    'checkpoints of another run': (
+        [*RUN, '--config.seed=5'],
+        r'24 is of another run \(config.seed: 0 -> 5\)',
+        remove('config.json'),
+    ),
+    'checkpoints gone': (RUN, 'of this run, which has begun, are gone', remove('checkpoints/')),
+    'config.json cut': (RUN, 'config.json cannot be read', replace('config.json', '{{"a')),
+    'config.json of something': (RUN, 'it is not an object', replace('config.json', '[1]')),
+    'a file for a workdir': ([*SHORT, '--workdir={small}/text.py'], 'text.py is a file; name a'),
+    'a workdir in a file': ([*SHORT, '--workdir={small}/text.py/run'], 'cannot be used .Not a dir'),
+    'a file for checkpoints': (RUN, 'checkpoints: File exists', replace('checkpoints/', 'x')),
+    'a directory for metrics.jsonl': (RUN, 'Is a directory', replace('metrics.jsonl', None)),
+    'a workdir in use': (RUN, f'is in use by process {os.getpid()} on ', lock),
+    'batch that devices cannot share': (
+        ['--config=configs/digits.py', '--config.batch_size=60'],
+        'config.batch_size: must be a multiple of 8, the number of devices, but is 60; nearest: 64',
+    ),
+    'evaluation batch that devices cannot share': (
+        ['--config=configs/digits.py', '--config.eval_batch_size=4'],
+        'config.eval_batch_size: must be a multiple of 8, .*but is 4; nearest: 8',
+    ),
+    'no step': ([*RUN, '--mode=eval', '--step=last'], 'step.*last'),
+    'negative step': ([*RUN, '--mode=eval', '--step=-1'], 'step'),
+    'a step to describe': ([*SHORT, '--mode=describe', '--step=3'], '--step: 3 is only for'),
+    'no truth value for a flag': ([*SHORT, '--debug=perhaps'], 'debug'),
 }
+DEVICES_8 = {'XLA_FLAGS': '--xla_force_host_platform_device_count=8'}
 
 
 # Runs each command in a fork of a process that has imported everything: the imports, 2 s, are
 # paid once.
 SERVER = """
-import json, os, runpy, sys, tempfile, traceback
+import json, os, runpy, signal, sys, tempfile, traceback
 sys.path.insert(0, os.getcwd())
 import afkd_jax.data.tfds_source, afkd_jax.describe, afkd_jax.train
 
 for line in sys.stdin:
+    arguments, environment = json.loads(line)
     files = [tempfile.TemporaryFile(), tempfile.TemporaryFile()]
     if not (child := os.fork()):
+        signal.alarm(60)  # a command that hangs has failed
+        os.environ.update(environment)
         for number, file in enumerate(files, start=1):
             os.dup2(file.fileno(), number)
-        sys.argv, code = ['launch.py', *json.loads(line)], 99
+        sys.argv, code = ['launch.py', *arguments], 99
         try:
             runpy.run_path('launch.py', run_name='__main__')
         except SystemExit as end:
@@ -269,8 +491,8 @@ def forked():
         text=True,
     )
 
-    def run(arguments):
-        server.stdin.write(json.dumps(arguments) + '\n')
+    def run(arguments, environment):
+        server.stdin.write(json.dumps([arguments, environment]) + '\n')
         server.stdin.flush()
         return json.loads(server.stdout.readline())
 
@@ -279,8 +501,8 @@ def forked():
 
 
 @pytest.mark.parametrize('name', BAD_COMMANDS)
-def test_bad_input_gives_one_sentence(name, tmp_path, forked):
-    arguments, sentence = BAD_COMMANDS[name]
+def test_bad_input_gives_one_sentence(name, tmp_path, forked, trained):
+    arguments, sentence, *prepare = BAD_COMMANDS[name]
     for prefix in ('train', 't10k'):
         images = struct.pack('>4I', 2051, 80, 4, 4) + bytes(80 * 16)
         labels = struct.pack('>2I', 2049, 80) + bytes(i % 4 for i in range(80))
@@ -299,9 +521,76 @@ def test_bad_input_gives_one_sentence(name, tmp_path, forked):
         ),
     ):
         (tmp_path / f'{file}.py').write_text(text)
-    code, output, errors = forked([argument.format(small=tmp_path) for argument in arguments])
+    (tmp_path / 'set_aside').mkdir()
+    if RUN[-1] in arguments:
+        shutil.copytree(trained[0], tmp_path / 'run')
+    for function in prepare:
+        function(tmp_path)
+    before = contents(tmp_path / 'run')
+    code, output, errors = forked(
+        [argument.format(small=tmp_path) for argument in arguments],
+        DEVICES_8 if 'devices' in name else {},
+    )
     assert code == 1, output
     *warnings, line = errors.splitlines()
     assert line.startswith('error: ')
     assert not warnings or name == 'no return'  # there ml_collections warns too
     assert re.search(sentence, line), line
+    # Nothing that is on the disk is lost by it.
+    assert before.items() <= contents(tmp_path / 'run').items()
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob('*') if path.is_file()}
+
+
+def test_there_are_enough_bad_commands():
+    assert len(BAD_COMMANDS) >= 60
+
+
+def test_a_platform_that_is_not_there_is_refused():
+    process = launch(*SHORT, '--workdir=/nonexistent/run', JAX_PLATFORMS='quantum')
+    assert process.returncode == 1
+    assert re.fullmatch('error: .*quantum.*JAX_PLATFORMS.*\n', process.stderr), process.stderr
+
+
+def test_only_debug_shows_a_traceback(forked):
+    arguments = [*SHORT, '--config.method=akd']
+    code, _, errors = forked(arguments, {})
+    assert (code, 'Traceback' in errors) == (1, False)
+    code, _, errors = forked([*arguments, '--debug'], {})
+    assert code != 0
+    assert 'Traceback' in errors
+    assert 'UserError' in errors
+
+
+@pytest.mark.parametrize(
+    ('error', 'sentence', 'code'),
+    [
+        (
+            ZeroDivisionError('a\nb'),
+            r'a fault of this program \(ZeroDivisionError: a\); .*--debug',
+            70,
+        ),
+        (
+            RuntimeError('RESOURCE_EXHAUSTED: 9G'),
+            'memory is exhausted .*lower config.batch_size',
+            1,
+        ),
+        (MemoryError(), 'memory is exhausted', 1),
+        (OSError(28, 'No space left on device', '/x'), '/x: No space left on device; mend', 1),
+        (OSError('odd'), 'the disk: odd; mend', 1),
+        (UserError('as it is'), '^as it is$', 1),
+    ],
+)
+def test_every_error_becomes_a_sentence(error, sentence, code):
+    words, given = cli._sentence(error)
+    assert re.search(sentence, words), words
+    assert given == code
+
+
+def test_two_processes_make_the_same_run_whatever_is_written_meanwhile(trained, tmp_path):
+    process = launch(*SHORT, f'--workdir={tmp_path}', *kills.OFTEN)
+    assert process.returncode == 0, process.stderr
+    assert kills.fingerprint(tmp_path) == kills.fingerprint(trained[0])
+    assert kills.logged(tmp_path) == kills.logged(trained[0])

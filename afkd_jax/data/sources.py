@@ -10,11 +10,13 @@ import dataclasses
 import numpy as np
 from ml_collections import ConfigDict
 
+from afkd_jax import config as config_lib
 from afkd_jax.errors import UserError
 
 # The splits are the same in every run: they never depend on config.seed. NumPy promises that
 # the stream of a RandomState will not change between its versions.
 _SPLIT_SEED = 20200705
+_MOST_STEPS = 2**31 - 1  # the state's counter is an int32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +121,7 @@ def _train_size(
 ) -> int:
     """Returns how many images are trained on, of those that the validation split leaves.
 
-    Refuses what of config.data and config.batch_size does not fit the images.
+    Refuses what of config.data, config.batch_size and config.epochs does not fit the images.
     """
     if config.data.pad >= min(image_shape[:2]):
         raise UserError(
@@ -142,6 +144,12 @@ def _train_size(
         raise UserError(
             f'config.batch_size: must be at most {train}, the number of training images, '
             f'but is {config.batch_size}'
+        )
+    steps = config_lib.steps_in(config.epochs, train, config.batch_size)
+    if steps > _MOST_STEPS:
+        raise UserError(
+            f'config.epochs: {config.epochs} epochs of {train} images are {steps} steps, but at '
+            f'most {_MOST_STEPS} can be counted; lower it'
         )
     return train
 

@@ -14,6 +14,7 @@ from unittest import mock
 
 import numpy as np
 import tensorflow_datasets as tfds
+from absl import logging
 from ml_collections import ConfigDict
 from PIL import Image
 from tensorflow_datasets.core import shuffle
@@ -48,7 +49,8 @@ class _Keys:
 
 
 def _builder(config: ConfigDict, name: str) -> tfds.core.DatasetBuilder:
-    data_dir = config.data.data_dir or None
+    data_dir, verbosity = config.data.data_dir or None, logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)  # it warns of a set that is not prepared; so do we
     try:
         return tfds.builder(name, data_dir=data_dir, file_format='array_record')
     except tfds.core.DatasetNotFoundError:
@@ -62,6 +64,8 @@ def _builder(config: ConfigDict, name: str) -> tfds.core.DatasetBuilder:
             f'choose another set, or prepare it elsewhere by tfds build {name} '
             '--file_format=array_record and name its directory by --config.data.data_dir'
         ) from error
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _first_line(error: BaseException) -> str:
