@@ -48,9 +48,19 @@ class _Keys:
     label: str
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Lets TFDS log no warning: of a set that is not prepared, say, we have a sentence of our own."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
 def _builder(config: ConfigDict, name: str) -> tfds.core.DatasetBuilder:
-    data_dir, verbosity = config.data.data_dir or None, logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)  # it warns of a set that is not prepared; so do we
+    data_dir = config.data.data_dir or None
     try:
         return tfds.builder(name, data_dir=data_dir, file_format='array_record')
     except tfds.core.DatasetNotFoundError:
@@ -64,8 +74,6 @@ def _builder(config: ConfigDict, name: str) -> tfds.core.DatasetBuilder:
             f'choose another set, or prepare it elsewhere by tfds build {name} '
             '--file_format=array_record and name its directory by --config.data.data_dir'
         ) from error
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 def _first_line(error: BaseException) -> str:
@@ -95,6 +103,7 @@ def _check_images(builder: tfds.core.DatasetBuilder, keys: _Keys, name: str) -> 
         )
 
 
+@_quiet()
 def describe(config: ConfigDict, name: str) -> Info:
     """Returns shape, classes and sizes (train before any hold-out); needs no data on disk."""
     builder = _builder(config, name)
@@ -196,6 +205,7 @@ def _prepare(builder: tfds.core.DatasetBuilder, config: ConfigDict, name: str) -
         ) from error
 
 
+@_quiet()
 def load(config: ConfigDict, name: str) -> tuple[tuple, tuple, int]:
     """Returns (pixels, labels) of train and of test, and the number of classes.
 
