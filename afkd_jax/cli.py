@@ -60,7 +60,9 @@ def _flag_sentence(error: Exception) -> str:
 
 
 def _fail(error: UserError | str, code: int = WRONG) -> None:
-    print(f'error: {error}', file=sys.stderr)
+    # One line, whatever the user's own words that it repeats hold.
+    words = ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error))
+    print(f'error: {words}', file=sys.stderr)
     sys.exit(code)
 
 

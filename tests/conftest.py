@@ -12,6 +12,7 @@ import re
 import types
 
 import flax.linen as nn
+import forks
 import jax
 import numpy as np
 import pytest
@@ -125,3 +126,11 @@ def x64():
     """Double precision, so that a law holds to many digits or not at all."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope='session')
+def forked():
+    """launch.py, quickly: see forks.Forks.run."""
+    server = forks.Forks()
+    yield server.run
+    server.close()

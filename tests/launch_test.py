@@ -11,7 +11,6 @@ import signal
 import socket
 import struct
 import subprocess
-import sys
 import time
 
 import kills
@@ -448,58 +447,6 @@ BAD_COMMANDS = {
 DEVICES_8 = {'XLA_FLAGS': '--xla_force_host_platform_device_count=8'}
 
 
-# Runs each command in a fork of a process that has imported everything: the imports, 2 s, are
-# paid once.
-SERVER = """
-import json, os, runpy, signal, sys, tempfile, traceback
-sys.path.insert(0, os.getcwd())
-import afkd_jax.data.tfds_source, afkd_jax.describe, afkd_jax.train
-
-for line in sys.stdin:
-    arguments, environment = json.loads(line)
-    files = [tempfile.TemporaryFile(), tempfile.TemporaryFile()]
-    if not (child := os.fork()):
-        signal.alarm(60)  # a command that hangs has failed
-        os.environ.update(environment)
-        for number, file in enumerate(files, start=1):
-            os.dup2(file.fileno(), number)
-        sys.argv, code = ['launch.py', *arguments], 99
-        try:
-            runpy.run_path('launch.py', run_name='__main__')
-        except SystemExit as end:
-            code = end.code or 0
-        except BaseException:
-            traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    for file in files:
-        file.seek(0)
-    print(json.dumps([code, *(file.read().decode() for file in files)]), flush=True)
-"""
-
-
-@pytest.fixture(scope='module')
-def forked():
-    server = subprocess.Popen(
-        [sys.executable, '-c', SERVER],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-    def run(arguments, environment):
-        server.stdin.write(json.dumps([arguments, environment]) + '\n')
-        server.stdin.flush()
-        return json.loads(server.stdout.readline())
-
-    yield run
-    server.communicate()
-
-
 @pytest.mark.parametrize('name', BAD_COMMANDS)
 def test_bad_input_gives_one_sentence(name, tmp_path, forked, trained):
     arguments, sentence, *prepare = BAD_COMMANDS[name]
@@ -556,9 +503,9 @@ def test_a_platform_that_is_not_there_is_refused():
 
 def test_only_debug_shows_a_traceback(forked):
     arguments = [*SHORT, '--config.method=akd']
-    code, _, errors = forked(arguments, {})
+    code, _, errors = forked(arguments)
     assert (code, 'Traceback' in errors) == (1, False)
-    code, _, errors = forked([*arguments, '--debug'], {})
+    code, _, errors = forked([*arguments, '--debug'])
     assert code != 0
     assert 'Traceback' in errors
     assert 'UserError' in errors

@@ -50,7 +50,7 @@ class _Keys:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Lets TFDS log no warning: of a set that is not prepared, say, we have a sentence of our own."""
+    """Lets TFDS log no warning: of a set that is not prepared we have a sentence of our own."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)
     try:
