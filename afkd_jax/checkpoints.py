@@ -70,8 +70,14 @@ class _Unfit(Exception):
     """Why a checkpoint cannot be used."""
 
 
+def _order(path: pathlib.Path) -> tuple[int, int]:
+    """Returns (step, n) of a checkpoint's directory, n = 1 for the first of its step."""
+    step, _, n = path.name.partition('.')
+    return int(step), int(n or 1)
+
+
 def _step(path: pathlib.Path) -> int:
-    return int(path.name.split('.')[0])
+    return _order(path)[0]
 
 
 def _digest(content: dict[str, Any]) -> str:
@@ -149,7 +155,7 @@ class Checkpoints:
         if not self.folder.is_dir():
             return []
         found = [path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)]
-        return sorted(found, key=lambda path: tuple(map(int, path.name.split('.'))))
+        return sorted(found, key=_order)
 
     def save(self, step: int, point: Point) -> None:
         """Starts to write a checkpoint; waits only for the one before.
@@ -186,8 +192,8 @@ class Checkpoints:
         state, _ = arrays
         _refuse_nonfinite(step, state)
         content['fingerprint'] = state_lib.fingerprint(state)
-        same = sum(_step(path) == step for path in self.paths())
-        path = self.folder / (f'{step}.{same + 1}' if same else str(step))
+        same = [_order(path) for path in self.paths() if _step(path) == step]
+        path = self.folder / (f'{step}.{same[-1][1] + 1}' if same else str(step))
         unfinished = path.with_name(path.name + _UNFINISHED)
         try:
             self._orbax.save(unfinished / 'arrays', args=ocp.args.StandardSave(arrays))

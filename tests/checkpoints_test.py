@@ -127,14 +127,14 @@ def test_the_last_and_the_best_are_kept(point, tmp_path):
 
 
 def test_a_step_that_is_saved_again_is_replaced(point, tmp_path):
-    later = Progress.start(2)
-    later.evaluated = 4
-    with opened(tmp_path) as checkpoints:
-        for progress in (Progress.start(2), later):
-            checkpoints.save(4, Point(point.state, point.sums, progress))
-        checkpoints.wait()
-        assert names(tmp_path) == ['4.2']
-        assert checkpoints.restore(like(tiny_config()), 4).point.progress == later
+    for expected in ('4', '4.2', '4.3', '4.4'):
+        later = Progress.start(2)
+        later.evaluated = len(expected)
+        with opened(tmp_path) as checkpoints:
+            checkpoints.save(4, Point(point.state, point.sums, later))
+            checkpoints.wait()
+            assert names(tmp_path) == [expected]
+            assert checkpoints.restore(like(tiny_config()), 4).point.progress == later
 
 
 def test_training_goes_on_while_a_save_is_written_and_may_reuse_the_memory(
