@@ -1,14 +1,12 @@
-"""Checkpoints: the arrays (Orbax) and a record of what they are (JSON), in one atomic directory.
+"""Checkpoints: the arrays (Orbax) and a record of what they are (record.py), in atomic directories.
 
 The record holds the run's progress, what the run is (its config, images and the names, dtypes and
-shapes of its arrays), the versions, and checksums: of every file, of the state's arrays and of
-itself. So a checkpoint that is cut, altered, incomplete or another run's is told from one that is
-whole before any of its files is interpreted.
+shapes of its arrays), the versions, and checksums. So a checkpoint that is cut, altered, incomplete
+or another run's is told from one that is whole before any of its files is interpreted.
 """
 
 import concurrent.futures
 import dataclasses
-import hashlib
 import json
 import pathlib
 import re
@@ -21,8 +19,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from afkd_jax import config as config_lib
+from afkd_jax import record
 from afkd_jax import state as state_lib
-from afkd_jax import workdir as workdir_lib
 from afkd_jax.errors import UserError
 from afkd_jax.metrics import Sums
 from afkd_jax.progress import Progress
@@ -31,7 +29,6 @@ from afkd_jax.state import TrainState
 # <step>, or <step>.<n> where a checkpoint of that step was replaced by a later one.
 _NAME = re.compile(r'\d+(\.\d+)?')
 _UNFINISHED = '.unfinished'  # being written, or being deleted
-_RECORD = 'record.json'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,10 +63,6 @@ class Restored:
     newer: list[pathlib.Path]
 
 
-class _Unfit(Exception):
-    """Why a checkpoint cannot be used."""
-
-
 def _order(path: pathlib.Path) -> tuple[int, int]:
     """Returns (step, n) of a checkpoint's directory, n = 1 for the first of its step."""
     step, _, n = path.name.partition('.')
@@ -78,28 +71,6 @@ def _order(path: pathlib.Path) -> tuple[int, int]:
 
 def _step(path: pathlib.Path) -> int:
     return _order(path)[0]
-
-
-def _digest(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _files(folder: pathlib.Path) -> dict[str, str]:
-    """Returns relative path -> SHA-256 of every file below a checkpoint, but for its record."""
-    digests = {}
-    for path in sorted(folder.rglob('*')):
-        if path.is_file() and path != folder / _RECORD:
-            with path.open('rb') as file:
-                digests[str(path.relative_to(folder))] = hashlib.file_digest(
-                    file, 'sha256'
-                ).hexdigest()
-    return digests
-
-
-def _first_words(error: BaseException) -> str:
-    """Returns the first line of an error's text, cut to a readable length."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return line if len(line) <= 300 else f'{line[:300]} ...'
 
 
 class Checkpoints:
@@ -197,16 +168,14 @@ class Checkpoints:
         unfinished = path.with_name(path.name + _UNFINISHED)
         try:
             self._orbax.save(unfinished / 'arrays', args=ocp.args.StandardSave(arrays))
-            content['files'] = _files(unfinished)
-            record = {'content': content, 'sha256': _digest(content)}
-            workdir_lib.write_json(unfinished / _RECORD, record)
+            record.write(unfinished, content)
             unfinished.rename(path)
             self._remove_old(Progress(**content['progress']).best_steps())
         except Exception as error:  # Orbax and TensorStore raise whatever their drivers raise
             shutil.rmtree(unfinished, ignore_errors=True)
             raise UserError(
-                f'{path}: the checkpoint cannot be written ({_first_words(error)}); those before '
-                'it are intact: make room, or mend the disk, then the same command continues'
+                f'{path}: the checkpoint cannot be written ({record.first_words(error)}); those '
+                'before it are intact: make room, or mend the disk, then the same command continues'
             ) from error
 
     def _remove_old(self, best: set[int]) -> None:
@@ -240,7 +209,7 @@ class Checkpoints:
         for path in wanted:
             try:
                 point, about = self._read(path, like)
-            except _Unfit as error:
+            except record.Unfit as error:
                 rejected[path] = str(error)
                 continue
             newer = [other for other in paths[: paths.index(path)] if other not in rejected]
@@ -256,37 +225,23 @@ class Checkpoints:
     def _read(
         self, path: pathlib.Path, like: tuple[TrainState, Sums]
     ) -> tuple[Point, dict[str, Any]]:
-        content = self._whole_record(path)
+        content = record.read(path)
         different = config_lib.differences(
             config_lib.flatten(content['origin']), config_lib.flatten(self._origin)
         )
         if different:
             more = f' and {len(different) - 4} more' if len(different) > 4 else ''
-            raise _Unfit(f'is of another run ({"; ".join(different[:4])}{more})')
+            raise record.Unfit(f'is of another run ({"; ".join(different[:4])}{more})')
         try:
             progress = Progress(**content['progress'])
             arrays = self._orbax.restore(path / 'arrays', args=ocp.args.StandardRestore(like))
         except Exception as error:  # as above; its files are whole, so another version wrote them
-            raise _Unfit(f'cannot be read by this version ({_first_words(error)})') from error
+            raise record.Unfit(
+                f'cannot be read by this version ({record.first_words(error)})'
+            ) from error
         if state_lib.fingerprint(arrays[0]) != content['fingerprint']:
-            raise _Unfit('is read as other arrays than were written, by this version')
+            raise record.Unfit('is read as other arrays than were written, by this version')
         return Point(*arrays, progress), {name: content[name] for name in ('versions', 'devices')}
-
-    def _whole_record(self, path: pathlib.Path) -> dict[str, Any]:
-        """Returns what a checkpoint says of itself, if that and all its files are as written."""
-        try:
-            record = json.loads((path / _RECORD).read_bytes())
-            content, digest = record['content'], record['sha256']
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise _Unfit(f'has no readable {_RECORD} ({_first_words(error)})') from error
-        if _digest(content) != digest:
-            raise _Unfit(f'has a {_RECORD} that was altered (its checksum differs)')
-        files = _files(path)
-        for name, digest in content['files'].items():
-            if files.get(name) != digest:
-                how = 'was altered (its checksum differs)' if name in files else 'is missing'
-                raise _Unfit(f'is damaged: its file {name} {how}')
-        return content
 
 
 def _refuse_nonfinite(step: int, state: TrainState) -> None:

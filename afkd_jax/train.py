@@ -9,12 +9,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from afkd_jax import config as config_lib
-from afkd_jax import curves, metrics, summary, writer
+from afkd_jax import curves, metrics, resume, summary, writer
 from afkd_jax import run as run_lib
 from afkd_jax import workdir as workdir_lib
 from afkd_jax.checkpoints import Checkpoints, Point
-from afkd_jax.errors import UserError
 from afkd_jax.evaluate import Evaluator
 from afkd_jax.interrupt import Interrupt
 from afkd_jax.progress import Progress
@@ -55,7 +53,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, step: int | None = None) ->
         checkpoints = stack.enter_context(
             Checkpoints(workdir, run.origin(), about, config.checkpoint.keep)
         )
-        point = _begin(run, workdir, checkpoints, about, step, last_step)
+        point = resume.begin(run, workdir, checkpoints, about, step)
         first_step = int(point.state.step)
         _tell(
             f'{workdir}: {len(names)} networks, {last_step} steps, on {run.devices.name}; compiling'
@@ -101,50 +99,6 @@ def train(config: ConfigDict, workdir: pathlib.Path, step: int | None = None) ->
             return None
         curves.draw(workdir)
     return result
-
-
-def _begin(
-    run: run_lib.Run,
-    workdir: pathlib.Path,
-    checkpoints: Checkpoints,
-    about: dict[str, Any],
-    step: int | None,
-    last_step: int,
-) -> Point:
-    """Returns where the run goes on, or its start, which is written as a checkpoint of its own.
-
-    So a workdir with a metrics.jsonl has, or had, a checkpoint; and a disk that cannot hold one is
-    noticed before any step. What is newer than the checkpoint is set aside.
-    """
-    restored = checkpoints.restore(run.abstract(), step)
-    if restored is None:
-        if (workdir / 'metrics.jsonl').exists():
-            raise UserError(
-                f'{checkpoints.folder}: the checkpoints of this run, which has begun, are gone; '
-                'put one back, or name another --workdir to start anew'
-            )
-        progress = Progress.start(len(run.cohort.names))
-        point = Point(run.initial_state(), run.no_sums(), progress)
-        checkpoints.save(0, point)
-        checkpoints.wait()
-        return point
-    for path, why in restored.rejected.items():
-        _tell(
-            f'warning: {path}: this checkpoint {why}; it is set aside as '
-            f'{workdir_lib.set_aside(workdir.absolute(), path)}'
-        )
-    for path in restored.newer:
-        workdir_lib.set_aside(workdir.absolute(), path)
-    if workdir_lib.summary(workdir):  # of an end that this run is to reach once more
-        workdir_lib.set_aside(workdir, workdir / 'summary.json')
-    _tell(f'{workdir}: continues from step {int(restored.point.state.step)} of {last_step}')
-    for what in about:
-        if changes := config_lib.differences(
-            config_lib.flatten({what: restored.about[what]}),
-            config_lib.flatten({what: about[what]}),
-        ):
-            _tell(f'warning: {"; ".join(changes)}: the run goes on, but not to the same bits')
-    return restored.point
 
 
 class _Loop:

@@ -69,11 +69,10 @@ def kill_until_it_ends(workdir, kills, rng, environment):
     """
     counts = {'kills': 0, 'during_a_save': 0, 'resumes': 0}
     while True:
+        old = unfinished(workdir)  # what the process before has left
         process = start(workdir, environment, *OFTEN)
         if counts['kills'] < kills:
             if counts['kills'] % 2 == 0:
-                # Not what the process before has left: that is removed first.
-                old = unfinished(workdir)
                 while process.poll() is None and not unfinished(workdir) - old:
                     time.sleep(0.001)
                 time.sleep(rng.uniform(0, 0.1))
@@ -84,7 +83,7 @@ def kill_until_it_ends(workdir, kills, rng, environment):
         counts['resumes'] += 'continues from step' in output
         if process.returncode == -signal.SIGKILL:
             counts['kills'] += 1
-            counts['during_a_save'] += bool(unfinished(workdir))
+            counts['during_a_save'] += bool(unfinished(workdir) - old)
             continue
         assert (process.returncode, errors) == (0, ''), output + errors
         assert not unfinished(workdir)
