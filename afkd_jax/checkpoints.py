@@ -7,7 +7,9 @@ or another run's is told from one that is whole before any of its files is inter
 
 import concurrent.futures
 import dataclasses
+import errno
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -167,15 +169,18 @@ class Checkpoints:
         path = self.folder / (f'{step}.{same[-1][1] + 1}' if same else str(step))
         unfinished = path.with_name(path.name + _UNFINISHED)
         try:
+            _check_room(self.folder, arrays)
             self._orbax.save(unfinished / 'arrays', args=ocp.args.StandardSave(arrays))
             record.write(unfinished, content)
             unfinished.rename(path)
             self._remove_old(Progress(**content['progress']).best_steps())
         except Exception as error:  # Orbax and TensorStore raise whatever their drivers raise
             shutil.rmtree(unfinished, ignore_errors=True)
+            disk = re.search(r'([^:]+) \[os_error_code', str(error))
+            why = disk[1].strip() if disk else record.first_words(error)
             raise UserError(
-                f'{path}: the checkpoint cannot be written ({record.first_words(error)}); those '
-                'before it are intact: make room, or mend the disk, then the same command continues'
+                f'{path}: the checkpoint cannot be written ({why}); those before it are intact: '
+                'make room, or mend the disk, then the same command continues'
             ) from error
 
     def _remove_old(self, best: set[int]) -> None:
@@ -242,6 +247,16 @@ class Checkpoints:
         if state_lib.fingerprint(arrays[0]) != content['fingerprint']:
             raise record.Unfit('is read as other arrays than were written, by this version')
         return Point(*arrays, progress), {name: content[name] for name in ('versions', 'devices')}
+
+
+def _check_room(folder: pathlib.Path, arrays: Any) -> None:
+    """Raises an OSError if the disk has no room for a checkpoint, before one is begun."""
+    # Arrays hardly compress; beside them lie the record and what Orbax notes of each of them.
+    needed = 2**20 + 1.1 * sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        figures = f'about {needed / 1e6:.1f} MB are needed, {free / 1e6:.1f} MB are free'
+        raise OSError(f'{os.strerror(errno.ENOSPC)}: {figures}')
 
 
 def _refuse_nonfinite(step: int, state: TrainState) -> None:

@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 import sys
+import threading
 from typing import Any
 
 from absl import flags, logging
@@ -36,7 +37,8 @@ def parse(argv: list[str]) -> list[str]:
         except Exception as error:  # a config file is code and may raise anything
             raise UserError(_flag_sentence(error)) from error
         if not flags.FLAGS['verbosity'].present:
-            logging.set_verbosity(logging.WARNING)  # Orbax reports every step of every save
+            # Orbax reports every step of every save, and tracebacks of what it then raises.
+            logging.set_verbosity(logging.FATAL)
         if len(rest) > 1:
             raise UserError(f'{rest[1]}: not understood; every option starts with --')
         return rest
@@ -78,6 +80,8 @@ def main(
       step: which checkpoint 'eval' takes, or 'train' goes on from; None for the newest.
       debug: let errors through, with their tracebacks.
     """
+    if not debug:
+        _hush()
     try:
         return _run(mode, config_flag, workdir, step)
     except KeyboardInterrupt:
@@ -88,6 +92,15 @@ def main(
         if debug:
             raise
         _fail(*_sentence(error))
+
+
+def _hush() -> None:
+    """Lets threads and callbacks of libraries print no traceback of their own.
+
+    TensorStore's do, by the hundred, of a disk that is full. What matters of it is raised where the
+    work is waited for, and becomes a sentence there.
+    """
+    sys.excepthook = sys.unraisablehook = threading.excepthook = lambda *_: None
 
 
 def _sentence(error: Exception) -> tuple[str, int]:

@@ -9,6 +9,7 @@ os.environ['XLA_FLAGS'] = (
 
 import functools
 import re
+import subprocess
 import types
 
 import flax.linen as nn
@@ -134,3 +135,19 @@ def forked():
     server = forks.Forks()
     yield server.run
     server.close()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 4 MiB and a function that resizes it, where one may be mounted here."""
+    folder = tmp_path / 'disk'
+    folder.mkdir()
+
+    def mount(options):
+        command = ['mount', '-t', 'tmpfs', '-o', options, 'tmpfs', str(folder)]
+        return subprocess.run(command, capture_output=True).returncode
+
+    if mount('size=4m'):
+        pytest.skip('mounting needs rights that are not there')
+    yield folder, lambda size: mount(f'remount,size={size}')
+    subprocess.run(['umount', '-l', str(folder)], check=True)

@@ -501,6 +501,14 @@ def test_a_platform_that_is_not_there_is_refused():
     assert re.fullmatch('error: .*quantum.*JAX_PLATFORMS.*\n', process.stderr), process.stderr
 
 
+def test_a_disk_without_room_is_told_before_any_step(small_disk, forked):
+    folder, _ = small_disk
+    code, output, errors = forked(['--config=configs/digits.py', f'--workdir={folder}/run'])
+    assert code == 1
+    assert re.fullmatch('error: .*No space left.*are needed, .*are free.*make room.*\n', errors)
+    assert 'compiling' not in output
+
+
 def test_only_debug_shows_a_traceback(forked):
     arguments = [*SHORT, '--config.method=akd']
     code, _, errors = forked(arguments)

@@ -261,6 +261,19 @@ def test_without_an_intact_checkpoint_a_run_does_not_start_over(every_step, tmp_
         train.train(config, tmp_path)
 
 
+def test_a_run_on_a_full_disk_continues_when_there_is_room(small_disk, uninterrupted):
+    folder, resize = small_disk
+    assert not resize('2m')
+    config = short_config(checkpoint__every_steps=1, checkpoint__keep=99)
+    with pytest.raises(UserError, match='cannot be written .No space left .*make room'):
+        train.train(config, folder / 'run')
+    kept = [int(path.name) for path in (folder / 'run' / 'checkpoints').iterdir()]
+    assert sorted(kept) == list(range(len(kept)))
+    assert 1 < len(kept) < 10
+    assert not resize('64m')
+    assert_same_run(folder / 'run', train.train(config, folder / 'run'), uninterrupted)
+
+
 def test_a_foreign_checkpoint_is_refused_with_the_differing_fields(every_step, tmp_path):
     _, workdir = every_step
     shutil.copytree(workdir / 'checkpoints', tmp_path / 'checkpoints')

@@ -14,7 +14,6 @@ from unittest import mock
 
 import numpy as np
 import tensorflow_datasets as tfds
-from absl import logging
 from ml_collections import ConfigDict
 from PIL import Image
 from tensorflow_datasets.core import shuffle
@@ -46,17 +45,6 @@ _USUAL_SHAPES = {'imagenet2012': (224, 224, 3)}
 class _Keys:
     image: str
     label: str
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Lets TFDS log no warning: of a set that is not prepared we have a sentence of our own."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 def _builder(config: ConfigDict, name: str) -> tfds.core.DatasetBuilder:
@@ -103,7 +91,6 @@ def _check_images(builder: tfds.core.DatasetBuilder, keys: _Keys, name: str) -> 
         )
 
 
-@_quiet()
 def describe(config: ConfigDict, name: str) -> Info:
     """Returns shape, classes and sizes (train before any hold-out); needs no data on disk."""
     builder = _builder(config, name)
@@ -205,7 +192,6 @@ def _prepare(builder: tfds.core.DatasetBuilder, config: ConfigDict, name: str) -
         ) from error
 
 
-@_quiet()
 def load(config: ConfigDict, name: str) -> tuple[tuple, tuple, int]:
     """Returns (pixels, labels) of train and of test, and the number of classes.
 
