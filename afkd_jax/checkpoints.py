@@ -13,6 +13,7 @@ import os
 import pathlib
 import re
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -87,6 +88,7 @@ class Checkpoints:
       origin: what makes the run (Run.origin).
       about: what goes into each record for the reader: 'versions', 'devices'.
       keep: None to read only.
+      check_held: raises if the workdir is no longer ours to write in.
     """
 
     def __init__(
@@ -95,10 +97,11 @@ class Checkpoints:
         origin: dict[str, Any],
         about: dict[str, Any] | None = None,
         keep: int | None = None,
+        check_held: Callable[[], None] = lambda: None,
     ):
         self.folder = workdir.absolute() / 'checkpoints'
         self._origin = json.loads(json.dumps(origin))  # as it will come back
-        self._about, self._keep = about, keep
+        self._about, self._keep, self._check_held = about, keep, check_held
         self._orbax = ocp.Checkpointer(ocp.StandardCheckpointHandler())
         self._thread = concurrent.futures.ThreadPoolExecutor(1, 'checkpoints')
         self._writing: concurrent.futures.Future | None = None
@@ -172,8 +175,6 @@ class Checkpoints:
             _check_room(self.folder, arrays)
             self._orbax.save(unfinished / 'arrays', args=ocp.args.StandardSave(arrays))
             record.write(unfinished, content)
-            unfinished.rename(path)
-            self._remove_old(Progress(**content['progress']).best_steps())
         except Exception as error:  # Orbax and TensorStore raise whatever their drivers raise
             shutil.rmtree(unfinished, ignore_errors=True)
             disk = re.search(r'([^:]+) \[os_error_code', str(error))
@@ -182,6 +183,9 @@ class Checkpoints:
                 f'{path}: the checkpoint cannot be written ({why}); those before it are intact: '
                 'make room, or mend the disk, then the same command continues'
             ) from error
+        self._check_held()
+        unfinished.rename(path)
+        self._remove_old(Progress(**content['progress']).best_steps())
 
     def _remove_old(self, best: set[int]) -> None:
         """Deletes what need not be kept; each is renamed first, so that none is left in pieces."""
@@ -231,6 +235,8 @@ class Checkpoints:
         self, path: pathlib.Path, like: tuple[TrainState, Sums]
     ) -> tuple[Point, dict[str, Any]]:
         content = record.read(path)
+        if content['step'] != _step(path):
+            raise record.Unfit(f'is that of step {content["step"]}')
         different = config_lib.differences(
             config_lib.flatten(content['origin']), config_lib.flatten(self._origin)
         )
@@ -240,7 +246,8 @@ class Checkpoints:
         try:
             progress = Progress(**content['progress'])
             arrays = self._orbax.restore(path / 'arrays', args=ocp.args.StandardRestore(like))
-        except Exception as error:  # as above; its files are whole, so another version wrote them
+        except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
+            # Its files are whole, so another version wrote them.
             raise record.Unfit(
                 f'cannot be read by this version ({record.first_words(error)})'
             ) from error

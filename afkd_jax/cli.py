@@ -14,7 +14,7 @@ from ml_collections import ConfigDict, config_flags
 
 from afkd_jax import config as config_lib
 from afkd_jax.errors import UserError
-from afkd_jax.interrupt import KILLED
+from afkd_jax.interrupt import KILLED, Interrupt
 
 # Exit codes: finished; an input to be corrected, or a run that has diverged; a fault of this
 # program; stopped by a signal with a checkpoint, so that the same command continues. KILLED:
@@ -85,9 +85,7 @@ def main(
     try:
         return _run(mode, config_flag, workdir, step)
     except KeyboardInterrupt:
-        print('error: interrupted; what was written before is intact', file=sys.stderr, flush=True)
-        # Not sys.exit: threads of the runtime may still hold what the interpreter would tear down.
-        os._exit(KILLED)
+        _interrupted()
     except Exception as error:
         if debug:
             raise
@@ -100,7 +98,19 @@ def _hush() -> None:
     TensorStore's do, by the hundred, of a disk that is full. What matters of it is raised where the
     work is waited for, and becomes a sentence there.
     """
-    sys.excepthook = sys.unraisablehook = threading.excepthook = lambda *_: None
+
+    def unraisable(hint: Any) -> None:
+        if hint.exc_type and issubclass(hint.exc_type, KeyboardInterrupt):
+            _interrupted()  # it came inside a callback, which Python would go on after
+
+    sys.excepthook = threading.excepthook = lambda *_: None
+    sys.unraisablehook = unraisable
+
+
+def _interrupted() -> None:
+    print('error: interrupted; what was written before is intact', file=sys.stderr, flush=True)
+    # Not sys.exit: threads of the runtime may still hold what the interpreter would tear down.
+    os._exit(KILLED)
 
 
 def _sentence(error: Exception) -> tuple[str, int]:
@@ -111,7 +121,7 @@ def _sentence(error: Exception) -> tuple[str, int]:
     if isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in words:
         return (
             f'memory is exhausted ({words or "of the host"}); lower config.batch_size or '
-            'config.eval_batch_size, or use more devices',
+            'config.eval_batch_size, in a new --workdir, or use more devices',
             WRONG,
         )
     if isinstance(error, OSError):
@@ -160,9 +170,10 @@ def _run_name(config: str, argument: str, overrides: dict[str, Any]) -> str:
 
 
 def _train(config: ConfigDict, workdir: pathlib.Path, step: int | None) -> int:
-    from afkd_jax import summary, train, writer
+    with Interrupt() as interrupt:  # from here on a signal asks, also while JAX is imported
+        from afkd_jax import summary, train, writer
 
-    result = train.train(config, workdir, step)
+        result = train.train(config, workdir, step, interrupt)
     if result is None:
         return CONTINUE
     writer.console.print(*summary.tables(result))

@@ -64,5 +64,7 @@ def draw(workdir: pathlib.Path) -> None:
         axis.set_xlabel('epoch')
         axis.legend(fontsize='x-small')
         axis.grid(alpha=0.3)
-    figure.savefig(workdir / 'curves.png', dpi=120)
+    temporary = workdir / 'curves.png.tmp'
+    figure.savefig(temporary, dpi=120, format='png')
+    temporary.replace(workdir / 'curves.png')
     plt.close(figure)

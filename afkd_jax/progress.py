@@ -18,10 +18,12 @@ class Progress:
       skipped: steps skipped because of a number that was not finite, up to the last log line.
       skipped_in_a_row: those since the last log line that had a step that was not skipped.
       saturated: per network, for how many steps its discriminator has been saturated.
+      warned: per network, whether that was told.
     """
 
     best: list[dict | None]
     saturated: list[int]
+    warned: list[bool]
     scores: dict[str, dict] = dataclasses.field(default_factory=dict)
     evaluated: int = 0
     images_per_s: list[float] = dataclasses.field(default_factory=list)
@@ -32,7 +34,9 @@ class Progress:
     @classmethod
     def start(cls, networks: int) -> 'Progress':
         """Returns the progress before the first step of a run of K = `networks`."""
-        return cls(best=[None] * (networks + 1), saturated=[0] * networks)
+        return cls(
+            best=[None] * (networks + 1), saturated=[0] * networks, warned=[False] * networks
+        )
 
     def improved(self, validation: list[float]) -> list[int]:
         """Returns whose validation accuracy is higher than ever before; ties keep the first."""

@@ -41,7 +41,10 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
         raise Unfit(f'has a {_NAME} that was altered (its checksum differs)')
     if not isinstance(content, dict) or content.keys() != _KEYS:
         raise Unfit('was written by another version of this program')
-    files = _files(folder)
+    try:
+        files = _files(folder)
+    except OSError as error:  # of a failing disk, say
+        raise Unfit(f'cannot be read ({first_words(error)})') from error
     for name, digest in content['files'].items():
         if files.get(name) != digest:
             how = 'was altered (its checksum differs)' if name in files else 'is missing'

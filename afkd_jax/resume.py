@@ -53,10 +53,11 @@ def begin(
             f'warning: {path}: this checkpoint {why}; it is set aside as '
             f'{workdir_lib.set_aside(workdir.absolute(), path)}'
         )
+    # First the summary of an end that is to be reached once more: now the run is not finished.
+    if workdir_lib.summary(workdir):
+        workdir_lib.set_aside(workdir, workdir / 'summary.json')
     for path in restored.newer:
         workdir_lib.set_aside(workdir.absolute(), path)
-    if workdir_lib.summary(workdir):  # of an end that this run is to reach once more
-        workdir_lib.set_aside(workdir, workdir / 'summary.json')
     last_step = run.order.end_of(run.config.epochs)
     _tell(f'{workdir}: continues from step {int(restored.point.state.step)} of {last_step}')
     changes = config_lib.differences(config_lib.flatten(restored.about), config_lib.flatten(about))

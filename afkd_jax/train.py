@@ -21,16 +21,19 @@ from afkd_jax.watch import Watch
 _tell = writer.console.print
 
 
-def train(config: ConfigDict, workdir: pathlib.Path, step: int | None = None) -> dict | None:
+def train(
+    config: ConfigDict, workdir: pathlib.Path, step: int | None, interrupt: Interrupt
+) -> dict[str, Any] | None:
     """Trains from the workdir's newest checkpoint, or from the start, to the end of the config.
 
     Args:
       config: valid.
       workdir: made if it is not there.
-      step: go on from the checkpoint of this step; what is newer is set aside.
+      step: go on from the checkpoint of this step, and set aside what is newer; None: the newest.
+      interrupt: entered; ends the run early.
 
     Returns:
-      The summary; None if a signal ended the run early (its checkpoint is written).
+      The summary; None if a signal ended the run early (with a checkpoint, if it had begun).
 
     Raises:
       UserError: the config, its images, devices, the workdir or its checkpoints do not fit, the
@@ -44,14 +47,16 @@ def train(config: ConfigDict, workdir: pathlib.Path, step: int | None = None) ->
         _tell(f'{workdir}: this run is finished; its summary:')
         return finished
     run = run_lib.prepare(config)
+    if interrupt.requested:
+        _tell(f'{workdir}: stopped by a signal before it began; the same command continues')
+        return None
     last_step = run.order.end_of(config.epochs)
     names = run.cohort.names
     with contextlib.ExitStack() as stack:
-        interrupt = stack.enter_context(Interrupt())
         check_held = stack.enter_context(workdir_lib.claimed(workdir, config, _tell))
         about = {'versions': writer.versions(), 'devices': run.devices.name}
         checkpoints = stack.enter_context(
-            Checkpoints(workdir, run.origin(), about, config.checkpoint.keep)
+            Checkpoints(workdir, run.origin(), about, config.checkpoint.keep, check_held)
         )
         point = resume.begin(run, workdir, checkpoints, about, step)
         first_step = int(point.state.step)
@@ -85,11 +90,14 @@ def train(config: ConfigDict, workdir: pathlib.Path, step: int | None = None) ->
         result = summary.build(
             run,
             loop.state,
-            loop.scores() if stopped else loop.final_scores(),
+            loop.scores(),
             None if stopped else evaluate.edges(loop.state.networks),
             loop.progress(),
             compile_s,
         )
+        check_held()
+        if not stopped:
+            curves.draw(workdir)
         workdir_lib.write_json(workdir / 'summary.json', result)
         if stopped:
             _tell(
@@ -97,7 +105,6 @@ def train(config: ConfigDict, workdir: pathlib.Path, step: int | None = None) ->
                 f'{last_step}; the same command continues'
             )
             return None
-        curves.draw(workdir)
     return result
 
 
@@ -183,16 +190,6 @@ class _Loop:
             for split, known in self._progress.scores.items()
         }
 
-    def final_scores(self) -> dict[str, summary.Scores]:
-        """Returns the scores of the last state on the splits that are held out."""
-        known = self.scores()
-        return {
-            split: known[split]
-            if split in known and self._progress.scores[split]['step'] == self.step
-            else self._evaluate(self.state.networks, split)
-            for split in self._run.info.held_out()
-        }
-
     def _epoch(self) -> int:
         """Returns the number of the epoch that ends with this step, counted from 1; 0 if none."""
         epoch = int(self._run.order.epoch_at(self.step))
@@ -208,8 +205,8 @@ class _Loop:
     def _save(self) -> None:
         """Writes what is to be logged up to here, and then starts to write a checkpoint."""
         self._log()
-        self._watch.finite(metrics.fetch(self._sums))
         self._check_held()
+        self._watch.finite(metrics.fetch(self._sums))
         self._out.sync()
         self._checkpoints.save(self.step, Point(self.state, self._sums, self.progress()))
         self._saved_at, self._saved_step = time.perf_counter(), self.step
@@ -229,6 +226,7 @@ class _Loop:
         """Writes the line that is pending, if there is one; waits for its step."""
         if self._pending is None:
             return
+        self._check_held()
         (step, sums), self._pending = self._pending, None
         sums = metrics.fetch(sums)
         self._watch.line(step, sums)
@@ -247,9 +245,11 @@ class _Loop:
         self._log()
         if speed := self._speed(self._epoch_clock, self.step):
             self._progress.images_per_s.append(speed)
-        if self._evaluate_epoch(epoch):
+        evaluated = self._evaluate_epoch(epoch)
+        if evaluated or self.step > self._saved_step:
+            self._save()
+        if evaluated:
             self._out.epoch(epoch)
-        self._save()
 
     def _evaluate_epoch(self, epoch: int) -> bool:
         """Evaluates on validation, and on test where a network is better than it has ever been.

@@ -137,9 +137,9 @@ class Watch:
         outputs = [sums.totals[name] / sums.steps for name in ('d_own', 'd_teacher')]
         for k, (own, teacher) in enumerate(zip(*outputs, strict=True)):
             dead = all(min(output, 1 - output) < SATURATED for output in (own, teacher))
-            before = counts[k]
-            counts[k] = before + int(sums.steps) if dead else 0
-            if before < limit <= counts[k]:
+            counts[k] = counts[k] + int(sums.steps) if dead else 0
+            tell = counts[k] >= limit
+            if tell and not self._progress.warned[k]:
                 self._out.warning(
                     step,
                     f'the discriminator of network {k + 1} ({self._run.cohort.names[k]}) has been '
@@ -147,3 +147,4 @@ class Watch:
                     f"{teacher:.4f} on its teacher's maps; its network learns next to nothing from "
                     'it (a lower config.discriminator.learning_rate may help)',
                 )
+            self._progress.warned[k] = tell

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
-import socket
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -136,6 +136,12 @@ def claimed(
             lock.release()
 
 
+def _our_host() -> str:
+    """Returns what a lock of ours has for this machine, or for this container of it."""
+    with tempfile.TemporaryDirectory() as folder, filelock.SoftFileLease(f'{folder}/lock') as lock:
+        return lock.owner.hostname
+
+
 def _locked(workdir: pathlib.Path, tell: Callable[[str], None]) -> filelock.SoftFileLease:
     lock = filelock.SoftFileLease(
         workdir / 'lock', lease_duration=LEASE_S, timeout=0, thread_local=False
@@ -146,7 +152,7 @@ def _locked(workdir: pathlib.Path, tell: Callable[[str], None]) -> filelock.Soft
         try:
             lock.acquire()
         except filelock.Timeout:
-            if owner and owner.hostname == socket.gethostname():
+            if owner and owner.hostname == _our_host():
                 raise
             tell(f'{workdir}: locked by {who}; waiting {LEASE_S:.0f} s for a sign of life')
             lock.acquire(timeout=1.2 * LEASE_S)

@@ -3,14 +3,15 @@
 import errno
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import platform
 import subprocess
+import sys
 import time
 from typing import Any
 
-import numpy as np
 import rich.console
 import rich.progress
 
@@ -23,7 +24,14 @@ _PACKAGES = (
     *('scikit-learn', 'tensorflow-datasets'),
 )
 
-console = rich.console.Console(highlight=False, markup=False, soft_wrap=True)
+
+class _Console(rich.console.Console):
+    def on_broken_pipe(self) -> None:
+        """Lets training go on when nobody reads its words any more, as after `| head -1`."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+console = _Console(highlight=False, markup=False, soft_wrap=True)
 
 
 def versions() -> dict[str, str]:
@@ -48,27 +56,37 @@ def _git_commit() -> str | None:
 
 
 def _refuse_non_finite(step: int, values: dict[str, list[float] | float]) -> None:
-    for name in sorted(values, key=lambda name: name != 'cross_entropy'):
-        if not np.isfinite(values[name]).all():
-            raise UserError(
-                f'step {step}: {name} is {values[name]}; the run has diverged and is ended (what '
-                'checkpoints it has stay): lower config.logit.learning_rate, in a new --workdir'
-            )
+    for name, value in values.items():
+        for k, one in enumerate(value if isinstance(value, list) else [value]):
+            if not math.isfinite(one):
+                whose = f' of network {k + 1}' if isinstance(value, list) else ''
+                raise UserError(
+                    f'step {step}: {name}{whose} is {one}; the run has diverged and is ended (what '
+                    'checkpoints it has stay): lower config.logit.learning_rate, in a new --workdir'
+                )
 
 
 def _cut(path: pathlib.Path, start: int, evaluated: int) -> None:
     """Moves lines about later steps, and what is no line, to set_aside/metrics.jsonl."""
 
     def belongs(text: bytes) -> bool:
+        if not is_line(text):
+            return False
+        line = json.loads(text)
+        return line['step'] <= (evaluated if line['kind'] == 'evaluation' else start)
+
+    def is_line(text: bytes) -> bool:
         try:
             line = json.loads(text)
-            last = evaluated if line['kind'] == 'evaluation' else start
-            return text.endswith(b'\n') and line['step'] <= last
+            return text.endswith(b'\n') and isinstance(line['step'], int) and 'kind' in line
         except (ValueError, KeyError, TypeError):  # cut, or altered
             return False
 
     lines = path.read_bytes().splitlines(keepends=True)
     past = [line for line in lines if not belongs(line)]
+    broken = sum(not is_line(line) for line in lines if line.endswith(b'\n'))
+    if broken:  # not by a kill: that cuts only the last one
+        console.print(f'warning: {path}: {broken} lines were damaged; they are set aside')
     if past:
         aside = path.parent / 'set_aside' / path.name
         aside.parent.mkdir(exist_ok=True)

@@ -1,9 +1,9 @@
 """Checkpoints: what is kept, what comes back, what is refused."""
 
 import contextlib
+import hashlib
 import json
 import os
-import pathlib
 import random
 import shutil
 
@@ -80,6 +80,7 @@ def test_a_point_comes_back_to_the_bit_on_any_number_of_devices(point, tmp_path)
     progress = Progress(
         best=[{'validation': 98.6013986013986, 'test': 97.5, 'step': 4}, None, None],
         saturated=[3, 0],
+        warned=[True, False],
         scores={'test': {'step': 4, 'accuracy': [0.1, 1 / 3], 'cross_entropy': [2.5, 1e-30]}},
         evaluated=4,
         images_per_s=[1e3, 2e3],
@@ -276,6 +277,45 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(name, point, tm
                 checkpoints.restore(like(tiny_config()))
 
 
+def test_a_checkpoint_under_another_steps_name_is_told(point, tmp_path):
+    write(tmp_path, point, [4])
+    shutil.copytree(tmp_path / 'checkpoints' / '4', tmp_path / 'checkpoints' / '100')
+    with opened(tmp_path) as checkpoints:
+        restored = checkpoints.restore(like(tiny_config()))
+    assert list(restored.rejected.values()) == ['is that of step 4']
+    assert same(restored.point, point)
+
+
+def test_a_file_that_cannot_be_read_is_damage_too(point, tmp_path, monkeypatch):
+    write(tmp_path, point, [2, 4])
+    digest = hashlib.file_digest
+
+    def failing(file, kind):
+        if 'checkpoints/4/' in file.name:
+            raise OSError(5, 'Input/output error')
+        return digest(file, kind)
+
+    monkeypatch.setattr(hashlib, 'file_digest', failing)
+    with opened(tmp_path) as checkpoints:
+        restored = checkpoints.restore(like(tiny_config()))
+    ((path, why),) = restored.rejected.items()
+    assert (path.name, why) == ('4', 'cannot be read ([Errno 5] Input/output error)')
+
+
+def test_nothing_is_published_after_the_lock_is_lost(point, tmp_path):
+    def lost():
+        raise UserError('lost')
+
+    write(tmp_path, point, [2])
+    with (
+        pytest.raises(UserError, match='lost'),
+        Checkpoints(tmp_path, origin(tiny_config()), ABOUT, 1, lost) as checkpoints,
+    ):
+        checkpoints.save(4, point)
+    assert '2' in names(tmp_path)
+    assert '4' not in names(tmp_path)
+
+
 def test_no_flipped_bit_goes_unnoticed(point, tmp_path):
     write(tmp_path, point, [4])
     rng = random.Random(0)
@@ -381,8 +421,3 @@ def test_the_fingerprint_sees_every_array_and_bit(point):
         changed = [np.array(leaf) for leaf in leaves]
         changed[i].reshape(-1).view(np.uint8)[-1] ^= 1
         assert state_lib.fingerprint(tree.unflatten(changed)) != fingerprint
-
-
-def test_no_module_loads_pickles():
-    sources = pathlib.Path(checkpoints_lib.__file__).parent.rglob('*.py')
-    assert not [path for path in sources if 'pickle' in path.read_text()]

@@ -72,8 +72,17 @@ def test_eval_repeats_the_summary(trained):
     assert result['step'] == summary['steps']
 
 
-def start(workdir):
-    return kills.start(workdir, ENVIRONMENT)
+def start(workdir, **environment):
+    return kills.start(workdir, ENVIRONMENT | environment)
+
+
+@pytest.fixture(scope='module')
+def cache(tmp_path_factory):
+    """Lets processes that stop and start the same run compile it once."""
+    return {
+        'JAX_COMPILATION_CACHE_DIR': str(tmp_path_factory.mktemp('cache')),
+        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+    }
 
 
 def wait_for(process, condition):
@@ -81,11 +90,11 @@ def wait_for(process, condition):
         time.sleep(0.01)
 
 
-def test_stopped_by_signals_and_started_again_is_the_same_run(trained, tmp_path):
+def test_stopped_by_signals_and_started_again_is_the_same_run(trained, cache, tmp_path):
     config, metrics = tmp_path / 'config.json', tmp_path / 'metrics.jsonl'
     # While it compiles, and among the steps.
     for condition in (config.exists, lambda: '"train"' in metrics.read_text()):
-        process = start(tmp_path)
+        process = start(tmp_path, **cache)
         wait_for(process, condition)
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=120)
@@ -95,23 +104,31 @@ def test_stopped_by_signals_and_started_again_is_the_same_run(trained, tmp_path)
         so_far = json.loads((tmp_path / 'summary.json').read_text())
         assert not so_far['finished']
     assert so_far['steps'] > 0
-    again = launch(*SHORT, f'--workdir={tmp_path}')
+    again = launch(*SHORT, f'--workdir={tmp_path}', **cache)
     assert again.returncode == 0, again.stderr
     assert 'continues from step' in again.stdout
     assert kills.fingerprint(tmp_path) == kills.fingerprint(trained[0])
     assert kills.logged(tmp_path) == kills.logged(trained[0])
 
 
-def test_killed_three_times_also_while_it_saves_it_is_the_same_run(trained, tmp_path):
-    cache = {
-        'JAX_COMPILATION_CACHE_DIR': str(tmp_path / 'cache'),
-        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-    }
+def test_killed_three_times_also_while_it_saves_it_is_the_same_run(trained, cache, tmp_path):
     counts = kills.kill_until_it_ends(tmp_path / 'run', 3, random.Random(1), ENVIRONMENT | cache)
     assert counts['kills'] == 3
     assert counts['during_a_save'] >= 1
     assert kills.fingerprint(tmp_path / 'run') == kills.fingerprint(trained[0])
     assert kills.logged(tmp_path / 'run') == kills.logged(trained[0])
+
+
+def test_a_signal_before_the_run_begins_is_no_loss(tmp_path):
+    process = start(tmp_path / 'run')
+    maps = pathlib.Path(f'/proc/{process.pid}/maps')
+    wait_for(process, lambda: 'jaxlib' in maps.read_text())  # it is being imported
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert 'run: stopped by a signal before it began; the same command continues' in output
+    assert len(errors.splitlines()) == 1
+    assert not (tmp_path / 'run').exists()
 
 
 def test_a_second_signal_ends_at_once(tmp_path):
@@ -545,7 +562,10 @@ def test_every_error_becomes_a_sentence(error, sentence, code):
 
 
 def test_two_processes_make_the_same_run_whatever_is_written_meanwhile(trained, tmp_path):
-    process = launch(*SHORT, f'--workdir={tmp_path}', *kills.OFTEN)
-    assert process.returncode == 0, process.stderr
+    with kills.start(tmp_path, ENVIRONMENT, *kills.OFTEN) as process:
+        assert 'compiling' in process.stdout.readline()
+        process.stdout.close()  # as after `| head -1`: nobody reads its words any more
+        assert process.stderr.read() == ''
+    assert process.returncode == 0
     assert kills.fingerprint(tmp_path) == kills.fingerprint(trained[0])
     assert kills.logged(tmp_path) == kills.logged(trained[0])

@@ -1,27 +1,37 @@
 """Whole runs: same seed, same bits; stopped and resumed, same bits; what is written."""
 
 import json
+import pickle
 import shutil
 import signal
+import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
 from conftest import tiny_config
 
-from afkd_jax import checkpoints, parallel, train, watch
+from afkd_jax import checkpoints, curves, evaluate, parallel, train, watch
 from afkd_jax import run as run_lib
 from afkd_jax import state as state_lib
 from afkd_jax import step as step_lib
 from afkd_jax.data import batches, sources
 from afkd_jax.errors import UserError
+from afkd_jax.interrupt import Interrupt
 
-LOCAL = parallel.Devices.local
+LOCAL, DRAW = parallel.Devices.local, curves.draw
+
+
+def fit(config, workdir, step=None):
+    with Interrupt() as interrupt:
+        return train.train(config, workdir, step, interrupt)
 
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
     monkeypatch.setattr(parallel.Devices, 'local', lambda mapping: LOCAL(mapping, 1))
+    # Half a second each; the run that `uninterrupted` makes draws its curves.
+    monkeypatch.setattr(curves, 'draw', lambda workdir: None)
 
 
 def short_config(**fields):
@@ -36,7 +46,7 @@ def uninterrupted(tmp_path_factory):
     workdir = tmp_path_factory.mktemp('uninterrupted')
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parallel.Devices, 'local', lambda mapping: LOCAL(mapping, 1))
-        return workdir, train.train(short_config(), workdir)
+        return workdir, fit(short_config(), workdir)
 
 
 def lines(workdir, kind):
@@ -124,12 +134,12 @@ def test_the_workdir_is_complete(uninterrupted):
 
 
 def test_same_seed_same_bits(uninterrupted, tmp_path):
-    again = train.train(short_config(), tmp_path)
+    again = fit(short_config(), tmp_path)
     assert again['fingerprint'] == uninterrupted[1]['fingerprint']
 
 
 def test_another_seed_another_run(uninterrupted, tmp_path):
-    other = train.train(short_config(seed=1), tmp_path)
+    other = fit(short_config(seed=1), tmp_path)
     assert other['fingerprint'] != uninterrupted[1]['fingerprint']
 
 
@@ -173,7 +183,7 @@ def test_stopped_and_resumed_is_the_uninterrupted_run(
 
     with monkeypatch.context() as patch:
         patch.setattr(batches.Order, 'indices', stopping)
-        assert train.train(short_config(), tmp_path) is None
+        assert fit(short_config(), tmp_path) is None
     so_far = json.loads((tmp_path / 'summary.json').read_text())
     assert (so_far['finished'], so_far['steps']) == (False, stop_at)
     assert so_far['evaluated'] == ({} if stop_at == 5 else {'validation': 5, 'test': 5})
@@ -182,7 +192,7 @@ def test_stopped_and_resumed_is_the_uninterrupted_run(
     assert str(stop_at) in {path.name for path in (tmp_path / 'checkpoints').iterdir()}
     with (tmp_path / 'metrics.jsonl').open('a') as file:
         file.write('{"kind": "train", "st')  # as a killed process may leave it
-    resumed = train.train(short_config(), tmp_path)
+    resumed = fit(short_config(), tmp_path)
     assert [row['step'] for row in lines(tmp_path, 'resume')] == [stop_at]
     assert (tmp_path / 'set_aside' / 'metrics.jsonl').read_text() == '{"kind": "train", "st\n'
     assert_same_run(tmp_path, resumed, uninterrupted)
@@ -195,7 +205,7 @@ def every_step(tmp_path_factory):
     config.checkpoint.every_steps, config.checkpoint.keep = 1, 100
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parallel.Devices, 'local', lambda mapping: LOCAL(mapping, 1))
-        train.train(config, workdir)
+        fit(config, workdir)
     return config, workdir
 
 
@@ -212,7 +222,7 @@ def test_a_run_continues_from_any_checkpoint(step, every_step, uninterrupted, tm
     config, workdir = every_step
     shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
     before = (tmp_path / 'metrics.jsonl').read_text().splitlines()
-    assert_same_run(tmp_path, train.train(config, tmp_path, step), uninterrupted)
+    assert_same_run(tmp_path, fit(config, tmp_path, step), uninterrupted)
     # Nothing is lost: what is newer was set aside.
     aside = tmp_path / 'set_aside'
     assert (aside / 'summary.json').exists()
@@ -227,7 +237,7 @@ def test_a_run_continues_from_any_checkpoint(step, every_step, uninterrupted, tm
 
 def test_a_time_may_trigger_a_checkpoint_too(tmp_path):
     config = short_config(method='vanilla', checkpoint__every_minutes=1e-9, checkpoint__keep=99)
-    train.train(config, tmp_path)
+    fit(config, tmp_path)
     steps = {int(path.name) for path in (tmp_path / 'checkpoints').iterdir()}
     assert steps == set(range(11))
 
@@ -240,7 +250,7 @@ def test_damaged_checkpoints_are_set_aside_and_the_run_is_the_same(
     (tmp_path / 'summary.json').unlink()
     shutil.rmtree(tmp_path / 'checkpoints' / '10' / 'arrays')
     (tmp_path / 'checkpoints' / '9' / 'record.json').write_text('{')
-    assert_same_run(tmp_path, train.train(config, tmp_path), uninterrupted)
+    assert_same_run(tmp_path, fit(config, tmp_path), uninterrupted)
     output = capsys.readouterr().out
     assert 'checkpoints/10: this checkpoint is damaged: its file arrays/' in output
     assert 'checkpoints/9: this checkpoint has no readable record.json' in output
@@ -255,10 +265,10 @@ def test_without_an_intact_checkpoint_a_run_does_not_start_over(every_step, tmp_
     for path in (tmp_path / 'checkpoints').iterdir():
         (path / 'record.json').unlink()
     with pytest.raises(UserError, match='no checkpoint can be used: 10 has no .*; 0 has no'):
-        train.train(config, tmp_path)
+        fit(config, tmp_path)
     shutil.rmtree(tmp_path / 'checkpoints')
     with pytest.raises(UserError, match='the checkpoints of this run, which has begun, are gone'):
-        train.train(config, tmp_path)
+        fit(config, tmp_path)
 
 
 def test_a_run_on_a_full_disk_continues_when_there_is_room(small_disk, uninterrupted):
@@ -266,12 +276,60 @@ def test_a_run_on_a_full_disk_continues_when_there_is_room(small_disk, uninterru
     assert not resize('2m')
     config = short_config(checkpoint__every_steps=1, checkpoint__keep=99)
     with pytest.raises(UserError, match='cannot be written .No space left .*make room'):
-        train.train(config, folder / 'run')
+        fit(config, folder / 'run')
     kept = [int(path.name) for path in (folder / 'run' / 'checkpoints').iterdir()]
     assert sorted(kept) == list(range(len(kept)))
     assert 1 < len(kept) < 10
     assert not resize('64m')
-    assert_same_run(folder / 'run', train.train(config, folder / 'run'), uninterrupted)
+    assert_same_run(folder / 'run', fit(config, folder / 'run'), uninterrupted)
+
+
+def test_a_damaged_line_is_told_and_set_aside(every_step, tmp_path, capsys):
+    config, workdir = every_step
+    shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / 'metrics.jsonl'
+    whole = path.read_text().splitlines()
+    path.write_text('\n'.join([whole[0], whole[1].replace('"step"', '"stop"'), *whole[2:], '{"ki']))
+    fit(config, tmp_path, 8)
+    assert 'metrics.jsonl: 1 lines were damaged; they are set aside' in capsys.readouterr().out
+    aside = (tmp_path / 'set_aside' / 'metrics.jsonl').read_text()
+    assert '"stop"' in aside
+    assert '{"ki\n' in aside
+
+
+def test_a_run_is_finished_only_when_all_is_written(every_step, tmp_path, monkeypatch):
+    config, workdir = every_step
+    shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
+    (tmp_path / 'curves.png').unlink()
+    with monkeypatch.context() as patch:
+
+        def full(_):
+            raise OSError(28, 'No space left on device')
+
+        patch.setattr(curves, 'draw', full)
+        with pytest.raises(OSError, match='No space'):
+            fit(config, tmp_path, 10)
+    monkeypatch.setattr(curves, 'draw', DRAW)
+    assert fit(config, tmp_path)['steps'] == 10
+    assert (tmp_path / 'curves.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_no_pickle_is_loaded(every_step, tmp_path):
+    config, workdir = every_step
+    shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
+    found, watching = [], [True]
+    # A hook cannot be taken away again.
+    sys.addaudithook(
+        lambda event, arguments: (
+            found.append(arguments) if event == 'pickle.find_class' and watching else None
+        )
+    )
+    fit(config, tmp_path, 8)
+    evaluate.evaluate(config, tmp_path, None)
+    assert not found
+    pickle.loads(pickle.dumps(fit))
+    assert len(found) == 1  # it would have been seen
+    watching.clear()
 
 
 def test_a_foreign_checkpoint_is_refused_with_the_differing_fields(every_step, tmp_path):
@@ -279,7 +337,7 @@ def test_a_foreign_checkpoint_is_refused_with_the_differing_fields(every_step, t
     shutil.copytree(workdir / 'checkpoints', tmp_path / 'checkpoints')
     sentence = r'10 is of another run \(config.seed: 0 -> 3\)'
     with pytest.raises(UserError, match=sentence):
-        train.train(short_config(seed=3), tmp_path)
+        fit(short_config(seed=3), tmp_path)
 
 
 def test_other_images_are_another_run(every_step, tmp_path, monkeypatch):
@@ -294,7 +352,7 @@ def test_other_images_are_another_run(every_step, tmp_path, monkeypatch):
 
     monkeypatch.setattr(sources, 'load', altered)
     with pytest.raises(UserError, match='10 is of another run .images.fingerprint: '):
-        train.train(config, tmp_path, 10)
+        fit(config, tmp_path, 10)
 
 
 def test_a_run_moves_between_numbers_of_devices(every_step, tmp_path, monkeypatch, capsys):
@@ -302,7 +360,7 @@ def test_a_run_moves_between_numbers_of_devices(every_step, tmp_path, monkeypatc
     shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
     for count, step in ((8, 8), (1, 9)):
         monkeypatch.setattr(parallel.Devices, 'local', lambda mapping: LOCAL(mapping, count))  # noqa: B023
-        assert train.train(config, tmp_path, step)['steps'] == 10
+        assert fit(config, tmp_path, step)['steps'] == 10
     output = capsys.readouterr().out
     assert "devices: '1 x cpu (x86_64)' -> '8 x cpu (x86_64)': the run goes on, but not" in output
     assert "devices: '8 x cpu (x86_64)' -> '1 x cpu (x86_64)'" in output
@@ -312,7 +370,7 @@ def test_a_run_that_was_killed_before_its_summary_writes_the_same_one(uninterrup
     workdir, summary = uninterrupted
     shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
     (tmp_path / 'summary.json').unlink()
-    again = train.train(short_config(), tmp_path)
+    again = fit(short_config(), tmp_path)
     assert_same_run(tmp_path, again, uninterrupted)
     assert again['images_per_s'] == summary['images_per_s']
 
@@ -320,7 +378,7 @@ def test_a_run_that_was_killed_before_its_summary_writes_the_same_one(uninterrup
 def test_a_finished_run_says_so_and_changes_nothing(uninterrupted, capsys):
     workdir, summary = uninterrupted
     before = (workdir / 'metrics.jsonl').read_bytes()
-    assert train.train(short_config(), workdir) == summary
+    assert fit(short_config(), workdir) == summary
     assert 'this run is finished' in capsys.readouterr().out
     assert (workdir / 'metrics.jsonl').read_bytes() == before
 
@@ -328,14 +386,14 @@ def test_a_finished_run_says_so_and_changes_nothing(uninterrupted, capsys):
 def test_a_workdir_of_another_config_is_refused(uninterrupted):
     workdir, _ = uninterrupted
     with pytest.raises(UserError, match=r'another config \(data.pad: 1 -> 0; seed: 0 -> 2\)'):
-        train.train(short_config(seed=2, data__pad=0), workdir)
+        fit(short_config(seed=2, data__pad=0), workdir)
 
 
 def test_a_run_that_diverges_is_ended_with_a_sentence(tmp_path):
     config = short_config(method='vanilla', logit__learning_rate=1e30)
     sentence = r'^step 2: cross_entropy of network 1 \(tiny-8-2\) is nan; the run has diverged'
     with pytest.raises(UserError, match=sentence):
-        train.train(config, tmp_path)
+        fit(config, tmp_path)
     for line in (tmp_path / 'metrics.jsonl').read_text().splitlines():
         assert 'NaN' not in line
     facts = json.loads((tmp_path / 'nonfinite.json').read_text())
@@ -365,13 +423,13 @@ def test_a_skipped_step_leaves_nothing_but_its_count(tmp_path, monkeypatch, caps
     failing(monkeypatch, lambda step: step == 2)
     config = short_config(checkpoint__every_steps=1, checkpoint__keep=99)
     with pytest.raises(UserError, match=r'^step 3: cross_entropy of network 2 .tiny-8-2. is nan'):
-        train.train(config, tmp_path / 'stop')
+        fit(config, tmp_path / 'stop')
     # Found before the checkpoint of step 3 was written, long before the log line of step 4.
     assert {path.name for path in (tmp_path / 'stop/checkpoints').iterdir()} == {'0', '1', '2'}
 
     config.on_nonfinite = 'skip'
-    continued = train.train(config, tmp_path / 'stop')
-    summary = train.train(config, tmp_path / 'skip')
+    continued = fit(config, tmp_path / 'stop')
+    summary = fit(config, tmp_path / 'skip')
     assert continued['fingerprint'] == summary['fingerprint']
     assert told(tmp_path / 'stop') == told(tmp_path / 'skip')
     assert (summary['steps'], summary['steps_skipped']) == (10, 1)
@@ -391,7 +449,7 @@ def test_a_run_that_only_skips_is_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(watch, 'GIVE_UP', 3)
     failing(monkeypatch, lambda step: step >= 3)
     with pytest.raises(UserError, match=r'^step 8: the last 4 steps were all skipped, step 7: cro'):
-        train.train(short_config(on_nonfinite='skip'), tmp_path)
+        fit(short_config(on_nonfinite='skip'), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -400,14 +458,14 @@ def test_a_run_that_only_skips_is_ended(tmp_path, monkeypatch):
 def test_a_broken_config_json_is_refused(content, sentence, tmp_path):
     (tmp_path / 'config.json').write_text(content)
     with pytest.raises(UserError, match=f'--workdir: .*{sentence}'):
-        train.train(short_config(), tmp_path)
+        fit(short_config(), tmp_path)
 
 
 def test_without_validation_the_test_split_is_only_watched(tmp_path, monkeypatch):
     # Here also: pmap, on two devices.
     monkeypatch.setattr(parallel.Devices, 'local', lambda mapping: LOCAL(mapping, 2))
     config = short_config(method='kd_ring', mapping='pmap', data__validation_fraction=0.0, epochs=1)
-    summary = train.train(config, tmp_path)
+    summary = fit(config, tmp_path)
     for entry in [*summary['networks'], summary['ensemble']]:
         assert entry['validation_accuracy'] is None
         assert entry['test_accuracy_at_best_validation'] is None

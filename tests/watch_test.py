@@ -126,8 +126,17 @@ def test_a_saturated_discriminator_is_told_once(tmp_path):
 
 
 def test_no_warning_where_none_is_wanted_or_there_is_no_discriminator(tmp_path):
-    watch, progress, heard = watching(tmp_path, saturation_steps=0)
-    watch.line(10, sums(d_own=[0, 0], d_teacher=[1, 1]))
-    watch, progress, heard = watching(tmp_path, saturation_steps=1)
-    watch.line(10, metrics.fetch(metrics.zeros({'cross_entropy': (2,)})))
-    assert (progress.saturated, heard) == ([0, 0], [])
+    dead = sums(d_own=[0, 0], d_teacher=[1, 1])
+    without = {name: total for name, total in dead.totals.items() if not name.startswith('d_')}
+    for steps, seen in ((0, dead), (1, dead.replace(totals=without))):
+        watch, progress, heard = watching(tmp_path, saturation_steps=steps)
+        watch.line(10, seen)
+        assert (progress.saturated, heard) == ([0, 0], [])
+
+
+def test_a_run_that_continues_with_a_smaller_limit_is_warned_too(tmp_path):
+    watch, progress, heard = watching(tmp_path, saturation_steps=25)
+    progress.saturated = [40, 0]
+    for step in (10, 20):
+        watch.line(step, sums(step, d_own=[0, 0.5], d_teacher=[1, 1]))
+    assert [step for step, _ in heard] == [10]
