@@ -190,11 +190,14 @@ def test_stopped_and_resumed_is_the_uninterrupted_run(
     with_scores = [entry for entry in so_far['networks'] if entry['test_accuracy'] is not None]
     assert len(with_scores) == (0 if stop_at == 5 else 2)
     assert str(stop_at) in {path.name for path in (tmp_path / 'checkpoints').iterdir()}
+    left = '{"kind": "train", "st'  # as a killed process may leave it, here and below
+    if stop_at != 7:  # one that went on from here, evaluated, and did not come to its save
+        left = f'{{"kind": "evaluation", "step": {stop_at}}}\n{left}'
     with (tmp_path / 'metrics.jsonl').open('a') as file:
-        file.write('{"kind": "train", "st')  # as a killed process may leave it
+        file.write(left)
     resumed = fit(short_config(), tmp_path)
     assert [row['step'] for row in lines(tmp_path, 'resume')] == [stop_at]
-    assert (tmp_path / 'set_aside' / 'metrics.jsonl').read_text() == '{"kind": "train", "st\n'
+    assert (tmp_path / 'set_aside' / 'metrics.jsonl').read_text() == left + '\n'
     assert_same_run(tmp_path, resumed, uninterrupted)
 
 
