@@ -11,6 +11,7 @@ import signal
 import socket
 import struct
 import subprocess
+import sys
 import time
 
 import kills
@@ -534,6 +535,41 @@ def test_only_debug_shows_a_traceback(forked):
     assert code != 0
     assert 'Traceback' in errors
     assert 'UserError' in errors
+
+
+# What libraries do: a thread, and a callback out of which nothing can be raised, fail.
+FAILING = """
+import threading
+from afkd_jax import cli
+
+class Callback:
+    def __del__(self):
+        raise {error}
+
+cli._hush()
+thread = threading.Thread(target=lambda: 1 / 0)
+thread.start()
+thread.join()
+Callback()
+print('went on')
+"""
+
+
+@pytest.mark.parametrize(
+    ('error', 'code', 'output', 'errors'),
+    [
+        ('ValueError', 0, 'went on\n', ''),
+        ('KeyboardInterrupt', 130, '', 'error: interrupted; what was written before is intact\n'),
+    ],
+)
+def test_libraries_print_no_traceback_but_swallow_no_ctrl_c(error, code, output, errors):
+    process = subprocess.run(
+        [sys.executable, '-c', FAILING.format(error=error)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert (process.returncode, process.stdout, process.stderr) == (code, output, errors)
 
 
 @pytest.mark.parametrize(
