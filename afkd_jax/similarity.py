@@ -182,5 +182,11 @@ def figures(cohort: Cohort, parts: list[dict[str, np.ndarray]]) -> list[dict[str
         edge['disagreement'] = 100 - edge['agreement']
         for name in ('only_network_correct', 'only_teacher_correct'):
             edge[name] = float(100 * total[name][k] / images)
-        edges.append(edge)
+        # The maps of a network that has diverged may not be finite; JSON has no number for that.
+        edges.append(
+            {
+                name: value if value is None or math.isfinite(value) else None
+                for name, value in edge.items()
+            }
+        )
     return edges

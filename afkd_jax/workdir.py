@@ -31,7 +31,7 @@ def write_whole(path: pathlib.Path, content: bytes) -> None:
 
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Writes the file whole or not at all, as JSON for a reader."""
-    write_whole(path, (json.dumps(value, indent=2) + '\n').encode())
+    write_whole(path, (json.dumps(value, indent=2, allow_nan=False) + '\n').encode())
 
 
 def set_aside(workdir: pathlib.Path, path: pathlib.Path) -> pathlib.Path:

@@ -138,6 +138,12 @@ def test_equal_networks_are_equal_and_dead_ones_are_not_compared(monkeypatch):
         dead = first.replace(params={**first.params, 'trunk': trunk})
         for edge in (*compare((first, dead)), *compare((dead, dead))):
             assert edge['cka'] is None
+    # Nor has JSON a number for what a network that has diverged gives.
+    trunk = {**first.params['trunk'], 'Conv_0': {'kernel': conv * jnp.nan}}
+    diverged = first.replace(params={**first.params, 'trunk': trunk})
+    for edge in compare((first, diverged)):
+        assert [edge[name] for name in ('l1', 'l2', 'cosine', 'cka')] == [None] * 4
+        assert 0 <= edge['agreement'] <= 100
 
 
 def test_the_order_of_the_test_images_does_not_matter(monkeypatch):
