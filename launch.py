@@ -20,12 +20,20 @@ _MODE = flags.DEFINE_enum('mode', 'train', ['train', 'eval', 'describe'], 'What 
 _STEP = flags.DEFINE_integer(
     'step', None, 'Which checkpoint eval takes, or train goes on from [the newest].', lower_bound=0
 )
+_ADDRESS = flags.DEFINE_string(
+    'coordinator_address', None, 'HOST:PORT of process 0, where several processes run together.'
+)
+_PROCESSES = flags.DEFINE_integer(
+    'num_processes', None, 'How many processes run together.', lower_bound=1
+)
+_PROCESS = flags.DEFINE_integer('process_id', None, 'Which of them this is.', lower_bound=0)
 _DEBUG = flags.DEFINE_bool('debug', False, 'Show the traceback of an error.')
 
 
 def main(_: list[str]) -> None:
     """Runs the mode and exits with its code."""
-    sys.exit(cli.main(_MODE.value, _CONFIG, _WORKDIR.value, _STEP.value, _DEBUG.value))
+    where = _ADDRESS.value, _PROCESSES.value, _PROCESS.value
+    sys.exit(cli.main(_MODE.value, _CONFIG, _WORKDIR.value, _STEP.value, where, _DEBUG.value))
 
 
 if __name__ == '__main__':

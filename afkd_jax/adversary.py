@@ -5,9 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from afkd_jax.models.layers import Conv, Norm
-
-_HE = nn.initializers.he_normal()
+from afkd_jax.models.layers import Conv, Layers, Norm, at_least_float32
 
 
 class Discriminator(nn.Module):
@@ -21,19 +19,19 @@ class Discriminator(nn.Module):
     ever used in training, so it keeps no running ones.
 
     Attributes:
-      norm: makes a batch norm from `use_running_average`.
+      layers: what it is built from.
     """
 
-    norm: Norm
+    layers: Layers
 
     @nn.compact
     def __call__(self, maps_BxHxWxC: jax.Array) -> jax.Array:
         """Returns one number in (0, 1) per map: [B]."""
         channels = maps_BxHxWxC.shape[-1]
-        x = nn.Conv(channels, (3, 3), 2, padding=1, use_bias=False, kernel_init=_HE)(maps_BxHxWxC)
-        x = nn.leaky_relu(self.norm(use_running_average=False)(x), 0.2)
-        x = nn.Conv(1, x.shape[1:3], padding='VALID')(x)
-        return nn.sigmoid(x[:, 0, 0, 0])
+        x = self.layers.conv(channels, (3, 3), 2, padding=1)(maps_BxHxWxC)
+        x = nn.leaky_relu(self.layers.norm(use_running_average=False)(x), 0.2)
+        x = nn.Conv(1, x.shape[1:3], padding='VALID', dtype=self.layers.dtype)(x)
+        return nn.sigmoid(at_least_float32(x[:, 0, 0, 0]))
 
 
 class Transfer(nn.Module):

@@ -8,6 +8,7 @@ or another run's is told from one that is whole before any of its files is inter
 import concurrent.futures
 import dataclasses
 import errno
+import functools
 import json
 import os
 import pathlib
@@ -22,7 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from afkd_jax import config as config_lib
-from afkd_jax import record
+from afkd_jax import processes, record
 from afkd_jax import state as state_lib
 from afkd_jax.errors import UserError
 from afkd_jax.metrics import Sums
@@ -32,6 +33,7 @@ from afkd_jax.state import TrainState
 # <step>, or <step>.<n> where a checkpoint of that step was replaced by a later one.
 _NAME = re.compile(r'\d+(\.\d+)?')
 _UNFINISHED = '.unfinished'  # being written, or being deleted
+_SAVING = 'save'  # what processes tell each other from the thread that writes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +82,9 @@ class Checkpoints:
     """The checkpoints of one workdir.
 
     Written by a thread of their own, one at a time, while training goes on; the directory of one
-    that is not complete has another name. Kept are the last `keep`, and for each network and the
+    that is not complete has another name. Every process writes the arrays that it has, process 0
+    the rest. Networks whose arrays are alike are stored stacked, so that what is on the disk does
+    not depend on where they lived. Kept are the last `keep`, and for each network and the
     ensemble that of its best epoch on validation.
 
     Args:
@@ -102,12 +106,20 @@ class Checkpoints:
         self.folder = workdir.absolute() / 'checkpoints'
         self._origin = json.loads(json.dumps(origin))  # as it will come back
         self._about, self._keep, self._check_held = about, keep, check_held
-        self._orbax = ocp.Checkpointer(ocp.StandardCheckpointHandler())
+        # So processes wait for each other by words; by default they do by a sum over their devices,
+        # which from this thread would get between those of the steps.
+        together = ocp.options.MultiprocessingOptions(
+            active_processes=set(range(processes.count())) if processes.count() > 1 else None
+        )
+        self._orbax = ocp.Checkpointer(
+            ocp.StandardCheckpointHandler(multiprocessing_options=together),
+            multiprocessing_options=together,
+        )
         self._thread = concurrent.futures.ThreadPoolExecutor(1, 'checkpoints')
         self._writing: concurrent.futures.Future | None = None
         # The next step reuses the memory of the state; a copy on the devices is made at once.
-        self._copy = jax.jit(lambda arrays: jax.tree.map(jnp.copy, arrays))
-        if keep is not None:
+        self._copy = jax.jit(lambda arrays: jax.tree.map(jnp.copy, _as_stored(arrays)))
+        if keep is not None and processes.leads():
             self.folder.mkdir(exist_ok=True)
             for path in self.folder.iterdir():  # what a killed process left half done
                 if path.name.endswith(_UNFINISHED):
@@ -166,15 +178,18 @@ class Checkpoints:
 
     def _write(self, step: int, arrays: Any, content: dict[str, Any]) -> None:
         state, _ = arrays
-        _refuse_nonfinite(step, state)
-        content['fingerprint'] = state_lib.fingerprint(state)
+        together = functools.partial(processes.together, tag=_SAVING)
+        together(lambda: _refuse_nonfinite(step, state))
+        content['digests'] = _merged(processes.share(state_lib.digests(state), _SAVING))
         same = [_order(path) for path in self.paths() if _step(path) == step]
-        path = self.folder / (f'{step}.{same[-1][1] + 1}' if same else str(step))
+        name = processes.told(f'{step}.{same[-1][1] + 1}' if same else str(step), _SAVING)
+        path = self.folder / name
         unfinished = path.with_name(path.name + _UNFINISHED)
         try:
             _check_room(self.folder, arrays)
             self._orbax.save(unfinished / 'arrays', args=ocp.args.StandardSave(arrays))
-            record.write(unfinished, content)
+            if processes.leads():
+                record.write(unfinished, content)
         except Exception as error:  # Orbax and TensorStore raise whatever their drivers raise
             shutil.rmtree(unfinished, ignore_errors=True)
             disk = re.search(r'([^:]+) \[os_error_code', str(error))
@@ -184,8 +199,10 @@ class Checkpoints:
                 'make room, or mend the disk, then the same command continues'
             ) from error
         self._check_held()
-        unfinished.rename(path)
-        self._remove_old(Progress(**content['progress']).best_steps())
+        if processes.leads():
+            unfinished.rename(path)
+            self._remove_old(Progress(**content['progress']).best_steps())
+        together(lambda: None)  # now all see the same checkpoints
 
     def _remove_old(self, best: set[int]) -> None:
         """Deletes what need not be kept; each is renamed first, so that none is left in pieces."""
@@ -207,7 +224,9 @@ class Checkpoints:
         Raises:
           UserError: there are checkpoints, but none that can be used.
         """
-        paths = self.paths()[::-1]
+        paths = [self.folder / name for name in processes.told([p.name for p in self.paths()])][
+            ::-1
+        ]
         wanted = [path for path in paths if step in (None, _step(path))]
         if step is not None and not wanted:
             known = ', '.join(str(step) for step in sorted(set(map(_step, paths)))) or 'none'
@@ -234,6 +253,15 @@ class Checkpoints:
     def _read(
         self, path: pathlib.Path, like: tuple[TrainState, Sums]
     ) -> tuple[Point, dict[str, Any]]:
+        # Process 0 looks at the files; then all read the arrays.
+        content = _fit(lambda: self._content(path) if processes.leads() else None)
+        content = processes.told(content)
+        arrays = _fit(lambda: self._arrays(path, like, content['digests']))
+        point = Point(*arrays, Progress(**content['progress']))
+        return point, {name: content[name] for name in ('versions', 'devices')}
+
+    def _content(self, path: pathlib.Path) -> dict[str, Any]:
+        """Returns the record of a checkpoint whose files are whole and of this run."""
         content = record.read(path)
         if content['step'] != _step(path):
             raise record.Unfit(f'is that of step {content["step"]}')
@@ -244,16 +272,62 @@ class Checkpoints:
             more = f' and {len(different) - 4} more' if len(different) > 4 else ''
             raise record.Unfit(f'is of another run ({"; ".join(different[:4])}{more})')
         try:
-            progress = Progress(**content['progress'])
-            arrays = self._orbax.restore(path / 'arrays', args=ocp.args.StandardRestore(like))
+            Progress(**content['progress'])
+        except TypeError as error:
+            raise _of_another_version(error) from error
+        return content
+
+    def _arrays(
+        self, path: pathlib.Path, like: tuple[TrainState, Sums], digests: dict[str, str]
+    ) -> tuple[TrainState, Sums]:
+        """Returns the arrays of a checkpoint whose files are whole."""
+        stored = jax.eval_shape(_as_stored, like)
+        if stored[0].networks is not like[0].networks:  # what is stacked is as whole as the step is
+            everywhere = like[0].step.sharding
+            stored = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
+                stored,
+            )
+        try:
+            arrays = self._orbax.restore(path / 'arrays', args=ocp.args.StandardRestore(stored))
         except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
             # Its files are whole, so another version wrote them.
-            raise record.Unfit(
-                f'cannot be read by this version ({record.first_words(error)})'
-            ) from error
-        if state_lib.fingerprint(arrays[0]) != content['fingerprint']:
+            raise _of_another_version(error) from error
+        found = state_lib.digests(arrays[0]).items()
+        if any(digests[str(k)] != digest for k, digest in found):
             raise record.Unfit('is read as other arrays than were written, by this version')
-        return Point(*arrays, progress), {name: content[name] for name in ('versions', 'devices')}
+        if isinstance(like[0].networks, tuple) and not isinstance(arrays[0].networks, tuple):
+            arrays = jax.jit(state_lib.unstacked)(arrays[0]), arrays[1]
+        return arrays
+
+
+def _as_stored(arrays: tuple[TrainState, Sums]) -> tuple[TrainState, Sums]:
+    """Returns the arrays in the form in which they are on the disk."""
+    state, sums = arrays
+    if isinstance(state.networks, tuple) and state_lib.alike(state):
+        state = state_lib.stacked(state)
+    return state, sums
+
+
+def _fit(function: Callable[[], Any]) -> Any:
+    """Returns what it returns, once it has in every process; raises Unfit if one of them does."""
+    result, why = None, None
+    try:
+        result = function()
+    except record.Unfit as error:
+        why = str(error)
+    reasons = [reason for reason in processes.share(why) if reason]
+    if reasons:
+        raise record.Unfit(reasons[0])
+    return result
+
+
+def _of_another_version(error: Exception) -> record.Unfit:
+    return record.Unfit(f'cannot be read by this version ({record.first_words(error)})')
+
+
+def _merged(parts: list[dict[str, str]]) -> dict[str, str]:
+    return {name: value for part in parts for name, value in sorted(part.items())}
 
 
 def _check_room(folder: pathlib.Path, arrays: Any) -> None:
@@ -269,7 +343,8 @@ def _check_room(folder: pathlib.Path, arrays: Any) -> None:
 def _refuse_nonfinite(step: int, state: TrainState) -> None:
     """Refuses to keep a state that has run over, though the step's values were still finite."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        if jnp.issubdtype(leaf.dtype, jnp.inexact) and not np.isfinite(leaf).all():
+        here = (np.asarray(shard.data) for shard in leaf.addressable_shards if not shard.replica_id)
+        if jnp.issubdtype(leaf.dtype, jnp.inexact) and not all(np.isfinite(x).all() for x in here):
             raise UserError(
                 f'step {step}: {jax.tree_util.keystr(path)} holds numbers that are not finite; the '
                 'run has diverged and is ended, its checkpoints are from before: '

@@ -1,5 +1,6 @@
 """From the command line to a mode, and from an error to one sentence and an exit code."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -69,7 +70,12 @@ def _fail(error: UserError | str, code: int = WRONG) -> None:
 
 
 def main(
-    mode: str, config_flag: flags.FlagHolder, workdir: str | None, step: int | None, debug: bool
+    mode: str,
+    config_flag: flags.FlagHolder,
+    workdir: str | None,
+    step: int | None,
+    where: tuple[str | None, int | None, int | None],
+    debug: bool,
 ) -> int:
     """Runs a mode and returns the exit code; whatever goes wrong becomes one sentence.
 
@@ -78,18 +84,21 @@ def main(
       config_flag: the holder of --config.
       workdir: None for runs/<a name made of the config, its argument and the overrides>.
       step: which checkpoint 'eval' takes, or 'train' goes on from; None for the newest.
+      where: address of process 0, number of processes and which one this is; see processes.start.
       debug: let errors through, with their tracebacks.
     """
     if not debug:
         _hush()
     try:
-        return _run(mode, config_flag, workdir, step)
+        return _run(mode, config_flag, workdir, step, where)
     except KeyboardInterrupt:
         _interrupted()
     except Exception as error:
+        sentence, code = _sentence(error)
+        _tell_others(sentence, code)
         if debug:
             raise
-        _fail(*_sentence(error))
+        _fail(sentence, code)
 
 
 def _hush() -> None:
@@ -134,7 +143,30 @@ def _sentence(error: Exception) -> tuple[str, int]:
     )
 
 
-def _run(mode: str, config_flag: flags.FlagHolder, workdir: str | None, step: int | None) -> int:
+def _tell_others(words: str, code: int) -> None:
+    """Tells other processes, if there are any, why this one ends, and ends it."""
+    processes = sys.modules.get('afkd_jax.processes')
+    if processes and processes.count() > 1:
+        processes.end(words, code)
+        print(f'error: {words}', file=sys.stderr, flush=True)
+        os._exit(code)  # at a proper exit the runtime would wait for the others
+
+
+def _join(where: tuple[str | None, int | None, int | None]) -> None:
+    """Joins the other processes, if there are any; only process 0 speaks."""
+    from afkd_jax import processes, writer
+
+    processes.start(*where, lost=CONTINUE)
+    writer.console.quiet = not processes.leads()
+
+
+def _run(
+    mode: str,
+    config_flag: flags.FlagHolder,
+    workdir: str | None,
+    step: int | None,
+    where: tuple[str | None, int | None, int | None],
+) -> int:
     config = config_flag.value
     if config is None and not config_flag.present:
         raise UserError('--config: name a config file, e.g. --config configs/digits.py')
@@ -151,7 +183,16 @@ def _run(mode: str, config_flag: flags.FlagHolder, workdir: str | None, step: in
         raise UserError(f'--step: {step} is only for --mode eval or train, not for --mode {mode}')
     overrides = config_flags.get_override_values(flags.FLAGS['config'])
     folder = pathlib.Path(workdir or f'runs/{_run_name(path.stem, argument, overrides)}')
-    return {'train': _train, 'eval': _eval, 'describe': _describe}[mode](config, folder, step)
+    if mode == 'describe':
+        return _describe(config)
+    with Interrupt() if mode == 'train' else contextlib.nullcontext() as interrupt:
+        # From here on a signal asks, also while JAX is imported.
+        _join(where)
+        from afkd_jax import processes
+
+        code = _train(config, folder, step, interrupt) if interrupt else _eval(config, folder, step)
+        processes.leave()
+    return code
 
 
 def _run_name(config: str, argument: str, overrides: dict[str, Any]) -> str:
@@ -169,11 +210,12 @@ def _run_name(config: str, argument: str, overrides: dict[str, Any]) -> str:
     return name
 
 
-def _train(config: ConfigDict, workdir: pathlib.Path, step: int | None) -> int:
-    with Interrupt() as interrupt:  # from here on a signal asks, also while JAX is imported
-        from afkd_jax import summary, train, writer
+def _train(
+    config: ConfigDict, workdir: pathlib.Path, step: int | None, interrupt: Interrupt
+) -> int:
+    from afkd_jax import summary, train, writer
 
-        result = train.train(config, workdir, step, interrupt)
+    result = train.train(config, workdir, step, interrupt)
     if result is None:
         return CONTINUE
     writer.console.print(*summary.tables(result))
@@ -190,11 +232,11 @@ def _eval(config: ConfigDict, workdir: pathlib.Path, step: int | None) -> int:
 
     result = evaluate.evaluate(config, workdir, step)
     writer.console.print(*summary.tables(result))
-    print(json.dumps(result))
+    writer.console.print(json.dumps(result))
     return DONE
 
 
-def _describe(config: ConfigDict, workdir: pathlib.Path, step: None) -> int:
+def _describe(config: ConfigDict) -> int:
     from afkd_jax import describe
 
     facts = describe.describe(config)

@@ -33,6 +33,7 @@ class Cohort:
       map_shapes: K shapes (h, w, c) of the networks' own maps.
       shared_map: the shape (h, w, c) after the transfers; None if the maps teach nothing.
       image_shape: (H, W, C).
+      local_statistics: whether batch statistics are of each device's share of the batch.
     """
 
     names: tuple[str, ...]
@@ -44,6 +45,7 @@ class Cohort:
     map_shapes: tuple[tuple[int, int, int], ...]
     shared_map: tuple[int, int, int] | None
     image_shape: tuple[int, int, int]
+    local_statistics: bool
 
     @property
     def adversarial(self) -> bool:
@@ -54,6 +56,18 @@ class Cohort:
     def maps_teach(self) -> bool:
         """Whether maps are compared, and hence brought to one shape."""
         return self.objective.method.maps != 'nothing'
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all networks are of one architecture: then they may be stacked."""
+        return len(set(self.names)) == 1
+
+    @property
+    def here(self) -> 'Cohort':
+        """The networks that one device has, where they are spread: as many as it has, of K."""
+        count = len(self.names) // self.objective.ring.peers
+        parts = ('names', 'networks', 'transfers', 'discriminators', 'map_shapes')
+        return dataclasses.replace(self, **{part: getattr(self, part)[:count] for part in parts})
 
     def moves(self) -> dict[str, tuple[str, ...]]:
         """Returns which parts of a network's parameters each of its optimizers moves."""
@@ -104,6 +118,7 @@ def assemble(
     num_classes: int,
     train_examples: int,
     axis_name: str | None = None,
+    peers: int = 1,
 ) -> Cohort:
     """Returns the cohort of a config.
 
@@ -112,20 +127,23 @@ def assemble(
       image_shape: (H, W, C).
       num_classes: of the data set.
       train_examples: images in one epoch; schedules are fractions of the run's epochs.
-      axis_name: the mapped axis over which batch statistics are taken.
+      axis_name: the mapped axis over which the batch is split, None where nothing is mapped.
+      peers: over how many devices the networks are spread.
 
     Raises:
       UserError: an unknown method or network, a wrong ring, or images too small for a network.
     """
     method, names = methods.named(config.method), tuple(config.networks)
     # One module serves all networks of one name: modules hold no parameters.
-    modules = {name: models.build(name, num_classes, image_shape, axis_name) for name in names}
+    local = config.batch_statistics == 'local'
+    parts = layers.layers(axis_name, dtype=config.dtype, local_statistics=local)
+    modules = {name: models.build(name, num_classes, image_shape, parts) for name in names}
     shapes = {name: _map_shape(module, image_shape) for name, module in modules.items()}
     adversarial = method.maps == 'adversarial'
     for name, shape in shapes.items():
         # Our choice: where the map is a single point a discriminator would see no map at all.
         _check_size(name, shape, image_shape, least=2 if adversarial else 1)
-    shared, transfers, parts = None, (), layers.layers(axis_name)
+    shared, transfers = None, ()
     if method.maps != 'nothing':
         heights, widths, channels = zip(*shapes.values(), strict=True)
         shared = (min(heights), min(widths), max(channels))
@@ -141,11 +159,11 @@ def assemble(
         names=names,
         networks=tuple(modules[name] for name in names),
         transfers=transfers,
-        discriminators=tuple(Discriminator(parts.norm) for _ in names if adversarial),
+        discriminators=tuple(Discriminator(parts) for _ in names if adversarial),
         optimizers=optim.create(config, adversarial, steps_in),
         objective=Objective(
             method=method,
-            ring=ring_of(config),
+            ring=dataclasses.replace(ring_of(config), peers=peers),
             temperature=config.loss.temperature,
             label_smoothing=config.loss.label_smoothing,
             kl_weight=config.loss.kl_weight,
@@ -156,4 +174,5 @@ def assemble(
         map_shapes=tuple(shapes[name] for name in names),
         shared_map=shared,
         image_shape=image_shape,
+        local_statistics=local,
     )

@@ -14,14 +14,17 @@ from configs import default
 MAPPINGS = ('shard_map', 'pmap')
 SCHEDULES = ('constant', 'steps', 'cosine')
 ON_NONFINITE = ('stop', 'skip')
+DTYPES = ('float32', 'bfloat16')
+STATISTICS = ('global', 'local')
 
 # What single precision holds; a smaller number would be 0 there, a larger one infinite.
 _SMALLEST, _LARGEST = 1e-37, 1e38
 
-# Fields that may differ when a run continues: no bit of what it computes depends on them. (Which
-# images there are is checked by their fingerprint.)
+# Fields that may differ when a run continues: what it computes does not depend on them; on mesh.*
+# its rounding does, as on the number of devices. (Which images there are is checked by their
+# fingerprint.)
 _MAY_CHANGE = re.compile(
-    r'checkpoint\..*|on_nonfinite|saturation_steps|data\.(manual_dir|data_dir)'
+    r'mesh\..*|checkpoint\..*|on_nonfinite|saturation_steps|data\.(manual_dir|data_dir)'
 )
 
 
@@ -86,6 +89,10 @@ RULES = {
     'eval_batch_size': (lambda v: 1 <= v <= 2**16, 'in 1 .. 65536'),
     'seed': (lambda v: 0 <= v < 2**32, 'in 0 .. 4294967295'),
     'mapping': (lambda v: v in MAPPINGS, f'one of {", ".join(MAPPINGS)}'),
+    'mesh.peer': (_positive, 'at least 1'),
+    'mesh.data': (_not_negative, 'at least 0 (0: all devices)'),
+    'dtype': (lambda v: v in DTYPES, f'one of {", ".join(DTYPES)}'),
+    'batch_statistics': (lambda v: v in STATISTICS, f'one of {", ".join(STATISTICS)}'),
     'dataset': (
         lambda v: re.fullmatch(r'digits|(idx|tfds):.+', v),
         'digits, idx:DIR or tfds:NAME (e.g. tfds:cifar10)',

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from afkd_jax import parallel, processes, similarity, summary, writer
 from afkd_jax import run as run_lib
-from afkd_jax import similarity, summary, writer
 from afkd_jax import state as state_lib
 from afkd_jax import step as step_lib
 from afkd_jax import workdir as workdir_lib
@@ -35,13 +35,16 @@ class Evaluator:
         Args:
           per_device: of (cohort, networks, images, labels, mask).
         """
-        run = self._run
+        run, cohort = self._run, self._run.cohort.here
 
         def step(networks, images, index_B, mask_B):
+            own = state_lib.unstack(networks) if run.spread else networks
             batch = augment.evaluation_batch(images, index_B)
-            return per_device(run.cohort, networks, *batch, mask_B)
+            return per_device(cohort, own, *batch, mask_B)
 
-        mapped = run.devices.map(step, split=(False, False, True, True))
+        whole, split = parallel.WHOLE, parallel.SPLIT
+        place = parallel.SPREAD if run.spread else whole
+        mapped = run.devices.map(step, places=(place, whole, split, split))
         networks = run.abstract()[0].networks
         (batch,) = self._batches(run.info.places('test')[:1])  # padded: as every other
         compiled = mapped.lower(networks, run.images, *batch).compile()
@@ -56,14 +59,14 @@ class Evaluator:
 
     def __call__(
         self,
-        networks: tuple[state_lib.NetworkState, ...],
+        networks: Any,
         split: str,
         stop: Callable[[], bool] = lambda: False,
     ) -> summary.Scores | None:
         """Returns the scores on 'train', 'validation' or 'test'; waits until they are there.
 
         Args:
-          networks: their states.
+          networks: TrainState.networks.
           split: which images.
           stop: asked before each batch; if it says so there are no scores, but None.
         """
@@ -80,7 +83,7 @@ class Evaluator:
         accuracy, entropy = 100 * correct / len(places), entropy / len(places)
         return summary.Scores(accuracy.tolist(), entropy.tolist())
 
-    def edges(self, networks: tuple[state_lib.NetworkState, ...]) -> list[dict[str, Any]]:
+    def edges(self, networks: Any) -> list[dict[str, Any]]:
         """Returns how alike each network and its teacher are on the test split.
 
         See similarity.figures. A step of its own, compiled when it is called: the inner products
@@ -106,7 +109,7 @@ def evaluate(config: ConfigDict, workdir: pathlib.Path, step: int | None) -> dic
     """
     workdir_lib.check(workdir, config)
     workdir_lib.check_begun(workdir)
-    run = run_lib.prepare(config)
+    run = processes.together(lambda: run_lib.prepare(config))
     with Checkpoints(workdir, run.origin()) as checkpoints:
         restored = checkpoints.restore(run.abstract(), step)
     if restored is None:
@@ -122,5 +125,5 @@ def evaluate(config: ConfigDict, workdir: pathlib.Path, step: int | None) -> dic
         'networks': networks,
         'ensemble': ensemble,
         'ring': evaluator.edges(state.networks),
-        'fingerprint': state_lib.fingerprint(state),
+        'fingerprint': run.fingerprint(state),
     }

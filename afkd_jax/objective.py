@@ -1,9 +1,9 @@
 """What a cohort's networks are to learn: a method's losses, as gradients to logits and maps.
 
 All networks' logits, and all their maps after the transfer layers, come in stacked on a leading
-axis K. What goes out are the gradients to them; the step pulls those back through the networks.
-A sum of the losses over the networks has the same gradients as each loss alone, because every
-teacher's gradient is stopped.
+axis K (where the networks are spread over devices, those of this device). What goes out are the
+gradients to them; the step pulls those back through the networks. A sum of the losses over the
+networks has the same gradients as each loss alone, because every teacher's gradient is stopped.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from afkd_jax import losses
 from afkd_jax.methods import Method
+from afkd_jax.models.layers import at_least_float32
 from afkd_jax.ring import Ring
 
 # A discriminator: (parameters, maps [B, H, W, C]) -> outputs [B].
@@ -76,7 +77,7 @@ class Objective:
                 losses.mimicry_kl(
                     logits_KxBxC, self.ring.teachers(logits_KxBxC, hops), self.temperature
                 ).mean(1)
-                for hops in self.method.hops(len(logits_KxBxC))
+                for hops in self.method.hops(len(self.ring.order))
             ]
             if kls:
                 parts['mimicry_kl'] = sum(kls) / len(kls)
@@ -94,8 +95,10 @@ class Objective:
         """Returns the gradients of the maps' share of the logit losses (L1) to them, and values."""
 
         def loss(maps_KxBxHxWxC):
-            teachers = self.ring.teachers(maps_KxBxHxWxC)
-            l1_K = losses.absolute_difference(maps_KxBxHxWxC, teachers).mean(1)
+            own = at_least_float32(maps_KxBxHxWxC)
+            l1_K = losses.absolute_difference(
+                own, at_least_float32(self.ring.teachers(maps_KxBxHxWxC))
+            ).mean(1)
             return self.l1_weight * l1_K.sum(), {'l1': l1_K}
 
         return jax.grad(loss, has_aux=True)(maps_KxBxHxWxC)

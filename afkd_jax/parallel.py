@@ -2,16 +2,39 @@
 
 import dataclasses
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from afkd_jax.errors import UserError
 
-AXIS = 'data'
+# The axes of the mesh: networks are spread over PEER, the batch is split over DATA.
+PEER, DATA = 'peer', 'data'
+
+# Where an argument or a result of a mapped function lives; also as a tree of these.
+WHOLE = PartitionSpec()  # on every device
+SPLIT = PartitionSpec(DATA)  # along its leading axis, the batch
+SPREAD = PartitionSpec(PEER)  # along its leading axis, the networks
+
+
+def available() -> list[jax.Device]:
+    """Returns the devices that JAX finds, those of all processes.
+
+    Raises:
+      UserError: JAX finds no device of the platform that it is told to use.
+    """
+    try:
+        return jax.devices()
+    except RuntimeError as error:
+        words = ' '.join(str(error).split())
+        raise UserError(
+            f'JAX_PLATFORMS: JAX cannot use what it asks for ({words}); unset it, or install '
+            'JAX for those devices (see README)'
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +42,7 @@ class Devices:
     """The devices of a run and how a per-device function is mapped over them.
 
     Attributes:
-      mesh: all devices on one axis, AXIS; the batch is split over it, the state is not.
+      mesh: all devices, on the axes PEER and DATA; for pmap on DATA alone.
       mapping: 'shard_map' (under jit) or 'pmap'. They map the very same function.
     """
 
@@ -27,92 +50,180 @@ class Devices:
     mapping: str
 
     @classmethod
-    def local(cls, mapping: str, count: int | None = None) -> 'Devices':
-        """Returns the first `count` local devices, all of them by default.
+    def take(cls, mapping: str, count: int | None = None, peers: int = 1) -> 'Devices':
+        """Returns the first `count` devices, all of them by default; see arrange()."""
+        return cls.arrange(available()[:count], mapping, peers)
 
-        Raises:
-          UserError: JAX finds no device of the platform that it is told to use.
-        """
-        try:
-            devices = jax.local_devices()[:count]
-        except RuntimeError as error:
-            words = ' '.join(str(error).split())
-            raise UserError(
-                f'JAX_PLATFORMS: JAX cannot use what it asks for ({words}); unset it, or install '
-                'JAX for those devices (see README)'
-            ) from error
-        return cls(Mesh(np.array(devices), (AXIS,)), mapping)
+    @classmethod
+    def arrange(cls, devices: Sequence[jax.Device], mapping: str, peers: int = 1) -> 'Devices':
+        """Returns these devices as a mesh of `peers` rows, neighbours next to each other."""
+        shape = (peers, len(devices) // peers)
+        grid = mesh_utils.create_device_mesh(shape, list(devices), allow_split_physical_axes=True)
+        if mapping == 'pmap':  # it has one axis, and its results live on a mesh of that
+            return cls(Mesh(grid.ravel(), (DATA,)), mapping)
+        return cls(Mesh(grid, (PEER, DATA)), mapping)
+
+    @property
+    def peers(self) -> int:
+        """Over how many devices the networks are spread; 1: every device has all of them."""
+        return self.mesh.shape.get(PEER, 1)
+
+    @property
+    def shares(self) -> int:
+        """Into how many parts the batch is split."""
+        return self.mesh.shape[DATA]
+
+    @property
+    def processes(self) -> int:
+        """To how many processes the devices belong."""
+        return len({device.process_index for device in self.mesh.devices.flat})
 
     @property
     def name(self) -> str:
-        """How many devices of which kind, e.g. '2 x TPU v5e' or '1 x cpu (x86_64)'."""
-        kind = self.mesh.devices[0].device_kind
+        """How many devices of which kind, e.g. '8 x TPU v5e, 2 peer x 4 data'."""
+        kind = self.mesh.devices.flat[0].device_kind
         detail = f' ({platform.machine()})' if kind == 'cpu' else ''
-        return f'{self.mesh.size} x {kind}{detail}'
+        parts = f', {self.processes} processes' if self.processes > 1 else ''
+        rows = f', {self.peers} {PEER} x {self.shares} {DATA}' if self.peers > 1 else ''
+        return f'{self.mesh.size} x {kind}{detail}{rows}{parts}'
 
-    @property
-    def replicated(self) -> NamedSharding:
-        """The sharding of what every device holds whole."""
-        return NamedSharding(self.mesh, PartitionSpec())
+    def sharding(self, place: PartitionSpec) -> NamedSharding:
+        """Returns a place on these devices."""
+        return NamedSharding(self.mesh, place)
+
+    def shardings(self, places: Any) -> Any:
+        """Returns sharding() of every place of a tree."""
+        return jax.tree.map(
+            self.sharding, places, is_leaf=lambda place: isinstance(place, PartitionSpec)
+        )
 
     def check_divides(self, field: str, batch_size: int) -> None:
         """Refuses a batch that cannot be split evenly."""
-        count = self.mesh.size
+        count = self.shares
         if batch_size % count:
+            what = 'the number of devices' if self.peers == 1 else f'the devices along {DATA}'
             raise UserError(
-                f'config.{field}: must be a multiple of {count}, the number of devices, '
+                f'config.{field}: must be a multiple of {count}, {what}, '
                 f'but is {batch_size}; nearest: {max(1, round(batch_size / count)) * count}'
             )
 
     def replicate(self, tree: Any) -> Any:
-        """Returns the tree with every array whole on every device."""
-        return jax.device_put(tree, self.replicated)
+        """Returns the tree with every array whole on every device.
 
-    def abstract(self, tree: Any) -> Any:
-        """Returns shape, dtype and sharding of what replicate() gives for a tree like this."""
+        Args:
+          tree: host arrays or keys, the same in every process.
+        """
+        return jax.tree.map(lambda leaf: self._put(leaf, WHOLE), tree)
+
+    def abstract(self, tree: Any, places: Any = WHOLE) -> Any:
+        """Returns shape, dtype and sharding of arrays like those of the tree at these places."""
+
+        def like(place, part):
+            sharding = self.sharding(place)
+            return jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), part
+            )
+
         return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.replicated),
-            tree,
+            like, places, tree, is_leaf=lambda place: isinstance(place, PartitionSpec)
         )
 
     def split(self, array: np.ndarray) -> jax.Array:
         """Returns the array split along its leading axis, as the mapped function expects it."""
         if self.mapping == 'pmap':
-            array = array.reshape(self.mesh.size, -1, *array.shape[1:])
-        return jax.device_put(array, NamedSharding(self.mesh, PartitionSpec(AXIS)))
+            array = array.reshape(self.shares, -1, *array.shape[1:])
+        return self._put(array, SPLIT)
+
+    def _put(self, leaf: Any, place: PartitionSpec) -> jax.Array:
+        """Returns a host array, of which each process feeds its own devices."""
+        sharding = self.sharding(place)
+        if sharding.is_fully_addressable:
+            return jax.device_put(leaf, sharding)
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            data = self._put(jax.random.key_data(leaf), place)
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
     def map(
-        self, function: Callable, split: tuple[bool, ...], donate: tuple[int, ...] = ()
+        self,
+        function: Callable,
+        places: tuple[Any, ...],
+        out: Any = WHOLE,
+        donate: tuple[int, ...] = (),
     ) -> jax.stages.Wrapped:
         """Returns the per-device `function` mapped over the devices and jitted.
 
-        Inside, collectives over AXIS see all devices. The results must not differ between
-        devices; shard_map verifies that when it traces (check_vma).
+        Inside, collectives over DATA see the devices that share the batch, those over PEER the
+        devices that share the networks. Results that are WHOLE must not differ between devices;
+        shard_map verifies that when it traces (check_vma).
 
         Args:
           function: of positional arguments.
-          split: per argument, whether it comes from split() (else every device gets it whole).
+          places: per argument, a place or a tree of places.
+          out: of the results, likewise.
           donate: arguments whose memory may be reused.
         """
         if self.mapping == 'pmap':
+            axes = {WHOLE: None, SPLIT: 0}
             return jax.pmap(
                 function,
-                axis_name=AXIS,
-                in_axes=tuple(0 if is_split else None for is_split in split),
+                axis_name=DATA,
+                in_axes=tuple(axes[place] for place in places),
                 out_axes=None,
                 donate_argnums=donate,
-                devices=self.mesh.devices.tolist(),
+                devices=self.mesh.devices.ravel().tolist(),
             )
-        specs = tuple(PartitionSpec(AXIS) if is_split else PartitionSpec() for is_split in split)
-        mapped = jax.shard_map(function, mesh=self.mesh, in_specs=specs, out_specs=PartitionSpec())
+        mapped = jax.shard_map(function, mesh=self.mesh, in_specs=places, out_specs=out)
         return jax.jit(mapped, donate_argnums=donate)
 
 
+def arrange(peers: int, shares: int, networks: tuple[str, ...], mapping: str) -> Devices:
+    """Returns the devices of a config's mesh.
+
+    Args:
+      peers: config.mesh.peer.
+      shares: config.mesh.data; 0: as many as there are.
+      networks: config.networks.
+      mapping: config.mapping.
+
+    Raises:
+      UserError: there are no such devices, or the networks cannot be spread over them.
+    """
+    devices, processes = available(), jax.process_count()
+    different = [f'{k} ({name})' for k, name in enumerate(networks, 1) if name != networks[0]]
+    if peers > 1 and different:
+        raise UserError(
+            f'config.mesh.peer: networks that are spread over {peers} devices must all be of one '
+            f'architecture, but network 1 is {networks[0]} and others are not: '
+            f'{", ".join(different)}; use config.mesh.peer=1'
+        )
+    if len(networks) % peers:
+        raise UserError(
+            f'config.mesh.peer: must divide the number of networks, {len(networks)}, but is {peers}'
+        )
+    if mapping == 'pmap' and (peers > 1 or processes > 1):
+        raise UserError(
+            "config.mapping: 'pmap' maps over one axis of one process's devices; use 'shard_map' "
+            'with config.mesh.peer above 1, or with several processes'
+        )
+    shares = shares or len(devices) // peers
+    count = peers * shares
+    if not 0 < count <= len(devices) or (processes > 1 and count < len(devices)):
+        fit = 'exactly ' if processes > 1 else 'at most '
+        raise UserError(
+            f'config.mesh: peer x data is {peers} x {shares or 1}, but there are {len(devices)} '
+            f'devices, of which {fit}{len(devices)} can be used; 0 for config.mesh.data takes '
+            'what there is'
+        )
+    return Devices.arrange(devices[:count], mapping, peers)
+
+
 def varying(tree: Any) -> Any:
-    """Marks replicated arrays as this device's own copies, inside a mapped function.
+    """Marks arrays that devices share as this device's own copies, inside a mapped function.
 
     A gradient with respect to the result is this device's share alone, which pmean then averages
     over devices. Without the mark shard_map's transpose sums over devices first, and the mean
     would be too large by their number.
     """
-    return jax.tree.map(lambda x: jax.lax.pcast(x, AXIS, to='varying'), tree)
+    return jax.tree.map(lambda x: jax.lax.pcast(x, DATA, to='varying'), tree)

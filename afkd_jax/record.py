@@ -8,7 +8,7 @@ from typing import Any
 from afkd_jax import workdir as workdir_lib
 
 _NAME = 'record.json'
-_KEYS = {'step', 'progress', 'origin', 'versions', 'devices', 'fingerprint', 'files'}
+_KEYS = {'step', 'progress', 'origin', 'versions', 'devices', 'digests', 'files'}
 
 
 class Unfit(Exception):

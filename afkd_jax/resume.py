@@ -4,9 +4,9 @@ import pathlib
 from typing import Any
 
 from afkd_jax import config as config_lib
+from afkd_jax import processes, writer
 from afkd_jax import workdir as workdir_lib
-from afkd_jax import writer
-from afkd_jax.checkpoints import Checkpoints, Point
+from afkd_jax.checkpoints import Checkpoints, Point, Restored
 from afkd_jax.errors import UserError
 from afkd_jax.progress import Progress
 from afkd_jax.run import Run
@@ -38,7 +38,7 @@ def begin(
     """
     restored = checkpoints.restore(run.abstract(), step)
     if restored is None:
-        if (workdir / 'metrics.jsonl').exists():
+        if processes.told((workdir / 'metrics.jsonl').exists()):
             raise UserError(
                 f'{checkpoints.folder}: the checkpoints of this run, which has begun, are gone; '
                 'put one back, or name another --workdir to start anew'
@@ -48,6 +48,19 @@ def begin(
         checkpoints.save(0, point)
         checkpoints.wait()
         return point
+    if processes.leads():
+        _set_aside(workdir, restored)
+    processes.together(lambda: None)  # from here on all see the same checkpoints
+    last_step = run.order.end_of(run.config.epochs)
+    _tell(f'{workdir}: continues from step {int(restored.point.state.step)} of {last_step}')
+    changes = config_lib.differences(config_lib.flatten(restored.about), config_lib.flatten(about))
+    if changes:
+        _tell(f'warning: {"; ".join(changes)}: the run goes on, but not to the same bits')
+    return restored.point
+
+
+def _set_aside(workdir: pathlib.Path, restored: Restored) -> None:
+    """Moves what the run that goes on cannot use."""
     for path, why in restored.rejected.items():
         _tell(
             f'warning: {path}: this checkpoint {why}; it is set aside as '
@@ -58,9 +71,3 @@ def begin(
         workdir_lib.set_aside(workdir, workdir / 'summary.json')
     for path in restored.newer:
         workdir_lib.set_aside(workdir.absolute(), path)
-    last_step = run.order.end_of(run.config.epochs)
-    _tell(f'{workdir}: continues from step {int(restored.point.state.step)} of {last_step}')
-    changes = config_lib.differences(config_lib.flatten(restored.about), config_lib.flatten(about))
-    if changes:
-        _tell(f'warning: {"; ".join(changes)}: the run goes on, but not to the same bits')
-    return restored.point

@@ -5,13 +5,20 @@
              pupil     2   3   1          D_3: real = map 2, fake = map 3      D_1: real = map 3, fake = map 1
 
 For K = 2 the ring is the plain mutual pair. Source: paper, figure of the cyclic scheme.
+
+The networks may be spread over devices, L = K / peers on each: device p has the networks
+pL .. (p + 1)L - 1, counted from 0. Then what a teacher hands over hops to the next device, and this
+is the only room that knows of it.
 """  # noqa: E501 - the drawing
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from afkd_jax.parallel import PEER
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,27 +28,82 @@ class Ring:
     Attributes:
       order: the networks, counted from 0, as one teaches the next and the last the first; a
         permutation of 0 .. K - 1.
+      peers: over how many devices, along the axis PEER, the networks are spread; a divisor of K.
+        Above 1 the order must be as listed (run.py sees to it).
     """
 
     order: tuple[int, ...]
+    peers: int = 1
 
     def teacher_of(self, network: int, hops: int = 1) -> int:
         """Returns the network that stands `hops` places before `network`, counted from 0."""
         return self.order[(self.order.index(network) - hops) % len(self.order)]
 
-    def teachers(self, own_Kx: jax.Array, hops: int = 1) -> jax.Array:
+    def teachers(self, own_Lx: jax.Array, hops: int = 1) -> jax.Array:
         """Returns what each network's teacher hands over, gradient stopped.
 
         Entry k is own_Kx[teacher_of(k, hops)]. Every teacher enters every loss through this one
         stop_gradient.
 
         Args:
-          own_Kx: logits or feature maps of all networks, stacked on the leading axis K.
-          hops: how many places along the ring they travel.
+          own_Lx: logits or feature maps of the networks of this device, stacked on the leading
+            axis: of all K where they are not spread.
+          hops: how many places along the ring they travel, in 1 .. K - 1.
         """
-        if self.order == tuple(range(len(self.order))):
-            moved_Kx = jnp.roll(own_Kx, shift=hops, axis=0)
+        if self.peers > 1:
+            moved_Lx = self._hop(own_Lx, hops)
+        elif self.order == tuple(range(len(self.order))):
+            moved_Lx = jnp.roll(own_Lx, shift=hops, axis=0)
         else:
             place_K = np.argsort(self.order)
-            moved_Kx = jnp.roll(own_Kx[np.array(self.order)], shift=hops, axis=0)[place_K]
-        return jax.lax.stop_gradient(moved_Kx)
+            moved_Lx = jnp.roll(own_Lx[np.array(self.order)], shift=hops, axis=0)[place_K]
+        return jax.lax.stop_gradient(moved_Lx)
+
+    def _hop(self, own_Lx: jax.Array, hops: int) -> jax.Array:
+        """Returns this device's part of jnp.roll(own_Kx, hops), K being spread over devices.
+
+        Only what leaves its device is sent: for a roll by one the last of the L networks.
+        """
+        devices, rest = divmod(hops, len(own_Lx))
+        parts = [
+            (own_Lx[len(own_Lx) - rest :], devices + 1),
+            (own_Lx[: len(own_Lx) - rest], devices),
+        ]
+        return jnp.concatenate([_sent(part, by, self.peers) for part, by in parts if len(part)])
+
+    def first(self, here: int) -> jax.Array | int:
+        """Returns the number, counted from 0, of the first of the `here` networks of a device."""
+        return jax.lax.axis_index(PEER) * here if self.peers > 1 else 0
+
+    def gathered(self, values: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Returns name -> [K] of all networks, on every device, from name -> [L] of its own.
+
+        One small sum over the devices; meant for numbers, not for arrays of size.
+        """
+        if self.peers == 1:
+            return values
+        own_NxL = jnp.stack(list(values.values()))
+        here = own_NxL.shape[1]
+        none_NxK = jnp.zeros((len(values), len(self.order)), own_NxL.dtype)
+        all_NxK = jax.lax.psum(
+            jax.lax.dynamic_update_slice(
+                jax.lax.pcast(none_NxK, PEER, to='varying'), own_NxL, (0, self.first(here))
+            ),
+            PEER,
+        )
+        return dict(zip(values, all_NxK, strict=True))
+
+    def logsumexp(self, x_Lx: jax.Array) -> jax.Array:
+        """Returns log sum exp over all K networks, on every device."""
+        result = jax.nn.logsumexp(x_Lx, axis=0)
+        if self.peers == 1:
+            return result
+        largest = jax.lax.pmax(result, PEER)
+        return jnp.log(jax.lax.psum(jnp.exp(result - largest), PEER)) + largest
+
+
+def _sent(part: Any, places: int, peers: int) -> jax.Array:
+    """Returns what the device `places` before this one has; its own where that is itself."""
+    if places % peers == 0:
+        return part
+    return jax.lax.ppermute(part, PEER, [(p, (p + places) % peers) for p in range(peers)])

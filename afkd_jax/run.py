@@ -7,6 +7,7 @@ from typing import Any
 
 import chex
 import jax
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from afkd_jax import cohort as cohort_lib
@@ -52,10 +53,26 @@ class Run:
         """The key of what is random in the steps; each folds in its number."""
         return jax.random.fold_in(jax.random.key(self.config.seed), 1)
 
+    @property
+    def spread(self) -> bool:
+        """Whether the networks are spread over devices; then the state is stacked."""
+        return self.devices.peers > 1
+
+    @property
+    def places(self) -> Any:
+        """Where the state lives: whole on every device, or its networks spread."""
+        if not self.spread:
+            return parallel.WHOLE
+        return state_lib.TrainState(parallel.WHOLE, parallel.SPREAD, parallel.SPREAD)
+
     def initial_state(self) -> state_lib.TrainState:
         """Returns the state before the first step, on the devices."""
-        create = functools.partial(state_lib.create, self.cohort)
-        return jax.jit(create, out_shardings=self.devices.replicated)(self.init_key)
+
+        def create(key):
+            state = state_lib.create(self.cohort, key)
+            return state_lib.stacked(state) if self.spread else state
+
+        return jax.jit(create, out_shardings=self.devices.shardings(self.places))(self.init_key)
 
     def no_sums(self) -> metrics.Sums:
         """Returns empty sums of a step's values, on the devices."""
@@ -66,7 +83,10 @@ class Run:
 
     def abstract(self) -> tuple[state_lib.TrainState, metrics.Sums]:
         """Returns shapes, dtypes and placement of state and sums; no array is made."""
-        return self.devices.abstract((state_lib.abstract(self.cohort), self._host_sums()))
+        state = state_lib.abstract(self.cohort)
+        if self.spread:
+            state = jax.eval_shape(state_lib.stacked, state)
+        return self.devices.abstract((state, self._host_sums()), (self.places, parallel.WHOLE))
 
     def origin(self) -> dict[str, Any]:
         """Returns what makes the run, as JSON: with another config, images or arrays it is another.
@@ -80,23 +100,39 @@ class Run:
             'arrays': state_lib.layout(arrays),
         }
 
+    def fingerprint(self, state: state_lib.TrainState) -> str:
+        """Returns the fingerprint of the whole state, the same wherever its networks live.
+
+        Every process must call it: networks that are elsewhere are brought here, to host memory.
+        """
+        if self.spread:
+            fetch = jax.device_get
+            if self.devices.processes > 1:
+                fetch = functools.partial(multihost_utils.process_allgather, tiled=True)
+            state = state_lib.unstacked(jax.tree.map(fetch, state))
+        return state_lib.fingerprint(state)
+
     def compiled_step(self, state: state_lib.TrainState) -> Callable[..., Any]:
         """Returns the compiled training step: (state, sums, batch's indices) -> (state, sums).
 
         Compiled ahead of time, so that a second compilation is an error and not a slow step.
         The state's memory is reused.
         """
-        data = self.config.data
+        data, cohort = self.config.data, self.cohort.here
 
         def train_step(state, sums, images, index_B, key):
-            return step_lib.train_step(
-                self.cohort, data.pad, data.flip, state, sums, images, index_B, key
+            own = state_lib.unstacked(state) if self.spread else state
+            own, sums = step_lib.train_step(
+                cohort, data.pad, data.flip, own, sums, images, index_B, key
             )
+            return state_lib.stacked(own) if self.spread else own, sums
 
         chex.clear_trace_counter()
+        whole = parallel.WHOLE
         mapped = self.devices.map(
             chex.assert_max_traces(train_step, n=1),
-            split=(False, False, False, True, False),
+            places=(self.places, whole, whole, parallel.SPLIT, whole),
+            out=(self.places, whole) if self.spread else whole,
             donate=(0,),
         )
         key = self.devices.replicate(self.step_key)
@@ -116,13 +152,14 @@ def prepare(config: ConfigDict) -> Run:
     cohort_lib.ring_of(config)
     for name in config.networks:
         models.build(name, num_classes=2, image_shape=(32, 32, 3))
-    devices = parallel.Devices.local(config.mapping)
+    mesh = config.mesh
+    devices = parallel.arrange(mesh.peer, mesh.data, tuple(config.networks), config.mapping)
     devices.check_divides('batch_size', config.batch_size)
     devices.check_divides('eval_batch_size', config.eval_batch_size)
     splits = sources.load(config)
     info = splits.info
     cohort = cohort_lib.assemble(
-        config, info.image_shape, info.num_classes, info.train, parallel.AXIS
+        config, info.image_shape, info.num_classes, info.train, parallel.DATA, devices.peers
     )
     table = augment.table(splits)
     fingerprint = state_lib.fingerprint((table.pixels, table.labels))

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from afkd_jax.cohort import Cohort
-from afkd_jax.parallel import AXIS
+from afkd_jax.models.layers import at_least_float32
+from afkd_jax.parallel import DATA
 from afkd_jax.state import NetworkState
 
 
@@ -27,7 +28,7 @@ def sums(
     Runs on one device, inside a mapped function, in evaluation mode: B is this device's share.
 
     Args:
-      cohort: whose ring.
+      cohort: whose ring, as this device has it (Cohort.here).
       networks: their states.
       pixels_BxHxWxC: standardised images.
       labels_B: integers.
@@ -60,9 +61,8 @@ def sums(
     if maps is not None:
         per_image |= _distances(maps, ring.teachers(maps))
     totals = {name: jnp.where(mask_B[None], values, 0).sum(1) for name, values in per_image.items()}
-    totals['images'] = mask_B.sum()
-    totals = jax.lax.psum(totals, AXIS)
-    return totals | _hsic(cohort, own_maps, mask_B)
+    totals = jax.lax.psum(totals, DATA) | _hsic(cohort, own_maps, mask_B)
+    return ring.gathered(totals) | {'images': jax.lax.psum(mask_B.sum(), DATA)}
 
 
 def _in_one_shape(
@@ -76,7 +76,7 @@ def _in_one_shape(
         ]
     elif len(set(cohort.map_shapes)) > 1:
         return None
-    return jnp.stack(maps)
+    return at_least_float32(jnp.stack(maps))
 
 
 def _distances(maps_KxBxHxWxC: jax.Array, teacher_maps: jax.Array) -> dict[str, jax.Array]:
@@ -101,20 +101,21 @@ def _hsic(cohort: Cohort, maps: tuple[jax.Array, ...], mask_B: jax.Array) -> dic
 
     Source: Kornblith et al. 2019 (linear CKA); Nguyen, Raghu and Kornblith 2021, equation 3.
     """
-    images = jax.lax.psum(mask_B.sum(), AXIS).astype(maps[0].dtype)
-    mask_all = jax.lax.all_gather(mask_B, AXIS, tiled=True)
-    place = jax.lax.axis_index(AXIS) * len(mask_B) + jnp.arange(len(mask_B))
+    images = jax.lax.psum(mask_B.sum(), DATA).astype(at_least_float32(maps[0]).dtype)
+    mask_all = jax.lax.all_gather(mask_B, DATA, tiled=True)
+    place = jax.lax.axis_index(DATA) * len(mask_B) + jnp.arange(len(mask_B))
     pairs = mask_B[:, None] & mask_all[None] & (place[:, None] != jnp.arange(len(mask_all))[None])
 
     def inner_products(map_BxHxWxC):
         flat = map_BxHxWxC.reshape(len(map_BxHxWxC), -1)
         # HSIC does not change when the maps are centred, but its rounding errors do.
-        total = jax.lax.psum(jnp.where(mask_B[:, None], flat, 0).sum(0), AXIS)
+        total = jax.lax.psum(jnp.where(mask_B[:, None], flat, 0).sum(0), DATA)
         flat = flat - total[None] / images
-        return jnp.where(pairs, flat @ jax.lax.all_gather(flat, AXIS, tiled=True).T, 0)
+        return jnp.where(pairs, flat @ jax.lax.all_gather(flat, DATA, tiled=True).T, 0)
 
     # This device's rows of the symmetric matrices; the sums over rows are completed by psum.
-    rows = [inner_products(own) for own in maps]
+    rows = [inner_products(at_least_float32(own)) for own in maps]
+    teachers = cohort.objective.ring.teachers(jnp.stack(rows))
 
     def hsic(own, other):
         trace, by_own, by_other, by_both = jax.lax.psum(
@@ -124,19 +125,20 @@ def _hsic(cohort: Cohort, maps: tuple[jax.Array, ...], mask_B: jax.Array) -> dic
                 other.sum(),
                 (own.sum(1) * other.sum(1)).sum(),
             ),
-            AXIS,
+            DATA,
         )
         n = jnp.maximum(images, 4)
         value = trace + by_own * by_other / ((n - 1) * (n - 2)) - 2 / (n - 2) * by_both
         return jnp.where(images >= 4, value / (n - 3), 0)  # n HSIC_1 = value / (n - 3)
 
-    ring = cohort.objective.ring
-    squares = [jnp.where(mask_B, jnp.square(own).sum((1, 2, 3)), 0).sum() for own in maps]
+    squares = [
+        jnp.where(mask_B, jnp.square(at_least_float32(own)).sum((1, 2, 3)), 0).sum() for own in maps
+    ]
     return {
-        'power': jax.lax.psum(jnp.stack(squares), AXIS),
+        'power': jax.lax.psum(jnp.stack(squares), DATA),
         'hsic_own': jnp.stack([hsic(own, own) for own in rows]),
         'hsic_cross': jnp.stack(
-            [hsic(own, rows[ring.teacher_of(k)]) for k, own in enumerate(rows)]
+            [hsic(own, other) for own, other in zip(rows, teachers, strict=True)]
         ),
     }
 

@@ -106,6 +106,42 @@ def abstract(cohort: Cohort) -> TrainState:
     return jax.eval_shape(lambda: create(cohort, jax.random.key(0)))
 
 
+def stacked(state: TrainState) -> TrainState:
+    """Returns the state with the networks, and the discriminators, stacked on a leading axis.
+
+    Each of both is then one NetworkState or DiscriminatorState, or () if there are none. They must
+    be of one architecture.
+    """
+
+    return state.replace(networks=stack(state.networks), discriminators=stack(state.discriminators))
+
+
+def stack(parts: tuple) -> Any:
+    """Returns trees of one structure as one, their arrays stacked; () of none."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts) if parts else ()
+
+
+def unstack(whole: Any) -> tuple:
+    """Returns the trees that were stacked."""
+    leaves = jax.tree.leaves(whole)
+    count = len(leaves[0]) if leaves else 0
+    return tuple(jax.tree.map(lambda leaf, k=k: leaf[k], whole) for k in range(count))
+
+
+def unstacked(state: TrainState) -> TrainState:
+    """Returns the state as it was before stacked()."""
+
+    return state.replace(
+        networks=unstack(state.networks), discriminators=unstack(state.discriminators)
+    )
+
+
+def alike(state: TrainState) -> bool:
+    """Returns whether the networks have arrays of the same names, dtypes and shapes."""
+    layouts = [layout(network) for network in state.networks]
+    return all(other == layouts[0] for other in layouts)
+
+
 def parameter_count(params: Any) -> int:
     """Returns the number of scalars in a tree of arrays, or of their shapes."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -122,6 +158,36 @@ def fingerprint(arrays: Any) -> str:
         digest.update(f'{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n'.encode())
         digest.update(array.reshape(-1).view(np.uint8))
     return digest.hexdigest()
+
+
+def digests(state: TrainState) -> dict[int, str]:
+    """Returns network, counted from 0 -> fingerprint of it and its discriminator.
+
+    Of those networks that this process has, and the same whether they are stacked or not.
+    """
+    if isinstance(state.networks, tuple):
+        discriminators = state.discriminators or ((),) * len(state.networks)
+        parts = dict(enumerate(zip(state.networks, discriminators, strict=True)))
+    else:
+        whole = state.networks, state.discriminators
+        here = {k for span, _ in _spans(jax.tree.leaves(whole)[0]) for k in range(*span)}
+        parts = {k: jax.tree.map(lambda leaf, k=k: _row(leaf, k), whole) for k in here}
+    return {k: fingerprint(part) for k, part in parts.items()}
+
+
+def _spans(stacked: jax.Array) -> list[tuple[tuple[int, int], jax.Array]]:
+    """Returns ((first row, end), rows) of the parts of a stacked array that this process has."""
+    return [
+        (shard.index[0].indices(len(stacked))[:2], shard.data)
+        for shard in stacked.addressable_shards
+    ]
+
+
+def _row(stacked: jax.Array, k: int) -> np.ndarray:
+    """Returns the row of a stacked array, which this process has."""
+    return next(
+        np.asarray(rows)[k - first] for (first, end), rows in _spans(stacked) if first <= k < end
+    )
 
 
 def layout(arrays: Any) -> dict[str, str]:

@@ -20,7 +20,7 @@ import optax
 from afkd_jax import losses, metrics
 from afkd_jax.cohort import Cohort
 from afkd_jax.data import augment
-from afkd_jax.parallel import AXIS, varying
+from afkd_jax.parallel import DATA, varying
 from afkd_jax.state import DiscriminatorState, NetworkState, TrainState
 
 
@@ -115,18 +115,20 @@ def update(
     """Returns the state after one step on this batch, and the step's values (value_shapes).
 
     Runs on one device, inside a mapped function: B is this device's share of the batch. Batch
-    statistics, losses and gradients are over the global batch.
+    statistics (unless they are local), losses and gradients are over the global batch. The
+    networks are those of this device; where they are spread, the ring brings what others teach.
 
     Args:
-      cohort: what is trained.
+      cohort: what is trained, as this device has it (Cohort.here).
       state: before the step.
       images_BxHxWxC: standardised.
       labels_B: integers.
       key: of this step, for dropout.
     """
     objective, used = cohort.objective, cohort.optimizers.used()
+    ring, here = objective.ring, len(state.networks)
     passes = [
-        _pass(cohort, k, network, images_BxHxWxC, jax.random.fold_in(key, k))
+        _pass(cohort, k, network, images_BxHxWxC, jax.random.fold_in(key, ring.first(here) + k))
         for k, network in enumerate(state.networks)
     ]
     logits_KxBxC = jnp.stack([own.logits for own in passes])
@@ -155,9 +157,15 @@ def update(
         parts = cohort.moves()[name]
         gradients[name] = [{part: own[part] for part in parts} for own in pulled]
 
-    gradients, values = jax.lax.pmean((gradients, values), AXIS)
-    for name, optimizer in used.items():
+    batch_stats = [own.batch_stats for own in passes]
+    if cohort.local_statistics:
+        gradients, values, batch_stats = jax.lax.pmean((gradients, values, batch_stats), DATA)
+    else:
+        gradients, values = jax.lax.pmean((gradients, values), DATA)
+    for name in used:
         values[f'grad_norm_{name}'] = jnp.stack([optax.tree.norm(own) for own in gradients[name]])
+    values = ring.gathered(values)
+    for name, optimizer in used.items():
         values[f'learning_rate_{name}'] = optimizer.schedule(state.step)
 
     networks = tuple(
@@ -165,7 +173,7 @@ def update(
             cohort,
             network,
             {name: gradients[name][k] for name in cohort.moves()},
-            passes[k].batch_stats,
+            batch_stats[k],
             state.step,
         )
         for k, network in enumerate(state.networks)
@@ -238,18 +246,19 @@ def eval_step(
     Returns:
       correct (int32) and cross_entropy sums. The ensemble is the mean of the probabilities.
     """
+    ring = cohort.objective.ring
     log_p_KxBxC = jnp.stack(
         [
             jax.nn.log_softmax(module.apply(state.variables(), pixels_BxHxWxC, False)[0])
             for module, state in zip(cohort.networks, networks, strict=True)
         ]
     )
-    ensemble_1xBxC = jax.nn.logsumexp(log_p_KxBxC, axis=0, keepdims=True) - jnp.log(
-        len(cohort.networks)
-    )
-    log_p_KxBxC = jnp.concatenate([log_p_KxBxC, ensemble_1xBxC])
-    correct_KxB = (log_p_KxBxC.argmax(-1) == labels_B[None]) & mask_B[None]
-    entropy_KxB = jnp.where(mask_B[None], losses.cross_entropy(log_p_KxBxC, labels_B), 0.0)
-    return jax.lax.psum(
-        {'correct': correct_KxB.sum(1, dtype=jnp.int32), 'cross_entropy': entropy_KxB.sum(1)}, AXIS
-    )
+    ensemble_BxC = ring.logsumexp(log_p_KxBxC) - jnp.log(len(ring.order))
+
+    def sums(log_p_KxBxC):
+        correct_KxB = (log_p_KxBxC.argmax(-1) == labels_B[None]) & mask_B[None]
+        entropy_KxB = jnp.where(mask_B[None], losses.cross_entropy(log_p_KxBxC, labels_B), 0.0)
+        return {'correct': correct_KxB.sum(1, dtype=jnp.int32), 'cross_entropy': entropy_KxB.sum(1)}
+
+    own, ensemble = ring.gathered(sums(log_p_KxBxC)), sums(ensemble_BxC[None])
+    return jax.lax.psum({name: jnp.concatenate([own[name], ensemble[name]]) for name in own}, DATA)

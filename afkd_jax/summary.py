@@ -94,7 +94,7 @@ def build(
         'compile_s': compile_s,
         'wall_s': progress.wall_s,
         'device': run.devices.name,
-        'fingerprint': state_lib.fingerprint(state),
+        'fingerprint': run.fingerprint(state),
     }
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from afkd_jax import curves, metrics, resume, summary, writer
+from afkd_jax import config as config_lib
+from afkd_jax import curves, metrics, processes, resume, summary, writer
 from afkd_jax import run as run_lib
 from afkd_jax import workdir as workdir_lib
 from afkd_jax.checkpoints import Checkpoints, Point
@@ -43,17 +44,27 @@ def train(
     workdir_lib.check(workdir, config)
     if step is not None:
         workdir_lib.check_begun(workdir)
-    if step is None and (finished := workdir_lib.summary(workdir)):
+    finished = processes.told(workdir_lib.summary(workdir) if step is None else None)
+    if finished:
         _tell(f'{workdir}: this run is finished; its summary:')
         return finished
-    run = run_lib.prepare(config)
-    if interrupt.requested:
+    run = processes.together(lambda: run_lib.prepare(config))
+    processes.same('images', run.images_fingerprint)
+    processes.same('config', config_lib.of_the_run(config))
+    if any(processes.share(interrupt.requested)):
         _tell(f'{workdir}: stopped by a signal before it began; the same command continues')
         return None
     last_step = run.order.end_of(config.epochs)
     names = run.cohort.names
     with contextlib.ExitStack() as stack:
-        check_held = stack.enter_context(workdir_lib.claimed(workdir, config, _tell))
+        check_held = processes.together(
+            lambda: (
+                stack.enter_context(workdir_lib.claimed(workdir, config, _tell))
+                if processes.leads()
+                else lambda: None
+            )
+        )
+        processes.together(lambda: workdir_lib.check_shared(workdir))
         about = {'versions': writer.versions(), 'devices': run.devices.name}
         checkpoints = stack.enter_context(
             Checkpoints(workdir, run.origin(), about, config.checkpoint.keep, check_held)
@@ -68,7 +79,12 @@ def train(
         compile_s = time.perf_counter() - begin
         out = stack.enter_context(
             writer.Writer(
-                workdir, names, first_step, point.progress.evaluated, last_step, config.epochs
+                workdir if processes.leads() else None,
+                names,
+                first_step,
+                point.progress.evaluated,
+                last_step,
+                config.epochs,
             )
         )
         out.header(config, run.devices.name, first_step)
@@ -86,7 +102,7 @@ def train(
             interrupt,
         )
         loop.until(last_step)
-        stopped = loop.step < last_step or interrupt.requested
+        stopped = loop.stopped
         result = summary.build(
             run,
             loop.state,
@@ -96,9 +112,10 @@ def train(
             compile_s,
         )
         check_held()
-        if not stopped:
-            curves.draw(workdir)
-        workdir_lib.write_json(workdir / 'summary.json', result)
+        if processes.leads():
+            if not stopped:
+                curves.draw(workdir)
+            workdir_lib.write_json(workdir / 'summary.json', result)
         if stopped:
             _tell(
                 f'{workdir}: stopped by a signal, with a checkpoint at step {loop.step} of '
@@ -114,6 +131,7 @@ class _Loop:
     Attributes:
       state: of the last step.
       step: how many steps were taken; state.step, known without a fetch.
+      stopped: whether a signal, to any of the processes, ended it early.
 
     Args:
       run: what is trained.
@@ -144,6 +162,8 @@ class _Loop:
         self._run, self._train_step, self._evaluate = run, train_step, evaluate
         self._checkpoints, self._out, self._watch = checkpoints, out, watch
         self._check_held, self._interrupt = check_held, interrupt
+        self._agreed = processes.Agreement(run.devices.mesh)
+        self.stopped = self._wished_to_save = False
         self.state, self._sums, self._progress = point.state, point.sums, point.progress
         self.step = self._saved_step = int(point.state.step)
         self._started = started - self._progress.wall_s
@@ -157,7 +177,10 @@ class _Loop:
         """Trains up to `last_step`, or until a signal asks to stop; ends with a checkpoint."""
         order, log_every, first = self._run.order, self._run.config.log_every, self.step
         self._end_epoch()  # of one that was stopped before its evaluation
-        while self.step < last_step and not self._interrupt.requested:
+        while self.step < last_step:
+            save = self._agree()
+            if self.stopped:
+                break
             index = self._run.devices.split(order.indices(self.step))
             before = self._sums
             self.state, self._sums = self._train_step(self.state, before, index)
@@ -172,7 +195,7 @@ class _Loop:
                 self._pending, self._sums = (self.step, self._sums), self._no_sums
             if self._epoch():
                 self._end_epoch()
-            elif self._checkpoint_is_due():
+            elif save or self._steps_are_over():
                 self._save()
         if self.step > self._saved_step:
             self._save()
@@ -195,12 +218,22 @@ class _Loop:
         epoch = int(self._run.order.epoch_at(self.step))
         return epoch if epoch and self.step == self._run.order.end_of(epoch) else 0
 
-    def _checkpoint_is_due(self) -> bool:
-        due = self._run.config.checkpoint
-        if due.every_steps and self.step % due.every_steps == 0:
-            return True
-        minutes = (time.perf_counter() - self._saved_at) / 60
-        return bool(due.every_minutes) and minutes >= due.every_minutes
+    def _agree(self) -> bool:
+        """Returns whether a checkpoint is due by the clock, and notes whether a signal came.
+
+        To any of the processes, which all ask at the same points. The clock is that of process 0;
+        its wish may come true one step later, and is not repeated.
+        """
+        minutes = self._run.config.checkpoint.every_minutes
+        due = 0 < minutes <= (time.perf_counter() - self._saved_at) / 60 and processes.leads()
+        stop, save = self._agreed(self._interrupt.requested, due and not self._wished_to_save)
+        self._wished_to_save |= due
+        self.stopped |= stop
+        return save
+
+    def _steps_are_over(self) -> bool:
+        every = self._run.config.checkpoint.every_steps
+        return bool(every) and self.step % every == 0
 
     def _save(self) -> None:
         """Writes what is to be logged up to here, and then starts to write a checkpoint."""
@@ -210,6 +243,7 @@ class _Loop:
         self._out.sync()
         self._checkpoints.save(self.step, Point(self.state, self._sums, self.progress()))
         self._saved_at, self._saved_step = time.perf_counter(), self.step
+        self._wished_to_save = False
         self._restart_clocks()
 
     def _restart_clocks(self) -> None:
@@ -260,7 +294,8 @@ class _Loop:
         """
 
         def stop() -> bool:
-            return self._interrupt.requested
+            self._agree()
+            return self.stopped
 
         networks, progress = self.state.networks, self._progress
         split = self._run.info.held_out()[0]

@@ -4,6 +4,7 @@ import math
 import pathlib
 from typing import Any
 
+from afkd_jax import processes
 from afkd_jax import workdir as workdir_lib
 from afkd_jax.errors import UserError
 from afkd_jax.metrics import Sums
@@ -76,7 +77,8 @@ class Watch:
         if not sums.skipped:
             return
         path = self._workdir / 'nonfinite.json'
-        workdir_lib.write_json(path, self._diagnosis(sums))
+        if processes.leads():
+            workdir_lib.write_json(path, self._diagnosis(sums))
         if self._run.config.on_nonfinite == 'stop':
             raise UserError(
                 f'{self._culprit(sums)}; the run has diverged and is ended, its checkpoints are '

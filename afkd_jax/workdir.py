@@ -85,6 +85,15 @@ def check(workdir: pathlib.Path, config: ConfigDict) -> None:
         )
 
 
+def check_shared(workdir: pathlib.Path) -> None:
+    """Refuses a workdir that this process does not see, after process 0 has made it."""
+    if not (workdir / 'config.json').exists():
+        raise UserError(
+            f'--workdir: {workdir.absolute()} is not seen by every process; name a directory on a '
+            'file system that all of them share'
+        )
+
+
 def check_begun(workdir: pathlib.Path) -> None:
     """Refuses a workdir in which no run has begun."""
     if not (workdir / 'checkpoints').is_dir():

@@ -100,7 +100,7 @@ class Writer:
     """Writes metrics.jsonl, one line of text per epoch, and on a terminal a progress bar.
 
     Args:
-      workdir: exists.
+      workdir: exists; None: nothing is written, as by a process that does not lead.
       names: of the networks.
       start: step at which this process starts. Lines of metrics.jsonl about later steps, which a
         killed process left, are set aside: they will be written again.
@@ -111,18 +111,20 @@ class Writer:
 
     def __init__(
         self,
-        workdir: pathlib.Path,
+        workdir: pathlib.Path | None,
         names: tuple[str, ...],
         start: int,
         evaluated: int,
         steps: int,
         epochs: int,
     ):
-        path = workdir / 'metrics.jsonl'
-        self._resumes = path.exists()
-        if self._resumes:
-            _cut(path, start, evaluated)
-        self._file = path.open('ab', buffering=0)
+        self._file, self._resumes = None, False
+        if workdir:
+            path = workdir / 'metrics.jsonl'
+            self._resumes = path.exists()
+            if self._resumes:
+                _cut(path, start, evaluated)
+            self._file = path.open('ab', buffering=0)
         self._names, self._epochs = names, epochs
         self._started, self._rate, self._losses, self._accuracies = time.time(), 0.0, '', ''
         self._bar = None
@@ -148,9 +150,12 @@ class Writer:
     def __exit__(self, *_: object) -> None:
         if self._bar:
             self._bar.stop()
-        self._file.close()
+        if self._file:
+            self._file.close()
 
     def _line(self, kind: str, **values: Any) -> None:
+        if not self._file:
+            return
         # Unbuffered, so that a line that did not fit on the disk is not tried again.
         line = (json.dumps({'kind': kind, **values}, allow_nan=False) + '\n').encode()
         try:
@@ -236,7 +241,8 @@ class Writer:
 
     def sync(self) -> None:
         """Returns when all lines are on the disk, whatever happens to the machine."""
-        os.fsync(self._file.fileno())
+        if self._file:
+            os.fsync(self._file.fileno())
 
     def epoch(self, epoch: int) -> None:
         """Tells the terminal or the log how far the run is."""

@@ -31,6 +31,18 @@ def get_config(networks: str = 'resnet32,resnet32') -> config_dict.ConfigDict:
     config.seed = 0  # weights, order of the images, augmentation, dropout; never the splits
     config.mapping = 'shard_map'  # how the step is mapped over devices: 'shard_map' or 'pmap'
 
+    # Where. Networks of one architecture may live on different devices, the batch always does.
+    config.mesh = config_dict.ConfigDict()
+    config.mesh.peer = 1  # over how many devices the networks are spread; 1: each has all of them
+    config.mesh.data = 0  # into how many shares the batch is split; 0: as many as devices are left
+    # In which networks and discriminators compute: 'float32' or 'bfloat16'. Parameters, statistics,
+    # losses and optimizers are in float32 either way.
+    config.dtype = 'float32'
+    # Over which images a norm takes its statistics: 'global', the whole batch; 'local', each
+    # device's share, which saves two small sums over devices per norm, but then the result depends
+    # on config.mesh.
+    config.batch_statistics = 'global'
+
     # The losses; what a method does not use has no effect.
     config.loss = config_dict.ConfigDict()
     config.loss.temperature = 3.0  # T of the mimicry KL; above 0

@@ -13,7 +13,7 @@ NORM = layers.batch_norm(None)
 
 
 def judged(maps):
-    module = adversary.Discriminator(NORM)
+    module = adversary.Discriminator(layers.layers(None))
     params = module.init(jax.random.key(0), maps)['params']
     return params, module.apply({'params': params}, maps, mutable=['batch_stats'])[0]
 

@@ -40,7 +40,7 @@ def point():
 
 
 def replicated(count):
-    return parallel.Devices.local('shard_map', count)
+    return parallel.Devices.take('shard_map', count)
 
 
 def origin(config):

@@ -22,6 +22,7 @@ from afkd_jax import cohort as cohort_lib
 from afkd_jax import models, parallel
 from afkd_jax import state as state_lib
 from afkd_jax import step as step_lib
+from afkd_jax.parallel import SPLIT, WHOLE
 from configs import digits
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
@@ -76,12 +77,12 @@ def random_batch(size, seed=0):
 
 def mapped_update(config, devices, donate=()):
     """Returns update() of the config's cohort, mapped over the devices."""
-    cohort = tiny_cohort(config, parallel.AXIS)
+    cohort = tiny_cohort(config, parallel.DATA)
 
     def update(state, images, labels):
         return step_lib.update(cohort, state, images, labels, jax.random.key(0))
 
-    return devices.map(update, split=(False, True, True), donate=donate)
+    return devices.map(update, places=(WHOLE, SPLIT, SPLIT), donate=donate)
 
 
 def initial_state(config, seed=0):

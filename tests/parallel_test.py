@@ -20,6 +20,7 @@ from afkd_jax import metrics, parallel
 from afkd_jax import step as step_lib
 from afkd_jax.data import augment
 from afkd_jax.errors import UserError
+from afkd_jax.parallel import SPLIT, WHOLE
 
 BATCH = 16
 
@@ -29,8 +30,8 @@ def after_three_steps(mapping, count):
     """Returns (state, sums) after three whole steps: gather, augment, learn, sum."""
     # Maps of two sizes, and dropout.
     config = tiny_config(('tiny-4-2', 'tiny-6-1-drop'), batch_size=BATCH)
-    devices = parallel.Devices.local(mapping, count)
-    cohort = tiny_cohort(config, parallel.AXIS)
+    devices = parallel.Devices.take(mapping, count)
+    cohort = tiny_cohort(config, parallel.DATA)
     rng = np.random.default_rng(0)
     images = augment.Table(
         pixels=rng.integers(0, 256, (64, 8, 8, 1), np.uint8),
@@ -40,7 +41,7 @@ def after_three_steps(mapping, count):
     )
     step = devices.map(
         functools.partial(step_lib.train_step, cohort, 1, True),
-        split=(False, False, False, True, False),
+        places=(WHOLE, WHOLE, WHOLE, SPLIT, WHOLE),
         donate=(0,),
     )
     state, sums, images, key = devices.replicate(
@@ -71,15 +72,15 @@ def test_devices_and_mapping_change_nothing(mapping, count, x64):
 @pytest.mark.parametrize('mapping', ['shard_map', 'pmap'])
 def test_a_run_traces_its_step_once(mapping):
     config = tiny_config(batch_size=BATCH)
-    devices = parallel.Devices.local(mapping, 2)
-    cohort = tiny_cohort(config, parallel.AXIS)
+    devices = parallel.Devices.take(mapping, 2)
+    cohort = tiny_cohort(config, parallel.DATA)
 
     @chex.assert_max_traces(n=1)
     def update(state, images, labels):
         return step_lib.update(cohort, state, images, labels, jax.random.key(0))
 
     chex.clear_trace_counter()
-    mapped = devices.map(update, (False, True, True), donate=(0,))
+    mapped = devices.map(update, (WHOLE, SPLIT, SPLIT), donate=(0,))
     state = devices.replicate(initial_state(config))
     for step in range(3):
         batch = (devices.split(part) for part in random_batch(BATCH, seed=step))
@@ -92,7 +93,7 @@ def test_a_run_traces_its_step_once(mapping):
 
 def test_the_compiled_step_reuses_the_memory_of_its_state():
     config = tiny_config(method='vanilla', batch_size=BATCH)
-    devices = parallel.Devices.local('shard_map', 1)
+    devices = parallel.Devices.take('shard_map', 1)
     state = devices.replicate(initial_state(config))
     batch = (devices.split(part) for part in random_batch(BATCH))
     mapped_update(config, devices, donate=(0,))(state, *batch)
@@ -100,7 +101,7 @@ def test_the_compiled_step_reuses_the_memory_of_its_state():
 
 
 def test_a_batch_that_does_not_divide_is_refused():
-    devices = parallel.Devices.local('shard_map', 8)
+    devices = parallel.Devices.take('shard_map', 8)
     devices.check_divides('batch_size', 64)
     with pytest.raises(UserError, match=r'config\.batch_size: .* multiple of 8.* 60.*nearest: 64'):
         devices.check_divides('batch_size', 60)

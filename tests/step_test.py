@@ -21,6 +21,7 @@ from afkd_jax import methods, metrics, optim, parallel
 from afkd_jax import state as state_lib
 from afkd_jax import step as step_lib
 from afkd_jax.data import augment
+from afkd_jax.parallel import SPLIT, WHOLE
 
 # Maps of 4x4x4, 8x8x6 and 3x3x4: the shared one is 3x3x6, and every network has a transfer layer.
 TRIPLE = ('tiny-4-2', 'tiny-6-1', 'tiny-4-3')
@@ -217,7 +218,7 @@ def test_two_steps_equal_an_independent_derivation(
     )
     state = as_float64(initial_state(config))
     memory = as_memory(state)
-    devices = parallel.Devices.local('shard_map', 1)
+    devices = parallel.Devices.take('shard_map', 1)
     update = mapped_update(config, devices)
     cohort = tiny_cohort(config)
     plain = jax.jit(
@@ -250,8 +251,8 @@ def test_two_steps_equal_an_independent_derivation(
 def states_by_turns(method):
     """Returns a mixed pair's states when the optimizers move in turn, one in each step."""
     config = tiny_config(MIXED, batch_size=BATCH, method=method)
-    devices = parallel.Devices.local('shard_map', 1)
-    cohort = tiny_cohort(config, parallel.AXIS)
+    devices = parallel.Devices.take('shard_map', 1)
+    cohort = tiny_cohort(config, parallel.DATA)
     optimizers = cohort.optimizers
     for turn, (name, rule) in enumerate(optimizers.used().items()):
         rule = dataclasses.replace(
@@ -263,7 +264,7 @@ def states_by_turns(method):
     def one_step(state, images, labels):
         return step_lib.update(cohort, state, images, labels, jax.random.key(0))[0]
 
-    update = devices.map(one_step, (False, True, True))
+    update = devices.map(one_step, (WHOLE, SPLIT, SPLIT))
     states = [initial_state(config)]
     batch = [devices.split(part) for part in random_batch(BATCH)]
     for _ in optimizers.used():
@@ -330,7 +331,7 @@ PARTS = {
 def test_what_a_method_does_not_use_does_not_exist(method, networks):
     optimizers, has_transfers, judges, losses = PARTS[method]
     config = tiny_config(networks, method=method, batch_size=BATCH)
-    devices = parallel.Devices.local('shard_map', 1)
+    devices = parallel.Devices.take('shard_map', 1)
     state = initial_state(config)
     assert len(state.discriminators) == judges * len(networks)
     for network in state.networks:
@@ -356,7 +357,7 @@ def test_what_a_method_does_not_use_does_not_exist(method, networks):
 def test_eight_networks_take_a_step():
     networks = tuple(f'tiny-{4 + k % 3}-2' for k in range(8))
     config = tiny_config(networks, ring_order=(8, 1, 3, 2, 4, 5, 7, 6), batch_size=BATCH)
-    devices, state = parallel.Devices.local('shard_map', 1), initial_state(config)
+    devices, state = parallel.Devices.take('shard_map', 1), initial_state(config)
     batch = (devices.split(part) for part in random_batch(BATCH))
     after, values = mapped_update(config, devices)(devices.replicate(state), *batch)
     assert all(np.isfinite(value).all() for value in values.values())
@@ -367,7 +368,7 @@ def test_eight_networks_take_a_step():
 
 
 def test_for_a_pair_learning_from_all_is_learning_from_the_ring():
-    devices = parallel.Devices.local('shard_map', 1)
+    devices = parallel.Devices.take('shard_map', 1)
     states = []
     for method in ('dml', 'kd_ring'):
         config = tiny_config(MIXED, method=method, batch_size=BATCH)
@@ -381,7 +382,7 @@ def test_vanilla_costs_what_the_networks_cost_alone():
     # Counted by XLA: K steps of value_and_grad and SGD, one network each, against one of ours.
     config = tiny_config(('resnet8', 'resnet8'), method='vanilla', batch_size=BATCH)
     cohort, state = tiny_cohort(config), initial_state(config)
-    devices = parallel.Devices.local('shard_map', 1)
+    devices = parallel.Devices.take('shard_map', 1)
     images, labels = random_batch(BATCH)
 
     def plain(params, stats, velocity, images, labels):
@@ -408,7 +409,7 @@ def test_vanilla_costs_what_the_networks_cost_alone():
 
 def test_learning_alone_does_not_see_the_other_network():
     config = tiny_config(method='vanilla', batch_size=BATCH)
-    devices = parallel.Devices.local('shard_map', 1)
+    devices = parallel.Devices.take('shard_map', 1)
     update = mapped_update(config, devices)
     state = initial_state(config)
     other = state.replace(networks=(state.networks[0], initial_state(config, 7).networks[1]))
@@ -422,14 +423,14 @@ def test_learning_alone_does_not_see_the_other_network():
 def test_dropout_differs_between_networks_and_steps():
     # Two equal networks on one batch: only their dropout can tell them apart.
     config = tiny_config(('tiny-8-2-drop', 'tiny-8-2-drop'), method='vanilla', batch_size=BATCH)
-    cohort, state = tiny_cohort(config, parallel.AXIS), initial_state(config)
+    cohort, state = tiny_cohort(config, parallel.DATA), initial_state(config)
     state = state.replace(networks=(state.networks[0],) * 2)
-    devices = parallel.Devices.local('shard_map', 1)
+    devices = parallel.Devices.take('shard_map', 1)
 
     def update(state, images, labels, key):
         return step_lib.update(cohort, state, images, labels, key)[1]['cross_entropy']
 
-    mapped = devices.map(update, (False, True, True, False))
+    mapped = devices.map(update, (WHOLE, SPLIT, SPLIT, WHOLE))
     batch = [devices.split(part) for part in random_batch(BATCH)]
     entropies = [
         float(entropy)
@@ -445,13 +446,13 @@ def test_dropout_differs_between_networks_and_steps():
 def test_the_same_images_are_varied_anew_in_every_step(pad, flip, differs):
     # At learning rate 0 a batch's cross-entropy changes only with how its images are varied.
     config = tiny_config(method='vanilla', batch_size=BATCH)
-    cohort = tiny_cohort(config, parallel.AXIS)
+    cohort = tiny_cohort(config, parallel.DATA)
     still = dataclasses.replace(cohort.optimizers.logit, schedule=lambda step: jnp.float32(0))
     cohort = dataclasses.replace(cohort, optimizers=optim.Optimizers(still, None, None))
-    devices = parallel.Devices.local('shard_map', 1)
+    devices = parallel.Devices.take('shard_map', 1)
     step = devices.map(
         functools.partial(step_lib.train_step, cohort, pad, flip),
-        split=(False, False, False, True, False),
+        places=(WHOLE, WHOLE, WHOLE, SPLIT, WHOLE),
     )
     pixels = np.random.default_rng(0).integers(0, 256, (BATCH, 8, 8, 1), np.uint8)
     table = augment.Table(

@@ -19,7 +19,7 @@ from afkd_jax.data import batches, sources
 from afkd_jax.errors import UserError
 from afkd_jax.interrupt import Interrupt
 
-LOCAL, DRAW = parallel.Devices.local, curves.draw
+DRAW = curves.draw
 
 
 def fit(config, workdir, step=None):
@@ -29,7 +29,7 @@ def fit(config, workdir, step=None):
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
-    monkeypatch.setattr(parallel.Devices, 'local', lambda mapping: LOCAL(mapping, 1))
+    monkeypatch.setattr(parallel, 'available', lambda: jax.devices()[:1])
     # Half a second each; the run that `uninterrupted` makes draws its curves.
     monkeypatch.setattr(curves, 'draw', lambda workdir: None)
 
@@ -45,7 +45,7 @@ def uninterrupted(tmp_path_factory):
     """Returns (workdir, summary) of a run that nothing stopped."""
     workdir = tmp_path_factory.mktemp('uninterrupted')
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parallel.Devices, 'local', lambda mapping: LOCAL(mapping, 1))
+        patch.setattr(parallel, 'available', lambda: jax.devices()[:1])
         return workdir, fit(short_config(), workdir)
 
 
@@ -207,7 +207,7 @@ def every_step(tmp_path_factory):
     workdir, config = tmp_path_factory.mktemp('every'), short_config()
     config.checkpoint.every_steps, config.checkpoint.keep = 1, 100
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parallel.Devices, 'local', lambda mapping: LOCAL(mapping, 1))
+        patch.setattr(parallel, 'available', lambda: jax.devices()[:1])
         fit(config, workdir)
     return config, workdir
 
@@ -362,7 +362,7 @@ def test_a_run_moves_between_numbers_of_devices(every_step, tmp_path, monkeypatc
     config, workdir = every_step
     shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
     for count, step in ((8, 8), (1, 9)):
-        monkeypatch.setattr(parallel.Devices, 'local', lambda mapping: LOCAL(mapping, count))  # noqa: B023
+        monkeypatch.setattr(parallel, 'available', lambda: jax.devices()[:count])  # noqa: B023
         assert fit(config, tmp_path, step)['steps'] == 10
     output = capsys.readouterr().out
     assert "devices: '1 x cpu (x86_64)' -> '8 x cpu (x86_64)': the run goes on, but not" in output
@@ -466,7 +466,7 @@ def test_a_broken_config_json_is_refused(content, sentence, tmp_path):
 
 def test_without_validation_the_test_split_is_only_watched(tmp_path, monkeypatch):
     # Here also: pmap, on two devices.
-    monkeypatch.setattr(parallel.Devices, 'local', lambda mapping: LOCAL(mapping, 2))
+    monkeypatch.setattr(parallel, 'available', lambda: jax.devices()[:2])
     config = short_config(method='kd_ring', mapping='pmap', data__validation_fraction=0.0, epochs=1)
     summary = fit(config, tmp_path)
     for entry in [*summary['networks'], summary['ensemble']]:

@@ -18,6 +18,7 @@ from afkd_jax import cohort as cohort_lib
 from afkd_jax import parallel
 from afkd_jax import state as state_lib
 from afkd_jax import step as step_lib
+from afkd_jax.parallel import SPLIT, WHOLE
 from configs import default
 
 BATCH, CLASSES = 128, 10
@@ -59,10 +60,10 @@ class Ours:
     """One step of the pair, without gather and augmentation."""
 
     def __init__(self, cohort, images, labels):
-        devices = parallel.Devices.local('shard_map', 1)
+        devices = parallel.Devices.take('shard_map', 1)
         self.step = devices.map(
             functools.partial(step_lib.update, cohort),
-            split=(False, True, True, False),
+            places=(WHOLE, SPLIT, SPLIT, WHOLE),
             donate=(0,),
         )
         create = jax.jit(functools.partial(state_lib.create, cohort))
@@ -89,7 +90,7 @@ def main(name: str, side: str, channels: str, rounds: str) -> None:
 
     runners = {'plain': Plain(assembled('vanilla', None), images, labels)}
     for method in ('vanilla', 'afd'):
-        runners[method] = Ours(assembled(method, parallel.AXIS), images, labels)
+        runners[method] = Ours(assembled(method, parallel.DATA), images, labels)
     seconds = {label: [] for label in runners}
     for turn in range(int(rounds) + 2):
         for label, run in runners.items():

@@ -32,11 +32,13 @@ class Classifier(nn.Module):
     """C_k: mean over height and width, then one dense layer."""
 
     num_classes: int
+    dtype: layers.Dtype = None
 
     @nn.compact
     def __call__(self, maps_BxHxWxC: jax.Array) -> jax.Array:
-        """Returns the logits, [B, num_classes]."""
-        return nn.Dense(self.num_classes)(maps_BxHxWxC.mean((1, 2)))
+        """Returns the logits, [B, num_classes], in at least single precision."""
+        dense = nn.Dense(self.num_classes, dtype=self.dtype)
+        return layers.at_least_float32(dense(maps_BxHxWxC.mean((1, 2))))
 
 
 class Network(nn.Module):
@@ -63,7 +65,7 @@ def build(
     name: str,
     num_classes: int,
     image_shape: tuple[int, int, int],
-    axis_name: str | None = None,
+    parts: layers.Layers | None = None,
 ) -> Network:
     """Returns the network called `name`; no parameters are made and no device is touched.
 
@@ -71,14 +73,14 @@ def build(
       name: e.g. 'resnet20', 'wrn-16-2', 'mobilenet_v2x0.5'; NAMES lists the usual ones.
       num_classes: at least 2.
       image_shape: (H, W, C); its smaller side decides the stem.
-      axis_name: the mapped axis over which batch statistics are taken, None for no mapping.
+      parts: what it is built from; None: of single precision, and nothing is mapped.
 
     Raises:
       UserError: no network has this name.
     """
-    large = min(image_shape[:2]) >= _LARGE
+    large, parts = min(image_shape[:2]) >= _LARGE, parts or layers.layers(None)
     for family in _FAMILIES:
-        trunk = family.from_name(name, layers.layers(axis_name), large)
+        trunk = family.from_name(name, parts, large)
         if trunk is not None:
-            return Network(trunk, Classifier(num_classes))
+            return Network(trunk, Classifier(num_classes, parts.dtype))
     raise UserError(f'config.networks: no network is called "{name}"{nearest(name, NAMES)}')

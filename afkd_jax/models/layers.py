@@ -11,17 +11,27 @@ import jax.numpy as jnp
 Conv = Callable[..., nn.Module]
 Norm = Callable[..., nn.Module]
 
+Dtype = str | None  # of the computation; None: that of the parameters
+
 # He et al. 2015; weights drawn by fan in. A norm follows every convolution, so none has a bias.
 conv = functools.partial(nn.Conv, use_bias=False, kernel_init=nn.initializers.he_normal())
 
 
-def batch_norm(axis_name: str | None) -> Norm:
-    """Returns a batch norm whose statistics are over the global batch.
+def batch_norm(axis_name: str | None, dtype: Dtype = None) -> Norm:
+    """Returns a batch norm whose statistics, in single precision, are over the global batch.
 
     Args:
-      axis_name: the mapped axis of the devices; None where nothing is mapped.
+      axis_name: the mapped axis of the devices; None: over this device's share alone.
+      dtype: of its output.
     """
-    return functools.partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5, axis_name=axis_name)
+    return functools.partial(
+        nn.BatchNorm, momentum=0.9, epsilon=1e-5, axis_name=axis_name, dtype=dtype
+    )
+
+
+def at_least_float32(x: jax.Array) -> jax.Array:
+    """Returns x in single precision; what is in double stays so."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 class Dropout(nn.Module):
@@ -58,17 +68,32 @@ class Layers:
       conv: makes a convolution without bias.
       norm: makes a batch norm from `use_running_average`.
       dropout: makes a dropout from a rate.
+      dtype: in which they compute; parameters and statistics are in single precision.
     """
 
     conv: Conv
     norm: Norm
     dropout: Callable[[float], Dropout]
+    dtype: Dtype
 
 
 @functools.cache  # so that equal networks are equal modules
-def layers(axis_name: str | None) -> Layers:
-    """Returns the layers for a mapped axis, None where nothing is mapped."""
-    return Layers(conv, batch_norm(axis_name), functools.partial(Dropout, axis_name=axis_name))
+def layers(axis_name: str | None, dtype: str = 'float32', local_statistics: bool = False) -> Layers:
+    """Returns the layers of a mapped axis.
+
+    Args:
+      axis_name: over which the batch is split; None where nothing is mapped.
+      dtype: config.dtype.
+      local_statistics: whether batch statistics are of each device's share of the batch.
+    """
+    # None, not 'float32': then the whole computation can be had in double precision too.
+    compute = None if dtype == 'float32' else dtype
+    return Layers(
+        functools.partial(conv, dtype=compute),
+        batch_norm(None if local_statistics else axis_name, compute),
+        functools.partial(Dropout, axis_name=axis_name),
+        compute,
+    )
 
 
 class ConvNorm(nn.Module):

@@ -1,0 +1,252 @@
+"""Several processes that run one program together, on JAX's own distributed runtime.
+
+Each has its own devices; together they have one mesh, one state and one workdir. Process 0 leads:
+it alone writes, but for the others' shares of a checkpoint. What is decided by a clock, a signal or
+a file is decided once and told to all: a process that went another way would never be met.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from afkd_jax.errors import UserError
+
+# A process without a sign of life for so long is lost, and the others end. Our choice.
+LOST_AFTER_S = 20
+# How long one waits for what another tells: preparing a data set may take it a while.
+_PATIENCE_S = 3600
+# How long the process that leads, and thereby carries the words of all, stays after its last.
+_FAREWELL_S = 3
+LOST = (
+    'another process of this run was lost; this one ends too, the checkpoints are intact: '
+    'start all processes again, the same command continues'
+)
+Result = TypeVar('Result')
+_counts: dict[str, int] = {}
+_ended = threading.Event()
+
+
+def _client() -> Any:
+    from jax._src import distributed  # its key-value store has no public name
+
+    return distributed.global_state.client
+
+
+def count() -> int:
+    """Returns how many processes there are."""
+    return jax.process_count()
+
+
+def leads() -> bool:
+    """Returns whether this process is the one that writes."""
+    return jax.process_index() == 0
+
+
+def start(address: str | None, number: int | None, index: int | None, lost: int) -> None:
+    """Joins this process to the others; alone, where there are no others.
+
+    Without arguments, environments that JAX knows are asked: TPU pods, Slurm, Open MPI.
+
+    Args:
+      address: HOST:PORT of process 0.
+      number: of processes.
+      index: of this process, in 0 .. number - 1.
+      lost: exit code of a process that ends because another one is lost.
+
+    Raises:
+      UserError: the arguments do not fit each other, or the others cannot be reached.
+    """
+    given = {'coordinator_address': address, 'num_processes': number, 'process_id': index}
+    missing = [name for name, value in given.items() if value is None]
+    if 0 < len(missing) < len(given):
+        raise UserError(
+            f'--{missing[0]}: missing; --coordinator_address, --num_processes and --process_id are '
+            'given together, or none of them where JAX knows the cluster'
+        )
+    if not missing and not 0 <= index < number:
+        raise UserError(
+            f'--process_id: must be in 0 .. {number - 1}, as --num_processes is {number}, but is '
+            f'{index}'
+        )
+    if not missing and not (address.rpartition(':')[0] and address.rpartition(':')[2].isdecimal()):
+        raise UserError(
+            f'--coordinator_address: must be HOST:PORT, as in 10.0.0.1:1234, but is {address}'
+        )
+    # It would take SIGTERM for itself; ours ends the run after a step, with a checkpoint.
+    jax.config.update('jax_enable_preemption_service', False)
+    try:
+        jax.distributed.initialize(
+            **given,
+            heartbeat_timeout_seconds=LOST_AFTER_S,
+            shutdown_timeout_seconds=2 * LOST_AFTER_S,
+            cluster_detection_method=None if missing else 'deactivate',
+        )
+    except ValueError as error:
+        if missing and 'coordinator_address' in str(error):
+            return  # no cluster: this process is alone
+        raise UserError(f'--coordinator_address: {error}') from error
+    except RuntimeError as error:
+        words = ' '.join(str(error).split())
+        raise UserError(
+            f'--coordinator_address: the other processes cannot be reached ({words}); start all of '
+            'them, with one address that each can reach'
+        ) from error
+    _on_abort(lost)
+    threading.Thread(target=_listen, args=(lost,), daemon=True).start()
+
+
+def _on_abort(code: int) -> None:
+    """Says a sentence when JAX's runtime aborts the process, which it does if another one is lost.
+
+    It can be told to call nothing else instead; what it prints before stays.
+    """
+
+    def aborted(_: int) -> None:
+        os.write(2, f'error: {LOST}\n'.encode())
+        os._exit(code)
+
+    _on_abort.handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(aborted)  # must outlive the call
+    ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort.handler)
+
+
+def _listen(code: int) -> None:
+    """Ends this process when another one tells that it has ended."""
+    while not _ended.is_set():
+        try:
+            words = _client().blocking_key_value_get('ended', 1000)
+        except Exception:  # nobody has; or the runtime is going down, which it tells itself
+            time.sleep(0.2)
+            continue
+        if not _ended.is_set():
+            told = json.loads(words)
+            sys.stderr.write(f'error: process {told["process"]}: {told["words"]}\n')
+            sys.stderr.flush()
+            os._exit(told['code'])
+
+
+def end(words: str, code: int) -> None:
+    """Tells the other processes why this one ends, with which code; does nothing if it is alone."""
+    if count() == 1 or _ended.is_set():
+        return
+    _ended.set()
+    told = {'process': jax.process_index(), 'words': words, 'code': code}
+    with contextlib.suppress(Exception):  # another one was first, or nobody is there any more
+        _client().key_value_set('ended', json.dumps(told))
+    sys.stdout.flush()
+    if leads():
+        time.sleep(_FAREWELL_S)
+
+
+def leave() -> None:
+    """Waits until all processes are done, and parts from them."""
+    if _client() is not None:
+        _ended.set()
+        jax.distributed.shutdown()
+
+
+def share(value: Any, tag: str = 'main') -> list[Any]:
+    """Returns what each process has called this with, in their order; as JSON has it.
+
+    Host memory only: nothing waits for a device.
+
+    Args:
+      value: of this process.
+      tag: names a series of calls, one after the other, that every process makes alike; each
+        thread has its own.
+    """
+    value = json.dumps(value)
+    if count() == 1:
+        return [json.loads(value)]
+    _counts[tag] = _counts.get(tag, 0) + 1
+    place = f'{tag}/{_counts[tag]}'
+    client = _client()
+    client.key_value_set(f'{place}/{jax.process_index()}', value)
+    return [
+        json.loads(client.blocking_key_value_get(f'{place}/{process}', 1000 * _PATIENCE_S))
+        for process in range(count())
+    ]
+
+
+def told(value: Any, tag: str = 'main') -> Any:
+    """Returns what process 0 has called this with; as JSON has it."""
+    return share(value if leads() else None, tag)[0]
+
+
+def together(function: Callable[[], Result], tag: str = 'main') -> Result:
+    """Returns what the function returns in this process, once it has returned in all of them.
+
+    Raises:
+      UserError: it has in one of them, in which all end alike.
+    """
+    if count() == 1:
+        return function()
+    result, error = None, None
+    try:
+        result = function()
+    except UserError as raised:
+        error = raised
+    words = share(error and str(error), tag)
+    if error:
+        raise error
+    for process, sentence in enumerate(words):
+        if sentence:
+            raise UserError(f'process {process}: {sentence}')
+    return result
+
+
+def same(what: str, value: Any) -> None:
+    """Refuses to go on where processes have called this with different values.
+
+    Raises:
+      UserError: in all processes alike.
+    """
+    values = share(value)
+    for process, other in enumerate(values):
+        if other != values[0]:
+            raise UserError(
+                f'process {process}: its {what} differ from those of process 0; start all '
+                'processes with the same command, code and data'
+            )
+
+
+class Agreement:
+    """What any process wishes, as all processes know it at the same point of the program.
+
+    Alone, a wish is known at once. Among several it is known one call later, so that nobody waits:
+    it travels by the devices, beside the steps.
+
+    Args:
+      mesh: of all devices.
+    """
+
+    def __init__(self, mesh: Mesh):
+        self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self._any = jax.jit(
+            lambda wishes_NxW: wishes_NxW.max(0),
+            out_shardings=NamedSharding(mesh, PartitionSpec()),
+        )
+        self._devices, self._before = mesh.size, None
+
+    def __call__(self, *wishes: bool) -> tuple[bool, ...]:
+        """Returns, for each wish, whether a process has it; every process must call this alike."""
+        if count() == 1:
+            return wishes
+        mine_NxW = np.tile(np.array(wishes, np.int32), (self._devices, 1))
+        array = jax.make_array_from_callback(
+            mine_NxW.shape, self._sharding, lambda index: mine_NxW[index]
+        )
+        before, self._before = self._before, self._any(array)
+        if before is None:
+            return (False,) * len(wishes)
+        return tuple(bool(wish) for wish in np.asarray(before))
