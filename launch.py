@@ -1,6 +1,7 @@
-"""Train, evaluate or describe an experiment.
+"""Train, evaluate, describe or plan an experiment.
 
-python launch.py --config configs/digits.py [--config.FIELD=VALUE ...] [--mode train|eval|describe]
+python launch.py --config configs/digits.py [--config.FIELD=VALUE ...]
+                 [--mode train|eval|describe|plan]
 
 Every field is in configs/default.py; a tuple is written as "('resnet8','resnet20')".
 """
@@ -16,10 +17,14 @@ _CONFIG = config_flags.DEFINE_config_file('config', None, 'The experiment; see c
 _WORKDIR = flags.DEFINE_string(
     'workdir', None, 'Where the run is kept [runs/<config and overrides>].'
 )
-_MODE = flags.DEFINE_enum('mode', 'train', ['train', 'eval', 'describe'], 'What to do.')
+_MODE = flags.DEFINE_enum('mode', 'train', ['train', 'eval', 'describe', 'plan'], 'What to do.')
 _STEP = flags.DEFINE_integer(
     'step', None, 'Which checkpoint eval takes, or train goes on from [the newest].', lower_bound=0
 )
+_TOPOLOGY = flags.DEFINE_string(
+    'topology', None, 'For which TPU to plan, e.g. v5e-16 [the devices at hand].'
+)
+_LARGEST = flags.DEFINE_bool('largest_batch', False, 'Plan: search the largest batch that fits.')
 _ADDRESS = flags.DEFINE_string(
     'coordinator_address', None, 'HOST:PORT of process 0, where several processes run together.'
 )
@@ -33,7 +38,10 @@ _DEBUG = flags.DEFINE_bool('debug', False, 'Show the traceback of an error.')
 def main(_: list[str]) -> None:
     """Runs the mode and exits with its code."""
     where = _ADDRESS.value, _PROCESSES.value, _PROCESS.value
-    sys.exit(cli.main(_MODE.value, _CONFIG, _WORKDIR.value, _STEP.value, where, _DEBUG.value))
+    planned = _TOPOLOGY.value, _LARGEST.value
+    sys.exit(
+        cli.main(_MODE.value, _CONFIG, _WORKDIR.value, _STEP.value, where, planned, _DEBUG.value)
+    )
 
 
 if __name__ == '__main__':

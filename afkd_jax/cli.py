@@ -75,22 +75,24 @@ def main(
     workdir: str | None,
     step: int | None,
     where: tuple[str | None, int | None, int | None],
+    planned: tuple[str | None, bool],
     debug: bool,
 ) -> int:
     """Runs a mode and returns the exit code; whatever goes wrong becomes one sentence.
 
     Args:
-      mode: 'train', 'eval' or 'describe'.
+      mode: 'train', 'eval', 'describe' or 'plan'.
       config_flag: the holder of --config.
       workdir: None for runs/<a name made of the config, its argument and the overrides>.
       step: which checkpoint 'eval' takes, or 'train' goes on from; None for the newest.
       where: address of process 0, number of processes and which one this is; see processes.start.
+      planned: for 'plan': a TPU's name, or None, and whether to search the largest batch.
       debug: let errors through, with their tracebacks.
     """
     if not debug:
         _hush()
     try:
-        return _run(mode, config_flag, workdir, step, where)
+        return _run(mode, config_flag, workdir, step, where, planned)
     except KeyboardInterrupt:
         _interrupted()
     except Exception as error:
@@ -166,6 +168,7 @@ def _run(
     workdir: str | None,
     step: int | None,
     where: tuple[str | None, int | None, int | None],
+    planned: tuple[str | None, bool],
 ) -> int:
     config = config_flag.value
     if config is None and not config_flag.present:
@@ -179,12 +182,17 @@ def _run(
             f'--config: get_config() must return a ConfigDict, not a {type(config).__name__}'
         )
     config_lib.validate(config)
-    if step is not None and mode == 'describe':
+    if mode != 'plan' and any(planned):
+        flag = '--topology' if planned[0] else '--largest_batch'
+        raise UserError(f'{flag}: is only for --mode plan, not for --mode {mode}')
+    if step is not None and mode in ('describe', 'plan'):
         raise UserError(f'--step: {step} is only for --mode eval or train, not for --mode {mode}')
     overrides = config_flags.get_override_values(flags.FLAGS['config'])
     folder = pathlib.Path(workdir or f'runs/{_run_name(path.stem, argument, overrides)}')
     if mode == 'describe':
         return _describe(config)
+    if mode == 'plan':
+        return _plan(config, *planned)
     with Interrupt() if mode == 'train' else contextlib.nullcontext() as interrupt:
         # From here on a signal asks, also while JAX is imported.
         _join(where)
@@ -242,4 +250,16 @@ def _describe(config: ConfigDict) -> int:
     facts = describe.describe(config)
     print(describe.text(facts))
     print(json.dumps(facts))
+    return DONE
+
+
+def _plan(config: ConfigDict, topology: str | None, largest: bool) -> int:
+    if topology:
+        os.environ['JAX_PLATFORMS'] = 'cpu'  # the TPU need not be there; one that is stays free
+    from afkd_jax import plan, writer
+
+    tell = writer.console.print
+    result = plan.plan(config, topology, largest, tell)
+    tell(*plan.tables(result), sep='\n')
+    print(json.dumps(result))
     return DONE

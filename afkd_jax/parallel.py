@@ -178,7 +178,13 @@ class Devices:
         return jax.jit(mapped, donate_argnums=donate)
 
 
-def arrange(peers: int, shares: int, networks: tuple[str, ...], mapping: str) -> Devices:
+def arrange(
+    peers: int,
+    shares: int,
+    networks: tuple[str, ...],
+    mapping: str,
+    devices: Sequence[jax.Device],
+) -> Devices:
     """Returns the devices of a config's mesh.
 
     Args:
@@ -186,11 +192,12 @@ def arrange(peers: int, shares: int, networks: tuple[str, ...], mapping: str) ->
       shares: config.mesh.data; 0: as many as there are.
       networks: config.networks.
       mapping: config.mapping.
+      devices: those that there are.
 
     Raises:
       UserError: there are no such devices, or the networks cannot be spread over them.
     """
-    devices, processes = available(), jax.process_count()
+    processes = jax.process_count()
     different = [f'{k} ({name})' for k, name in enumerate(networks, 1) if name != networks[0]]
     if peers > 1 and different:
         raise UserError(

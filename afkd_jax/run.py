@@ -118,7 +118,26 @@ class Run:
         Compiled ahead of time, so that a second compilation is an error and not a slow step.
         The state's memory is reused.
         """
-        data, cohort = self.config.data, self.cohort.here
+        key = self.devices.replicate(self.step_key)
+        index = self.devices.split(self.order.indices(0))
+        lowered = self.lowered_step(state, self.no_sums(), self.images, index, key)
+        compiled = lowered.compile()
+        return lambda state, sums, index: compiled(state, sums, self.images, index, key)
+
+    def lowered_step(
+        self,
+        state: state_lib.TrainState,
+        sums: metrics.Sums,
+        images: augment.Table,
+        index_B: jax.Array,
+        key: jax.Array,
+        images_place: Any = parallel.WHOLE,
+    ) -> jax.stages.Lowered:
+        """Returns the training step, mapped over the devices and lowered for these arguments.
+
+        Arrays, or their shapes with placement. It may be traced once.
+        """
+        data, cohort, whole = self.config.data, self.cohort.here, parallel.WHOLE
 
         def train_step(state, sums, images, index_B, key):
             own = state_lib.unstacked(state) if self.spread else state
@@ -128,17 +147,13 @@ class Run:
             return state_lib.stacked(own) if self.spread else own, sums
 
         chex.clear_trace_counter()
-        whole = parallel.WHOLE
         mapped = self.devices.map(
             chex.assert_max_traces(train_step, n=1),
-            places=(self.places, whole, whole, parallel.SPLIT, whole),
+            places=(self.places, whole, images_place, parallel.SPLIT, whole),
             out=(self.places, whole) if self.spread else whole,
             donate=(0,),
         )
-        key = self.devices.replicate(self.step_key)
-        index = self.devices.split(self.order.indices(0))
-        compiled = mapped.lower(state, self.no_sums(), self.images, index, key).compile()
-        return lambda state, sums, index: compiled(state, sums, self.images, index, key)
+        return mapped.lower(state, sums, images, index_B, key)
 
 
 def prepare(config: ConfigDict) -> Run:
@@ -153,7 +168,9 @@ def prepare(config: ConfigDict) -> Run:
     for name in config.networks:
         models.build(name, num_classes=2, image_shape=(32, 32, 3))
     mesh = config.mesh
-    devices = parallel.arrange(mesh.peer, mesh.data, tuple(config.networks), config.mapping)
+    devices = parallel.arrange(
+        mesh.peer, mesh.data, tuple(config.networks), config.mapping, parallel.available()
+    )
     devices.check_divides('batch_size', config.batch_size)
     devices.check_divides('eval_batch_size', config.eval_batch_size)
     splits = sources.load(config)
