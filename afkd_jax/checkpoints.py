@@ -343,10 +343,19 @@ def _check_room(folder: pathlib.Path, arrays: Any) -> None:
 def _refuse_nonfinite(step: int, state: TrainState) -> None:
     """Refuses to keep a state that has run over, though the step's values were still finite."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        here = (np.asarray(shard.data) for shard in leaf.addressable_shards if not shard.replica_id)
-        if jnp.issubdtype(leaf.dtype, jnp.inexact) and not all(np.isfinite(x).all() for x in here):
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            continue
+        for shard in leaf.addressable_shards:
+            finite = np.isfinite(np.asarray(shard.data))
+            if finite.all():
+                continue
+            name = path
+            if not isinstance(state.networks, tuple):  # stacked
+                first = shard.index[0].start or 0
+                k = first + int(np.argmin(finite.reshape(len(finite), -1).all(1)))
+                name = (path[0], jax.tree_util.SequenceKey(k), *path[1:])
             raise UserError(
-                f'step {step}: {jax.tree_util.keystr(path)} holds numbers that are not finite; the '
+                f'step {step}: {jax.tree_util.keystr(name)} holds numbers that are not finite; the '
                 'run has diverged and is ended, its checkpoints are from before: '
                 'lower config.logit.learning_rate, in a new --workdir'
             )

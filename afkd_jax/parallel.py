@@ -80,12 +80,16 @@ class Devices:
 
     @property
     def name(self) -> str:
-        """How many devices of which kind, e.g. '8 x TPU v5e, 2 peer x 4 data'."""
+        """How many devices of which kind, e.g. '8 x TPU v5e, 2 peer x 4 data, 2 processes'."""
+        return self.kind + (f', {self.processes} processes' if self.processes > 1 else '')
+
+    @property
+    def kind(self) -> str:
+        """The same without the processes."""
         kind = self.mesh.devices.flat[0].device_kind
         detail = f' ({platform.machine()})' if kind == 'cpu' else ''
-        parts = f', {self.processes} processes' if self.processes > 1 else ''
         rows = f', {self.peers} {PEER} x {self.shares} {DATA}' if self.peers > 1 else ''
-        return f'{self.mesh.size} x {kind}{detail}{rows}{parts}'
+        return f'{self.mesh.size} x {kind}{detail}{rows}'
 
     def sharding(self, place: PartitionSpec) -> NamedSharding:
         """Returns a place on these devices."""

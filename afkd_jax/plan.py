@@ -154,6 +154,7 @@ class _Compiled:
     seconds: float
     arguments: int
     temporaries: int
+    program: int
     total: int
 
 
@@ -232,8 +233,9 @@ class Plan:
         memory = step.memory_analysis()
         output = memory.output_size_in_bytes - memory.alias_size_in_bytes
         arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-        total = arguments + output + temporaries + memory.generated_code_size_in_bytes
-        return _Compiled(step, seconds, arguments, temporaries, total)
+        program = memory.generated_code_size_in_bytes
+        total = arguments + output + temporaries + program
+        return _Compiled(step, seconds, arguments, temporaries, program, total)
 
     def fits(self, batch_size: int) -> bool:
         """Returns whether a step of this batch fits into the memory of a device."""
@@ -346,7 +348,7 @@ def plan(
     whole = cohort_lib.assemble(config, info.image_shape, info.num_classes, info.train)
     result = {
         'topology': topology,
-        'device': devices.name,
+        'device': devices.kind,
         'devices': devices.mesh.size,
         'mesh': {'peer': devices.peers, 'data': devices.shares},
         'method': config.method,
@@ -361,7 +363,7 @@ def plan(
             for k, name in enumerate(whole.names)
         ],
     }
-    tell(f'compiling the step for {devices.name}')
+    tell(f'compiling the step for {devices.kind}')
     parts = _state_bytes(run)
     try:
         compiled = it.compile(config.batch_size)
@@ -382,6 +384,7 @@ def plan(
                 **parts,
                 'images_and_other_arguments': compiled.arguments - state,
                 'temporaries': compiled.temporaries,
+                'program': compiled.program,
                 'total': compiled.total,
             },
             'flops_per_step': flops,

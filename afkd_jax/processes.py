@@ -37,23 +37,29 @@ _counts: dict[str, int] = {}
 _ended = threading.Event()
 
 
-def _client() -> Any:
-    from jax._src import distributed  # its key-value store has no public name
+def _runtime() -> Any:
+    """Returns what JAX knows of the processes; its key-value store has no public name."""
+    from jax._src import distributed
 
-    return distributed.global_state.client
+    return distributed.global_state
 
 
 def count() -> int:
-    """Returns how many processes there are."""
-    return jax.process_count()
+    """Returns how many processes there are; no device is touched."""
+    return _runtime().num_processes
+
+
+def index() -> int:
+    """Returns which of them this is."""
+    return _runtime().process_id
 
 
 def leads() -> bool:
     """Returns whether this process is the one that writes."""
-    return jax.process_index() == 0
+    return index() == 0
 
 
-def start(address: str | None, number: int | None, index: int | None, lost: int) -> None:
+def start(address: str | None, number: int | None, process: int | None, lost: int) -> None:
     """Joins this process to the others; alone, where there are no others.
 
     Without arguments, environments that JAX knows are asked: TPU pods, Slurm, Open MPI.
@@ -61,23 +67,23 @@ def start(address: str | None, number: int | None, index: int | None, lost: int)
     Args:
       address: HOST:PORT of process 0.
       number: of processes.
-      index: of this process, in 0 .. number - 1.
+      process: which of them this is, in 0 .. number - 1.
       lost: exit code of a process that ends because another one is lost.
 
     Raises:
       UserError: the arguments do not fit each other, or the others cannot be reached.
     """
-    given = {'coordinator_address': address, 'num_processes': number, 'process_id': index}
+    given = {'coordinator_address': address, 'num_processes': number, 'process_id': process}
     missing = [name for name, value in given.items() if value is None]
     if 0 < len(missing) < len(given):
         raise UserError(
             f'--{missing[0]}: missing; --coordinator_address, --num_processes and --process_id are '
             'given together, or none of them where JAX knows the cluster'
         )
-    if not missing and not 0 <= index < number:
+    if not missing and not 0 <= process < number:
         raise UserError(
             f'--process_id: must be in 0 .. {number - 1}, as --num_processes is {number}, but is '
-            f'{index}'
+            f'{process}'
         )
     if not missing and not (address.rpartition(':')[0] and address.rpartition(':')[2].isdecimal()):
         raise UserError(
@@ -124,7 +130,7 @@ def _listen(code: int) -> None:
     """Ends this process when another one tells that it has ended."""
     while not _ended.is_set():
         try:
-            words = _client().blocking_key_value_get('ended', 1000)
+            words = _runtime().client.blocking_key_value_get('ended', 1000)
         except Exception:  # nobody has; or the runtime is going down, which it tells itself
             time.sleep(0.2)
             continue
@@ -140,9 +146,9 @@ def end(words: str, code: int) -> None:
     if count() == 1 or _ended.is_set():
         return
     _ended.set()
-    told = {'process': jax.process_index(), 'words': words, 'code': code}
+    told = {'process': index(), 'words': words, 'code': code}
     with contextlib.suppress(Exception):  # another one was first, or nobody is there any more
-        _client().key_value_set('ended', json.dumps(told))
+        _runtime().client.key_value_set('ended', json.dumps(told))
     sys.stdout.flush()
     if leads():
         time.sleep(_FAREWELL_S)
@@ -150,7 +156,7 @@ def end(words: str, code: int) -> None:
 
 def leave() -> None:
     """Waits until all processes are done, and parts from them."""
-    if _client() is not None:
+    if _runtime().client is not None:
         _ended.set()
         jax.distributed.shutdown()
 
@@ -170,8 +176,8 @@ def share(value: Any, tag: str = 'main') -> list[Any]:
         return [json.loads(value)]
     _counts[tag] = _counts.get(tag, 0) + 1
     place = f'{tag}/{_counts[tag]}'
-    client = _client()
-    client.key_value_set(f'{place}/{jax.process_index()}', value)
+    client = _runtime().client
+    client.key_value_set(f'{place}/{index()}', value)
     return [
         json.loads(client.blocking_key_value_get(f'{place}/{process}', 1000 * _PATIENCE_S))
         for process in range(count())
