@@ -131,7 +131,8 @@ def assemble(
       peers: over how many devices the networks are spread.
 
     Raises:
-      UserError: an unknown method or network, a wrong ring, or images too small for a network.
+      UserError: an unknown method or network, a wrong ring, images too small for a network, or an
+        order of the ring in which it cannot be spread.
     """
     method, names = methods.named(config.method), tuple(config.networks)
     # One module serves all networks of one name: modules hold no parameters.
@@ -152,6 +153,13 @@ def assemble(
             for name in names
         )
 
+    ring = dataclasses.replace(ring_of(config), peers=peers)
+    if peers > 1 and ring.order != tuple(range(len(names))):
+        raise UserError(
+            f'config.ring_order: must be () where config.mesh.peer is above 1, but is '
+            f'{tuple(config.ring_order)}: networks of one architecture differ in their seeds alone'
+        )
+
     def steps_in(fraction):
         return config_lib.steps_in(fraction * config.epochs, train_examples, config.batch_size)
 
@@ -163,7 +171,7 @@ def assemble(
         optimizers=optim.create(config, adversarial, steps_in),
         objective=Objective(
             method=method,
-            ring=dataclasses.replace(ring_of(config), peers=peers),
+            ring=ring,
             temperature=config.loss.temperature,
             label_smoothing=config.loss.label_smoothing,
             kl_weight=config.loss.kl_weight,

@@ -83,11 +83,11 @@ class Ring:
         if self.peers == 1:
             return values
         own_NxL = jnp.stack(list(values.values()))
-        here = own_NxL.shape[1]
         none_NxK = jnp.zeros((len(values), len(self.order)), own_NxL.dtype)
+        place = self.first(own_NxL.shape[1])
         all_NxK = jax.lax.psum(
-            jax.lax.dynamic_update_slice(
-                jax.lax.pcast(none_NxK, PEER, to='varying'), own_NxL, (0, self.first(here))
+            jax.lax.dynamic_update_slice_in_dim(
+                jax.lax.pcast(none_NxK, PEER, to='varying'), own_NxL, place, axis=1
             ),
             PEER,
         )

@@ -111,6 +111,7 @@ def train(
             loop.progress(),
             compile_s,
         )
+        processes.same('arrays', result['fingerprint'])
         check_held()
         if processes.leads():
             if not stopped:

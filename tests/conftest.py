@@ -63,9 +63,9 @@ def tiny_config(networks=PAIR, **fields):
     return config
 
 
-def tiny_cohort(config, axis_name=None):
+def tiny_cohort(config, axis_name=None, peers=1):
     """Returns the cohort of a config on 8x8 grey images, 10 classes, 64 images an epoch."""
-    return cohort_lib.assemble(config, (8, 8, 1), 10, 64, axis_name)
+    return cohort_lib.assemble(config, (8, 8, 1), 10, 64, axis_name, peers)
 
 
 def random_batch(size, seed=0):

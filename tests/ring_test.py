@@ -1,10 +1,14 @@
 """The ring: who teaches whom."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from afkd_jax import parallel
+from afkd_jax.parallel import WHOLE
 from afkd_jax.ring import Ring
 
 
@@ -84,3 +88,26 @@ def test_a_ring_of_three_is_far_less_stable_under_momentum_than_a_pair():
     assert unstable_from(ring(8)) == pytest.approx(0.0062, rel=0.02)
     for networks in (2, 3, 8):
         assert unstable_from(ring(networks), momentum=0) == pytest.approx(1.0, rel=0.01)
+
+
+@pytest.mark.parametrize(('networks', 'peers'), [(2, 2), (4, 2), (6, 3), (8, 8), (8, 4), (6, 2)])
+def test_a_ring_over_devices_is_the_roll(networks, peers):
+    own_KxC = np.random.default_rng(0).standard_normal((networks, 3)).astype(np.float32)
+    devices, ring = parallel.Devices.take('shard_map', peers, peers), listed(networks)
+    over = dataclasses.replace(ring, peers=peers)
+
+    def per_device(own_LxC):
+        moved = [over.teachers(own_LxC, hops) for hops in range(1, networks)]
+        place_L = over.first(len(own_LxC)) + jnp.arange(len(own_LxC))
+        values = over.gathered({'sum': own_LxC.sum(1), 'first': own_LxC[:, 0]})
+        return moved, place_L, values, over.logsumexp(100 * own_LxC)
+
+    spread = parallel.SPREAD
+    mapped = devices.map(per_device, places=(spread,), out=(spread, spread, WHOLE, WHOLE))
+    moved, place_K, values, largest_C = mapped(own_KxC)
+    for hops, got in enumerate(moved, start=1):
+        np.testing.assert_array_equal(got, ring.teachers(own_KxC, hops))
+    assert place_K.tolist() == list(range(networks))
+    np.testing.assert_allclose(values['sum'], own_KxC.sum(1), rtol=1e-6)
+    np.testing.assert_array_equal(values['first'], own_KxC[:, 0])
+    np.testing.assert_allclose(largest_C, jax.nn.logsumexp(100 * own_KxC, 0), rtol=1e-6)
