@@ -314,6 +314,57 @@ BAD_COMMANDS = {
         ['--config=configs/imagenet.py'],
         r'tfds:imagenet2012 are \(None, None, 3\)',
     ),
+    'networks that cannot be spread': (
+        ['--config=configs/digits.py:resnet8,resnet14,resnet8,resnet20', '--config.mesh.peer=2'],
+        'config.mesh.peer: .* network 1 is resnet8 .*: 2 .resnet14., 4 .resnet20.;',
+    ),
+    'peers that do not divide': (
+        ['--config=configs/digits.py:resnet8,resnet8,resnet8', '--config.mesh.peer=2'],
+        'config.mesh.peer: must divide the number of networks, 3, but is 2',
+    ),
+    'more devices than there are': (
+        [*SHORT, '--config.mesh.data=64'],
+        'config.mesh: peer x data is 1 x 64, but there are 1 devices',
+    ),
+    'more peers than devices': (
+        [*SHORT, '--config.mesh.peer=2'],
+        'config.mesh: peer x data is 2 x 1, but there are 1 devices',
+    ),
+    'no peer': ([*SHORT, '--config.mesh.peer=0'], 'config.mesh.peer: must be at least 1'),
+    'peers under pmap': (
+        [*SHORT, '--config.mesh.peer=2', '--config.mapping=pmap'],
+        "config.mapping: 'pmap' maps over one axis",
+    ),
+    'unknown dtype': (
+        [*SHORT, '--config.dtype=float16'],
+        "config.dtype: must be one of float32, bfloat16, but is 'float16'",
+    ),
+    'unknown statistics': (
+        [*SHORT, '--config.batch_statistics=none'],
+        'config.batch_statistics: must be one of global, local',
+    ),
+    'half of a cluster': ([*SHORT, '--num_processes=2'], '--coordinator_address: missing'),
+    'a process too many': (
+        [*SHORT, '--coordinator_address=localhost:1', '--num_processes=2', '--process_id=2'],
+        '--process_id: must be in 0 .. 1, as --num_processes is 2, but is 2',
+    ),
+    'no port': (
+        [*SHORT, '--coordinator_address=localhost', '--num_processes=2', '--process_id=0'],
+        '--coordinator_address: must be HOST:PORT, .* is localhost',
+    ),
+    'no such topology': (
+        [*SHORT, '--mode=plan', '--topology=v5e-17'],
+        '--topology: there is no v5e-17; there are v5e-1, v5e-4',
+    ),
+    'a topology to train on': (
+        [*SHORT, '--topology=v5e-16'],
+        '--topology: is only for --mode plan',
+    ),
+    'a batch to search and train': (
+        [*SHORT, '--largest_batch'],
+        '--largest_batch: is only for --mode plan',
+    ),
+    'a step to plan': ([*SHORT, '--mode=plan', '--step=3'], '--step: 3 is only for --mode eval'),
     'old field': ([*SHORT, '--config.temperature=3'], 'did you mean "loss.temperature"'),
     'one network': ([*SHORT, "--config.networks=('resnet8',)"], 'at least two'),
     'unknown method': (

@@ -1,0 +1,198 @@
+"""Several processes on one machine, as on several: gloo collectives, a few CPU devices each."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import kills
+import numpy as np
+import pytest
+
+from afkd_jax import processes
+
+ROOT = pathlib.Path(__file__).parent.parent
+RUN = [
+    '--config=configs/digits.py',
+    '--config.epochs=3',
+    '--config.data.train_examples=256',
+    '--config.log_every=2',
+    '--config.method=kd_ring',
+    '--config.checkpoint.every_steps=3',
+]
+LOST_S = processes.LOST_AFTER_S
+
+
+@pytest.fixture(scope='module')
+def cache(tmp_path_factory):
+    """Lets runs of one shape compile it once."""
+    return {
+        'JAX_COMPILATION_CACHE_DIR': str(tmp_path_factory.mktemp('cache')),
+        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+    }
+
+
+class Group:
+    """launch.py in `count` processes that run together, `devices` CPU devices each."""
+
+    def __init__(self, count, devices, environment, workdir, *arguments, alone=(), run=RUN):
+        with socket.socket() as free:
+            free.bind(('127.0.0.1', 0))
+            port = free.getsockname()[1]
+        where = [f'--coordinator_address=127.0.0.1:{port}', f'--num_processes={count}']
+        flags = f'--xla_force_host_platform_device_count={devices}'
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, 'launch.py', *run, *arguments, f'--workdir={workdir}']
+                + (where if count > 1 else [])
+                + ([f'--process_id={index}'] if count > 1 else [])
+                + [*(alone if index == 1 else ())],
+                cwd=ROOT,
+                env=os.environ | environment | {'XLA_FLAGS': flags},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for index in range(count)
+        ]
+
+    def end(self, timeout=200):
+        """Returns [(exit code, output, errors)] when all have ended."""
+        outputs = [process.communicate(timeout=timeout) for process in self.processes]
+        return [(p.returncode, *texts) for p, texts in zip(self.processes, outputs, strict=True)]
+
+    def wait_for(self, condition):
+        while not condition() and all(process.poll() is None for process in self.processes):
+            time.sleep(0.02)
+
+
+def finished(ended, workdir):
+    """Returns the summary of a run whose processes have all ended well."""
+    assert [code for code, *_ in ended] == [0] * len(ended), ended
+    # Only process 0 speaks; what the transport prints is its own.
+    for _, output, _ in ended[1:]:
+        assert not [line for line in output.splitlines() if not line.startswith('[Gloo]')]
+    summary = json.loads((workdir / 'summary.json').read_text())
+    assert summary['finished']
+    return summary
+
+
+@pytest.fixture(scope='module')
+def two(tmp_path_factory, cache):
+    """Returns (workdir, summary) of two processes with two devices each, 4 shares of the batch."""
+    workdir = tmp_path_factory.mktemp('two') / 'run'
+    return workdir, finished(Group(2, 2, cache, workdir).end(), workdir)
+
+
+@pytest.fixture(scope='module')
+def one(tmp_path_factory, cache):
+    """Returns (workdir, summary) of one process with four devices."""
+    workdir = tmp_path_factory.mktemp('one') / 'run'
+    return workdir, finished(Group(1, 4, cache, workdir).end(), workdir)
+
+
+def losses(workdir):
+    lines = (json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines())
+    return np.array(
+        [
+            [network['cross_entropy'] for network in line['networks']]
+            for line in lines
+            if line['kind'] == 'train'
+        ]
+    )
+
+
+def assert_same_run(summary, workdir, other, other_workdir):
+    """Equal to rounding, which grows along the run."""
+    mine, theirs = losses(workdir), losses(other_workdir)
+    assert mine.shape == theirs.shape
+    np.testing.assert_allclose(mine[:2], theirs[:2], rtol=1e-4)
+    np.testing.assert_allclose(mine, theirs, rtol=0.05)
+    for a, b in zip(summary['networks'], other['networks'], strict=True):
+        assert abs(a['test_accuracy'] - b['test_accuracy']) < 2  # 359 images
+
+
+def test_two_processes_make_the_run_of_one(one, two):
+    assert two[1]['device'] == one[1]['device'] + ', 2 processes'
+    assert_same_run(two[1], two[0], one[1], one[0])
+    # That all processes end in one fingerprint, train.py itself demands (processes.same).
+
+
+def test_a_signal_to_any_process_stops_all_and_they_continue_to_the_bit(two, cache, tmp_path):
+    group = Group(2, 2, cache, tmp_path)
+    metrics = tmp_path / 'metrics.jsonl'
+    group.wait_for(lambda: metrics.exists() and '"train"' in metrics.read_text())
+    group.processes[1].send_signal(signal.SIGTERM)
+    ended = group.end()
+    assert [code for code, *_ in ended] == [75, 75], ended
+    assert 'the same command continues' in ended[0][1]
+    summary = json.loads((tmp_path / 'summary.json').read_text())
+    assert not summary['finished']
+    assert 0 < summary['steps'] < two[1]['steps']
+    again = finished(Group(2, 2, cache, tmp_path).end(), tmp_path)
+    assert again['fingerprint'] == two[1]['fingerprint']
+    assert kills.logged(tmp_path) == kills.logged(two[0])
+
+
+@pytest.mark.parametrize('victim', [1, 0])
+def test_a_lost_process_ends_the_others_and_the_run_continues_with_more(
+    victim, one, cache, tmp_path
+):
+    # One network in each process.
+    group = Group(2, 2, cache, tmp_path, '--config.mesh.peer=2')
+    group.wait_for((tmp_path / 'checkpoints/6').exists)
+    group.processes[victim].kill()
+    killed_at = time.monotonic()
+    ended = group.end()
+    assert time.monotonic() - killed_at < LOST_S + 15
+    code, _, errors = ended[1 - victim]
+    assert code == 75, ended
+    last = errors.splitlines()[-1]
+    assert last.startswith('error: another process of this run was lost'), errors
+    assert 'the same command continues' in last
+    if victim == 0:  # with others, and on another mesh
+        summary = finished(Group(4, 1, cache, tmp_path).end(), tmp_path)
+        assert summary['device'].endswith('4 processes')
+    else:  # or alone
+        summary = finished(Group(1, 4, cache, tmp_path).end(), tmp_path)
+    assert_same_run(summary, tmp_path, one[1], one[0])
+    lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
+    (resume,) = (line for line in map(json.loads, lines) if line['kind'] == 'resume')
+    assert resume['step'] >= 6
+
+
+def test_what_is_wrong_in_one_process_is_told_by_all(cache, tmp_path):
+    ended = Group(2, 1, cache, tmp_path / 'run', alone=['--config.seed=1']).end()
+    for code, _, errors in ended:
+        assert code == 1, ended
+        assert re.search('^error: (process .: )*its config differ.* process 0', errors, re.M), (
+            errors
+        )
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_process_that_sees_another_disk_is_told(cache, tmp_path):
+    for name in ('one', 'other'):
+        (tmp_path / name).mkdir()
+    ended = Group(
+        2, 1, cache, tmp_path / 'one/run', alone=[f'--workdir={tmp_path / "other/run"}']
+    ).end()
+    for code, _, errors in ended:
+        assert code == 1, ended
+        assert 'is not seen by every process' in errors
+
+
+def test_alone_a_process_shares_with_itself():
+    assert processes.count() == 1
+    assert processes.leads()
+    assert processes.share({'a': (1, 2)}) == [{'a': [1, 2]}]
+    assert processes.told(3) == 3
+    assert processes.together(lambda: 4) == 4
+    agreed = processes.Agreement(jax.sharding.Mesh(np.array(jax.devices()), ('data',)))
+    assert agreed(True, False) == (True, False)
