@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -92,21 +93,24 @@ def start(address: str | None, number: int | None, process: int | None, lost: in
     # It would take SIGTERM for itself; ours ends the run after a step, with a checkpoint.
     jax.config.update('jax_enable_preemption_service', False)
     try:
-        jax.distributed.initialize(
-            **given,
-            heartbeat_timeout_seconds=LOST_AFTER_S,
-            shutdown_timeout_seconds=2 * LOST_AFTER_S,
-            cluster_detection_method=None if missing else 'deactivate',
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # e.g. of a package that some clusters would need
+            jax.distributed.initialize(
+                **given,
+                heartbeat_timeout_seconds=LOST_AFTER_S,
+                shutdown_timeout_seconds=2 * LOST_AFTER_S,
+                cluster_detection_method=None if missing else 'deactivate',
+            )
     except ValueError as error:
         if missing and 'coordinator_address' in str(error):
             return  # no cluster: this process is alone
         raise UserError(f'--coordinator_address: {error}') from error
-    except RuntimeError as error:
+    except Exception as error:  # whatever a cluster's interface, or the connection, raises
         words = ' '.join(str(error).split())
         raise UserError(
             f'--coordinator_address: the other processes cannot be reached ({words}); start all of '
-            'them, with one address that each can reach'
+            'them, with one address that each can reach; to run alone: --coordinator_address='
+            'localhost:12345 --num_processes=1 --process_id=0'
         ) from error
     _on_abort(lost)
     threading.Thread(target=_listen, args=(lost,), daemon=True).start()
