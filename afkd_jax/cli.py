@@ -185,6 +185,11 @@ def _run(
     if mode != 'plan' and any(planned):
         flag = '--topology' if planned[0] else '--largest_batch'
         raise UserError(f'{flag}: is only for --mode plan, not for --mode {mode}')
+    if mode in ('describe', 'plan') and where != (None, None, None):
+        raise UserError(
+            f'--mode: {mode} is for one process; leave out --coordinator_address, --num_processes '
+            'and --process_id'
+        )
     if step is not None and mode in ('describe', 'plan'):
         raise UserError(f'--step: {step} is only for --mode eval or train, not for --mode {mode}')
     overrides = config_flags.get_override_values(flags.FLAGS['config'])
@@ -236,11 +241,12 @@ def _train(
 
 
 def _eval(config: ConfigDict, workdir: pathlib.Path, step: int | None) -> int:
-    from afkd_jax import evaluate, summary, writer
+    from afkd_jax import evaluate, processes, summary, writer
 
     result = evaluate.evaluate(config, workdir, step)
     writer.console.print(*summary.tables(result))
-    writer.console.print(json.dumps(result))
+    if processes.leads():
+        print(json.dumps(result))
     return DONE
 
 

@@ -109,7 +109,7 @@ def evaluate(config: ConfigDict, workdir: pathlib.Path, step: int | None) -> dic
     """
     workdir_lib.check(workdir, config)
     workdir_lib.check_begun(workdir)
-    run = processes.together(lambda: run_lib.prepare(config))
+    run = processes.in_turn(lambda: run_lib.prepare(config))
     with Checkpoints(workdir, run.origin()) as checkpoints:
         restored = checkpoints.restore(run.abstract(), step)
     if restored is None:

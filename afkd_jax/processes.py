@@ -215,6 +215,21 @@ def together(function: Callable[[], Result], tag: str = 'main') -> Result:
     return result
 
 
+def in_turn(function: Callable[[], Result]) -> Result:
+    """Returns what the function returns, once process 0 has called it, and then the others.
+
+    So what it makes on a disk that they share it makes once.
+
+    Raises:
+      UserError: it has in one of them, in which all end alike.
+    """
+    first = together(function if leads() else lambda: None)
+    if count() == 1:
+        return first
+    rest = together(function if not leads() else lambda: None)
+    return first if leads() else rest
+
+
 def same(what: str, value: Any) -> None:
     """Refuses to go on where processes have called this with different values.
 

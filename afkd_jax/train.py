@@ -48,7 +48,7 @@ def train(
     if finished:
         _tell(f'{workdir}: this run is finished; its summary:')
         return finished
-    run = processes.together(lambda: run_lib.prepare(config))
+    run = processes.in_turn(lambda: run_lib.prepare(config))
     processes.same('images', run.images_fingerprint)
     processes.same('config', config_lib.of_the_run(config))
     if any(processes.share(interrupt.requested)):

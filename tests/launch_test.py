@@ -324,11 +324,11 @@ BAD_COMMANDS = {
     ),
     'more devices than there are': (
         [*SHORT, '--config.mesh.data=64'],
-        'config.mesh: peer x data is 1 x 64, but there are 1 devices',
+        'config.mesh: peer x data is 1 x 64, but there are . devices, of which at most . can',
     ),
     'more peers than devices': (
-        [*SHORT, '--config.mesh.peer=2'],
-        'config.mesh: peer x data is 2 x 1, but there are 1 devices',
+        ['--config=configs/digits.py:' + ','.join(['resnet8'] * 16), '--config.mesh.peer=16'],
+        'config.mesh: peer x data is 16 x 1, but there are . devices',
     ),
     'no peer': ([*SHORT, '--config.mesh.peer=0'], 'config.mesh.peer: must be at least 1'),
     'peers under pmap': (
@@ -363,6 +363,10 @@ BAD_COMMANDS = {
     'a batch to search and train': (
         [*SHORT, '--largest_batch'],
         '--largest_batch: is only for --mode plan',
+    ),
+    'processes that plan': (
+        [*SHORT, '--mode=plan', '--num_processes=2'],
+        '--mode: plan is for one process; leave out --coordinator_address',
     ),
     'a step to plan': ([*SHORT, '--mode=plan', '--step=3'], '--step: 3 is only for --mode eval'),
     'old field': ([*SHORT, '--config.temperature=3'], 'did you mean "loss.temperature"'),
