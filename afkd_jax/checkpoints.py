@@ -281,12 +281,12 @@ class Checkpoints:
         self, path: pathlib.Path, like: tuple[TrainState, Sums], digests: dict[str, str]
     ) -> tuple[TrainState, Sums]:
         """Returns the arrays of a checkpoint whose files are whole."""
-        stored = jax.eval_shape(_as_stored, like)
-        if stored[0].networks is not like[0].networks:  # what is stacked is as whole as the step is
+        stored, stacks = like, _stacks(like[0])
+        if stacks:  # they are, and will be, as whole on every device as the step is
             everywhere = like[0].step.sharding
             stored = jax.tree.map(
                 lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
-                stored,
+                jax.eval_shape(_as_stored, like),
             )
         try:
             arrays = self._orbax.restore(path / 'arrays', args=ocp.args.StandardRestore(stored))
@@ -296,7 +296,7 @@ class Checkpoints:
         found = state_lib.digests(arrays[0]).items()
         if any(digests[str(k)] != digest for k, digest in found):
             raise record.Unfit('is read as other arrays than were written, by this version')
-        if isinstance(like[0].networks, tuple) and not isinstance(arrays[0].networks, tuple):
+        if stacks:
             arrays = jax.jit(state_lib.unstacked)(arrays[0]), arrays[1]
         return arrays
 
@@ -304,9 +304,12 @@ class Checkpoints:
 def _as_stored(arrays: tuple[TrainState, Sums]) -> tuple[TrainState, Sums]:
     """Returns the arrays in the form in which they are on the disk."""
     state, sums = arrays
-    if isinstance(state.networks, tuple) and state_lib.alike(state):
-        state = state_lib.stacked(state)
-    return state, sums
+    return (state_lib.stacked(state) if _stacks(state) else state), sums
+
+
+def _stacks(state: TrainState) -> bool:
+    """Returns whether the networks of a state are stacked on the disk alone."""
+    return isinstance(state.networks, tuple) and state_lib.alike(state)
 
 
 def _fit(function: Callable[[], Any]) -> Any:

@@ -15,6 +15,7 @@ from conftest import PAIR, initial_state, tiny_cohort, tiny_config
 from afkd_jax import checkpoints as checkpoints_lib
 from afkd_jax import config as config_lib
 from afkd_jax import metrics, parallel
+from afkd_jax import run as run_lib
 from afkd_jax import state as state_lib
 from afkd_jax import step as step_lib
 from afkd_jax.checkpoints import Checkpoints, Point
@@ -101,6 +102,32 @@ def test_a_point_comes_back_to_the_bit_on_any_number_of_devices(point, tmp_path)
             assert all(leaf.sharding == whole for leaf in arrays)
             assert restored.about == ABOUT
             assert (restored.rejected, restored.newer) == ({}, [])
+
+
+def test_a_point_comes_back_to_the_bit_wherever_the_networks_live(tmp_path):
+    config = tiny_config(('tiny-4-2',) * 4, dataset='digits')
+    runs = {
+        peers: run_lib.prepare(
+            tiny_config(('tiny-4-2',) * 4, mesh__peer=peers, mesh__data=2, batch_size=64)
+        )
+        for peers in (1, 2, 4)
+    }
+    start = runs[1].fingerprint(runs[1].initial_state())
+    for written, run in runs.items():
+        folder = tmp_path / str(written)
+        folder.mkdir()
+        state = run.initial_state()
+        write(folder, Point(state, run.no_sums(), Progress.start(4)), [3], config=config)
+        for other in runs.values():
+            with opened(folder, config) as checkpoints:
+                restored = checkpoints.restore(other.abstract())
+            assert restored.rejected == {}
+            arrays = restored.point.state
+            assert other.fingerprint(arrays) == start
+            for leaf, like in zip(
+                jax.tree.leaves(arrays), jax.tree.leaves(other.abstract()[0]), strict=True
+            ):
+                assert leaf.sharding.is_equivalent_to(like.sharding, leaf.ndim)
 
 
 def test_the_last_and_the_best_are_kept(point, tmp_path):

@@ -77,3 +77,11 @@ def test_images_too_small_for_a_discriminator_are_refused(networks, method, sent
     with pytest.raises(UserError, match=f'images of 8x8 are too small for {sentence}'):
         tiny_cohort(tiny_config(networks, method=method))
     assert tiny_cohort(tiny_config(networks, method='l1_kd')).shared_map[:2] == (1, 1)
+
+
+def test_networks_on_several_devices_stand_in_the_ring_as_listed():
+    networks = ('tiny-4-2',) * 4
+    cohort = tiny_cohort(tiny_config(networks, ring_order=(1, 2, 3, 4)), peers=2)
+    assert len(cohort.here.networks) == len(cohort.here.discriminators) == 2
+    with pytest.raises(UserError, match=r'config.ring_order: must be \(\) where config.mesh.peer'):
+        tiny_cohort(tiny_config(networks, ring_order=(1, 3, 2, 4)), peers=2)

@@ -73,3 +73,14 @@ def test_eight_devices_score_the_same(mapping):
     accuracy, entropy = plain()
     np.testing.assert_allclose(scores.accuracy, accuracy, rtol=1e-6)
     np.testing.assert_allclose(scores.cross_entropy, entropy, rtol=1e-4)
+
+
+def test_networks_on_several_devices_start_and_score_the_same():
+    whole = run_lib.prepare(tiny_config())
+    spread = run_lib.prepare(tiny_config(eval_batch_size=64, mesh__peer=2))
+    state = spread.initial_state()
+    assert spread.fingerprint(state) == whole.fingerprint(whole.initial_state())
+    scores = evaluate.Evaluator(spread)(state.networks, 'test')
+    accuracy, entropy = plain()
+    np.testing.assert_allclose(scores.accuracy, accuracy, rtol=1e-6)
+    np.testing.assert_allclose(scores.cross_entropy, entropy, rtol=1e-4)

@@ -159,3 +159,14 @@ def test_the_order_of_the_test_images_does_not_matter(monkeypatch):
     for each in (run, sorted_run):
         edge, _ = evaluate.Evaluator(each).edges(state.networks)
         assert edge['cka'] == pytest.approx(whole, abs=0.02)
+
+
+def test_networks_on_several_devices_have_the_same_figures(monkeypatch):
+    networks = ('tiny-4-2',) * 4
+    run, state = prepared(monkeypatch, networks)
+    spread, same = prepared(monkeypatch, networks, devices=4, mesh__peer=2)
+    expected = evaluate.Evaluator(run).edges(state.networks)
+    for edge, other in zip(evaluate.Evaluator(spread).edges(same.networks), expected, strict=True):
+        assert edge.keys() == other.keys()
+        for name, value in edge.items():
+            assert value == pytest.approx(other[name], rel=1e-4), name

@@ -475,3 +475,18 @@ def test_without_validation_the_test_split_is_only_watched(tmp_path, monkeypatch
         assert entry['best_validation_step'] is None
         assert entry['test_accuracy'] is not None
     assert {row['split'] for row in lines(tmp_path, 'evaluation')} == {'test'}
+
+
+def test_networks_on_several_devices_stop_and_continue_to_the_bit(monkeypatch, tmp_path):
+    monkeypatch.setattr(parallel, 'available', lambda: jax.devices()[:4])
+    config = short_config(mesh__peer=2, checkpoint__every_steps=3)
+    summary = fit(config, tmp_path / 'run')
+    assert summary['device'].endswith(', 2 peer x 2 data')
+    assert fit(config, tmp_path / 'run', step=6)['fingerprint'] == summary['fingerprint']
+    # A checkpoint of theirs goes on where each device has all networks.
+    monkeypatch.setattr(parallel, 'available', lambda: jax.devices()[:2])
+    moved = fit(short_config(), tmp_path / 'run', step=5)
+    for a, b in zip(moved['networks'], summary['networks'], strict=True):
+        assert abs(a['test_accuracy'] - b['test_accuracy']) < 3
+    assert moved['fingerprint'] != summary['fingerprint']
+    assert evaluate.evaluate(config, tmp_path / 'run', None)['step'] == 10
