@@ -488,5 +488,4 @@ def test_networks_on_several_devices_stop_and_continue_to_the_bit(monkeypatch, t
     moved = fit(short_config(), tmp_path / 'run', step=5)
     for a, b in zip(moved['networks'], summary['networks'], strict=True):
         assert abs(a['test_accuracy'] - b['test_accuracy']) < 3
-    assert moved['fingerprint'] != summary['fingerprint']
     assert evaluate.evaluate(config, tmp_path / 'run', None)['step'] == 10
