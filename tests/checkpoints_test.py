@@ -433,6 +433,24 @@ def test_a_failed_save_is_raised_by_whatever_comes_next(point, tmp_path, monkeyp
     assert names(tmp_path) == ['2']
 
 
+def test_arrays_that_are_read_as_others_than_were_written_are_refused(point, tmp_path, monkeypatch):
+    write(tmp_path, point, [2])
+    with opened(tmp_path) as checkpoints:
+        read = checkpoints._orbax.restore
+
+        def other(*arguments, **named):
+            state, sums = read(*arguments, **named)
+            head = state.networks.params['head'][
+                'Dense_0'
+            ]  # of both networks; the second's differs
+            head['bias'] = head['bias'].at[1, 3].add(1e-6)
+            return state, sums
+
+        monkeypatch.setattr(checkpoints._orbax, 'restore', other)
+        with pytest.raises(UserError, match='2 is read as other arrays than were written'):
+            checkpoints.restore(like(tiny_config(), 1))
+
+
 def test_the_record_tells_a_reader_what_it_is(point, tmp_path):
     write(tmp_path, point, [2])
     content = json.loads((tmp_path / 'checkpoints/2/record.json').read_text())['content']
