@@ -1,6 +1,7 @@
 """From the command line to a mode, and from an error to one sentence and an exit code."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -69,36 +70,64 @@ def _fail(error: UserError | str, code: int = WRONG) -> None:
     sys.exit(code)
 
 
-def main(
-    mode: str,
-    config_flag: flags.FlagHolder,
-    workdir: str | None,
-    step: int | None,
-    where: tuple[str | None, int | None, int | None],
-    planned: tuple[str | None, bool],
-    debug: bool,
-) -> int:
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What stands on the command line beside the config.
+
+    Attributes:
+      mode: 'train', 'eval', 'describe' or 'plan'.
+      workdir: None for runs/<a name made of the config, its argument and the overrides>.
+      step: which checkpoint 'eval' takes, or 'train' goes on from; None for the newest.
+      coordinator_address: HOST:PORT of process 0; see processes.start.
+      num_processes: that run together.
+      process_id: which of them this is.
+      topology: for 'plan': a TPU's name; None for the devices at hand.
+      largest_batch: for 'plan': whether to search it.
+      debug: let errors through, with their tracebacks.
+    """
+
+    mode: str
+    workdir: str | None
+    step: int | None
+    coordinator_address: str | None
+    num_processes: int | None
+    process_id: int | None
+    topology: str | None
+    largest_batch: bool
+    debug: bool
+
+    def check(self) -> None:
+        """Refuses what the mode has no use for."""
+        given = {name for name, value in vars(self).items() if value not in (None, False)}
+        for names, modes in (
+            (('topology', 'largest_batch'), ('plan',)),
+            (('step', 'coordinator_address', 'num_processes', 'process_id'), ('train', 'eval')),
+        ):
+            for name in names:
+                if name in given and self.mode not in modes:
+                    raise UserError(
+                        f'--{name}: {getattr(self, name)} is only for --mode {" or ".join(modes)}, '
+                        f'not for --mode {self.mode}'
+                    )
+
+
+def main(config_flag: flags.FlagHolder, options: Options) -> int:
     """Runs a mode and returns the exit code; whatever goes wrong becomes one sentence.
 
     Args:
-      mode: 'train', 'eval', 'describe' or 'plan'.
       config_flag: the holder of --config.
-      workdir: None for runs/<a name made of the config, its argument and the overrides>.
-      step: which checkpoint 'eval' takes, or 'train' goes on from; None for the newest.
-      where: address of process 0, number of processes and which one this is; see processes.start.
-      planned: for 'plan': a TPU's name, or None, and whether to search the largest batch.
-      debug: let errors through, with their tracebacks.
+      options: the rest.
     """
-    if not debug:
+    if not options.debug:
         _hush()
     try:
-        return _run(mode, config_flag, workdir, step, where, planned)
+        return _run(config_flag, options)
     except KeyboardInterrupt:
         _interrupted()
     except Exception as error:
         sentence, code = _sentence(error)
         _tell_others(sentence, code)
-        if debug:
+        if options.debug:
             raise
         _fail(sentence, code)
 
@@ -154,22 +183,7 @@ def _tell_others(words: str, code: int) -> None:
         os._exit(code)  # at a proper exit the runtime would wait for the others
 
 
-def _join(where: tuple[str | None, int | None, int | None]) -> None:
-    """Joins the other processes, if there are any; only process 0 speaks."""
-    from afkd_jax import processes, writer
-
-    processes.start(*where, lost=CONTINUE)
-    writer.console.quiet = not processes.leads()
-
-
-def _run(
-    mode: str,
-    config_flag: flags.FlagHolder,
-    workdir: str | None,
-    step: int | None,
-    where: tuple[str | None, int | None, int | None],
-    planned: tuple[str | None, bool],
-) -> int:
+def _run(config_flag: flags.FlagHolder, options: Options) -> int:
     config = config_flag.value
     if config is None and not config_flag.present:
         raise UserError('--config: name a config file, e.g. --config configs/digits.py')
@@ -182,28 +196,24 @@ def _run(
             f'--config: get_config() must return a ConfigDict, not a {type(config).__name__}'
         )
     config_lib.validate(config)
-    if mode != 'plan' and any(planned):
-        flag = '--topology' if planned[0] else '--largest_batch'
-        raise UserError(f'{flag}: is only for --mode plan, not for --mode {mode}')
-    if mode in ('describe', 'plan') and where != (None, None, None):
-        raise UserError(
-            f'--mode: {mode} is for one process; leave out --coordinator_address, --num_processes '
-            'and --process_id'
-        )
-    if step is not None and mode in ('describe', 'plan'):
-        raise UserError(f'--step: {step} is only for --mode eval or train, not for --mode {mode}')
-    overrides = config_flags.get_override_values(flags.FLAGS['config'])
-    folder = pathlib.Path(workdir or f'runs/{_run_name(path.stem, argument, overrides)}')
-    if mode == 'describe':
+    options.check()
+    if options.mode == 'describe':
         return _describe(config)
-    if mode == 'plan':
-        return _plan(config, *planned)
-    with Interrupt() if mode == 'train' else contextlib.nullcontext() as interrupt:
-        # From here on a signal asks, also while JAX is imported.
-        _join(where)
-        from afkd_jax import processes
+    if options.mode == 'plan':
+        return _plan(config, options)
+    overrides = config_flags.get_override_values(flags.FLAGS['config'])
+    name = options.workdir or f'runs/{_run_name(path.stem, argument, overrides)}'
+    train = options.mode == 'train'
+    # From here on a signal asks, also while JAX is imported.
+    with Interrupt() if train else contextlib.nullcontext() as interrupt:
+        from afkd_jax import processes, writer
 
-        code = _train(config, folder, step, interrupt) if interrupt else _eval(config, folder, step)
+        processes.start(
+            options.coordinator_address, options.num_processes, options.process_id, lost=CONTINUE
+        )
+        writer.console.quiet = not processes.leads()
+        arguments = config, pathlib.Path(name), options.step
+        code = _train(*arguments, interrupt) if train else _eval(*arguments)
         processes.leave()
     return code
 
@@ -259,13 +269,13 @@ def _describe(config: ConfigDict) -> int:
     return DONE
 
 
-def _plan(config: ConfigDict, topology: str | None, largest: bool) -> int:
-    if topology:
+def _plan(config: ConfigDict, options: Options) -> int:
+    if options.topology:
         os.environ['JAX_PLATFORMS'] = 'cpu'  # the TPU need not be there; one that is stays free
     from afkd_jax import plan, writer
 
     tell = writer.console.print
-    result = plan.plan(config, topology, largest, tell)
+    result = plan.plan(config, options.topology, options.largest_batch, tell)
     tell(*plan.tables(result), sep='\n')
     print(json.dumps(result))
     return DONE

@@ -440,9 +440,7 @@ def test_arrays_that_are_read_as_others_than_were_written_are_refused(point, tmp
 
         def other(*arguments, **named):
             state, sums = read(*arguments, **named)
-            head = state.networks.params['head'][
-                'Dense_0'
-            ]  # of both; one differs
+            head = state.networks.params['head']['Dense_0']  # of both; one differs
             head['bias'] = head['bias'].at[1, 3].add(1e-6)
             return state, sums
 

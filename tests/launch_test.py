@@ -358,17 +358,20 @@ BAD_COMMANDS = {
     ),
     'a topology to train on': (
         [*SHORT, '--topology=v5e-16'],
-        '--topology: is only for --mode plan',
+        '--topology: v5e-16 is only for --mode plan',
     ),
     'a batch to search and train': (
         [*SHORT, '--largest_batch'],
-        '--largest_batch: is only for --mode plan',
+        '--largest_batch: True is only for --mode plan',
     ),
     'processes that plan': (
         [*SHORT, '--mode=plan', '--num_processes=2'],
-        '--mode: plan is for one process; leave out --coordinator_address',
+        '--num_processes: 2 is only for --mode train or eval, not for --mode plan',
     ),
-    'a step to plan': ([*SHORT, '--mode=plan', '--step=3'], '--step: 3 is only for --mode eval'),
+    'a step to plan': (
+        [*SHORT, '--mode=plan', '--step=3'],
+        '--step: 3 is only for --mode train or eval, not for --mode plan',
+    ),
     'old field': ([*SHORT, '--config.temperature=3'], 'did you mean "loss.temperature"'),
     'one network': ([*SHORT, "--config.networks=('resnet8',)"], 'at least two'),
     'unknown method': (
