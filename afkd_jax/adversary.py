@@ -74,8 +74,9 @@ def average_pool(maps_BxHxWxC: jax.Array, shape: tuple[int, int]) -> jax.Array:
     """
     for axis, size in zip((1, 2), shape, strict=True):
         if maps_BxHxWxC.shape[axis] != size:
-            weights = _averages(maps_BxHxWxC.shape[axis], size).astype(maps_BxHxWxC.dtype)
-            pooled = jnp.tensordot(maps_BxHxWxC, weights, axes=(axis, 1))
+            own = at_least_float32(maps_BxHxWxC)  # a third is no number of bfloat16
+            weights = _averages(own.shape[axis], size).astype(own.dtype)
+            pooled = jnp.tensordot(own, weights, axes=(axis, 1)).astype(maps_BxHxWxC.dtype)
             maps_BxHxWxC = jnp.moveaxis(pooled, -1, axis)
     return maps_BxHxWxC
 

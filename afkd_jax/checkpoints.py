@@ -349,6 +349,8 @@ def _refuse_nonfinite(step: int, state: TrainState) -> None:
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):
             continue
         for shard in leaf.addressable_shards:
+            if shard.replica_id:  # the same as another, perhaps in another process
+                continue
             finite = np.isfinite(np.asarray(shard.data))
             if finite.all():
                 continue

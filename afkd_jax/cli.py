@@ -9,6 +9,8 @@ import pathlib
 import re
 import sys
 import threading
+import traceback
+from types import ModuleType
 from typing import Any
 
 from absl import flags, logging
@@ -47,7 +49,8 @@ def parse(argv: list[str]) -> list[str]:
     except UserError as error:
         if '--debug' in argv:
             raise
-        _fail(error)
+        print(f'error: {_in_one_line(str(error))}', file=sys.stderr)
+        sys.exit(WRONG)
 
 
 def _flag_sentence(error: Exception) -> str:
@@ -63,11 +66,9 @@ def _flag_sentence(error: Exception) -> str:
     return f'--config: the file cannot be loaded ({type(error).__name__}: {words})'
 
 
-def _fail(error: UserError | str, code: int = WRONG) -> None:
-    # One line, whatever the user's own words that it repeats hold.
-    words = ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error))
-    print(f'error: {words}', file=sys.stderr)
-    sys.exit(code)
+def _in_one_line(words: str) -> str:
+    """Returns a sentence as one line, whatever the user's own words that it repeats hold."""
+    return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in words)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,10 +127,12 @@ def main(config_flag: flags.FlagHolder, options: Options) -> int:
         _interrupted()
     except Exception as error:
         sentence, code = _sentence(error)
-        _tell_others(sentence, code)
         if options.debug:
-            raise
-        _fail(sentence, code)
+            traceback.print_exc()
+        else:
+            print(f'error: {_in_one_line(sentence)}', file=sys.stderr, flush=True)
+        _tell_others(_in_one_line(sentence), code)
+        return code
 
 
 def _hush() -> None:
@@ -164,6 +167,8 @@ def _sentence(error: Exception) -> tuple[str, int]:
             'config.eval_batch_size, in a new --workdir, or use more devices',
             WRONG,
         )
+    if type(error).__name__ == 'JaxRuntimeError' and (processes := _others()):
+        return f'{processes.LOST} ({words})', CONTINUE
     if isinstance(error, OSError):
         where = error.filename or 'the disk'
         return f'{where}: {error.strerror or error}; mend that, then run this again', WRONG
@@ -174,12 +179,17 @@ def _sentence(error: Exception) -> tuple[str, int]:
     )
 
 
+def _others() -> ModuleType | None:
+    """Returns the module through which other processes are told, if there are any."""
+    processes = sys.modules.get('afkd_jax.processes')
+    return processes if processes and processes.count() > 1 else None
+
+
 def _tell_others(words: str, code: int) -> None:
     """Tells other processes, if there are any, why this one ends, and ends it."""
-    processes = sys.modules.get('afkd_jax.processes')
-    if processes and processes.count() > 1:
+    if processes := _others():
+        sys.stdout.flush()
         processes.end(words, code)
-        print(f'error: {words}', file=sys.stderr, flush=True)
         os._exit(code)  # at a proper exit the runtime would wait for the others
 
 
@@ -206,11 +216,14 @@ def _run(config_flag: flags.FlagHolder, options: Options) -> int:
     train = options.mode == 'train'
     # From here on a signal asks, also while JAX is imported.
     with Interrupt() if train else contextlib.nullcontext() as interrupt:
-        from afkd_jax import processes, writer
+        from afkd_jax import parallel, processes, writer
 
-        processes.start(
-            options.coordinator_address, options.num_processes, options.process_id, lost=CONTINUE
+        where = options.coordinator_address, options.num_processes, options.process_id
+        processes.start(*where, unmet=WRONG, lost=CONTINUE)
+        processes.same(
+            {'--mode': options.mode, '--step': options.step} | config_lib.of_the_command(config)
         )
+        processes.together(parallel.available)  # they tell each other what each has: at one time
         writer.console.quiet = not processes.leads()
         arguments = config, pathlib.Path(name), options.step
         code = _train(*arguments, interrupt) if train else _eval(*arguments)

@@ -58,11 +58,6 @@ class Cohort:
         return self.objective.method.maps != 'nothing'
 
     @property
-    def uniform(self) -> bool:
-        """Whether all networks are of one architecture: then they may be stacked."""
-        return len(set(self.names)) == 1
-
-    @property
     def here(self) -> 'Cohort':
         """The networks that one device has, where they are spread: as many as it has, of K."""
         count = len(self.names) // self.objective.ring.peers

@@ -185,6 +185,15 @@ def of_the_run(config: ConfigDict | dict) -> dict[str, Any]:
     return {name: value for name, value in flatten(plain).items() if makes_the_run(name)}
 
 
+def of_the_command(config: ConfigDict) -> dict[str, Any]:
+    """Returns the flattened fields that processes which run together must share, as JSON has them.
+
+    All but where the data lie on each one's disk.
+    """
+    plain = flatten(json.loads(json.dumps(config.to_dict())))
+    return {k: v for k, v in plain.items() if k not in ('data.manual_dir', 'data.data_dir')}
+
+
 def steps_in(epochs: float, examples: int, batch_size: int) -> int:
     """Returns the number of steps after which `epochs` passes over the examples are complete.
 

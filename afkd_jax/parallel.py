@@ -58,7 +58,13 @@ class Devices:
     def arrange(cls, devices: Sequence[jax.Device], mapping: str, peers: int = 1) -> 'Devices':
         """Returns these devices as a mesh of `peers` rows, neighbours next to each other."""
         shape = (peers, len(devices) // peers)
-        grid = mesh_utils.create_device_mesh(shape, list(devices), allow_split_physical_axes=True)
+        try:
+            grid = mesh_utils.create_device_mesh(
+                shape, list(devices), allow_split_physical_axes=True
+            )
+        except (AssertionError, NotImplementedError, ValueError):
+            # Of a TPU's devices a part that is no box of its own: then as they are listed.
+            grid = np.array(devices).reshape(shape)
         if mapping == 'pmap':  # it has one axis, and its results live on a mesh of that
             return cls(Mesh(grid.ravel(), (DATA,)), mapping)
         return cls(Mesh(grid, (PEER, DATA)), mapping)
@@ -201,7 +207,7 @@ def arrange(
     Raises:
       UserError: there are no such devices, or the networks cannot be spread over them.
     """
-    processes = jax.process_count()
+    processes = len({device.process_index for device in devices})
     different = [f'{k} ({name})' for k, name in enumerate(networks, 1) if name != networks[0]]
     if peers > 1 and different:
         raise UserError(
@@ -217,6 +223,11 @@ def arrange(
         raise UserError(
             "config.mapping: 'pmap' maps over one axis of one process's devices; use 'shard_map' "
             'with config.mesh.peer above 1, or with several processes'
+        )
+    if not shares and processes > 1 and len(devices) % peers:
+        raise UserError(
+            f'config.mesh.peer: must divide the number of devices of all processes, '
+            f'{len(devices)}, but is {peers}'
         )
     shares = shares or len(devices) // peers
     count = peers * shares

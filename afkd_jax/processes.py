@@ -10,7 +10,7 @@ import ctypes
 import json
 import os
 import signal
-import sys
+import socket
 import threading
 import time
 import warnings
@@ -21,17 +21,24 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from afkd_jax import config as config_lib
 from afkd_jax.errors import UserError
 
 # A process without a sign of life for so long is lost, and the others end. Our choice.
 LOST_AFTER_S = 20
-# How long one waits for what another tells: preparing a data set may take it a while.
-_PATIENCE_S = 3600
-# How long the process that leads, and thereby carries the words of all, stays after its last.
+# So long the processes may be apart in starting; JAX's default.
+_MEET_S = 300
+# So long the process that leads, which carries the words of all, stays after its last, and another
+# one may take to come to an end of its own before it is ended.
 _FAREWELL_S = 3
 LOST = (
-    'another process of this run was lost; this one ends too, the checkpoints are intact: '
-    'start all processes again, the same command continues'
+    'another process of this run was lost, or the runtime failed; this one ends too, '
+    'the checkpoints are intact: start all processes again, the same command continues'
+)
+UNMET = (
+    '--coordinator_address: the other processes cannot be reached; start all of them, with one '
+    'address that each can reach; to run alone: --coordinator_address=localhost:12345 '
+    '--num_processes=1 --process_id=0'
 )
 Result = TypeVar('Result')
 _counts: dict[str, int] = {}
@@ -60,7 +67,9 @@ def leads() -> bool:
     return index() == 0
 
 
-def start(address: str | None, number: int | None, process: int | None, lost: int) -> None:
+def start(
+    address: str | None, number: int | None, process: int | None, unmet: int, lost: int
+) -> None:
     """Joins this process to the others; alone, where there are no others.
 
     Without arguments, environments that JAX knows are asked: TPU pods, Slurm, Open MPI.
@@ -69,6 +78,7 @@ def start(address: str | None, number: int | None, process: int | None, lost: in
       address: HOST:PORT of process 0.
       number: of processes.
       process: which of them this is, in 0 .. number - 1.
+      unmet: exit code of a process that ends because the others cannot be reached.
       lost: exit code of a process that ends because another one is lost.
 
     Raises:
@@ -86,62 +96,79 @@ def start(address: str | None, number: int | None, process: int | None, lost: in
             f'--process_id: must be in 0 .. {number - 1}, as --num_processes is {number}, but is '
             f'{process}'
         )
-    if not missing and not (address.rpartition(':')[0] and address.rpartition(':')[2].isdecimal()):
-        raise UserError(
-            f'--coordinator_address: must be HOST:PORT, as in 10.0.0.1:1234, but is {address}'
-        )
+    if not missing:
+        _check_address(address, binds=process == 0)
     # It would take SIGTERM for itself; ours ends the run after a step, with a checkpoint.
     jax.config.update('jax_enable_preemption_service', False)
+    _on_abort(UNMET, unmet)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # e.g. of a package that some clusters would need
             jax.distributed.initialize(
                 **given,
+                initialization_timeout=_MEET_S,
                 heartbeat_timeout_seconds=LOST_AFTER_S,
                 shutdown_timeout_seconds=2 * LOST_AFTER_S,
                 cluster_detection_method=None if missing else 'deactivate',
             )
     except ValueError as error:
-        if missing and 'coordinator_address' in str(error):
-            return  # no cluster: this process is alone
+        if missing and 'coordinator_address' in str(error):  # no cluster: this process is alone
+            _on_abort(None)
+            return
         raise UserError(f'--coordinator_address: {error}') from error
     except Exception as error:  # whatever a cluster's interface, or the connection, raises
-        words = ' '.join(str(error).split())
+        raise UserError(f'{UNMET} ({" ".join(str(error).split())})') from error
+    _on_abort(LOST, lost)
+    threading.Thread(target=_listen, daemon=True).start()
+
+
+def _check_address(address: str, binds: bool) -> None:
+    """Refuses what is no address, or, for the process that binds it, one that is in use."""
+    host, _, port = address.rpartition(':')
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise UserError(
-            f'--coordinator_address: the other processes cannot be reached ({words}); start all of '
-            'them, with one address that each can reach; to run alone: --coordinator_address='
-            'localhost:12345 --num_processes=1 --process_id=0'
-        ) from error
-    _on_abort(lost)
-    threading.Thread(target=_listen, args=(lost,), daemon=True).start()
+            f'--coordinator_address: must be HOST:PORT, as in 10.0.0.1:12345, but is {address}'
+        )
+    if binds:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(('', int(port)))
+            except OSError as error:
+                raise UserError(
+                    f'--coordinator_address: port {port} of this machine cannot be used '
+                    f'({error.strerror}); name another one, in all processes'
+                ) from error
 
 
-def _on_abort(code: int) -> None:
-    """Says a sentence when JAX's runtime aborts the process, which it does if another one is lost.
+def _on_abort(words: str | None, code: int = 0) -> None:
+    """Says a sentence when JAX's runtime aborts the process; None: says nothing any more.
 
-    It can be told to call nothing else instead; what it prints before stays.
+    It aborts where another process is lost or cannot be met, and can be told to call nothing else
+    instead. What it prints before stays.
     """
 
     def aborted(_: int) -> None:
-        os.write(2, f'error: {LOST}\n'.encode())
+        os.write(2, f'error: {words}\n'.encode())
         os._exit(code)
 
-    _on_abort.handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(aborted)  # must outlive the call
-    ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort.handler)
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(aborted if words else 0)
+    ctypes.CDLL(None).signal(signal.SIGABRT, handler)
+    _on_abort.handler = handler  # must outlive the call
 
 
-def _listen(code: int) -> None:
-    """Ends this process when another one tells that it has ended."""
+def _listen() -> None:
+    """Ends this process when another one tells that it has ended, if it does not by itself."""
     while not _ended.is_set():
         try:
             words = _runtime().client.blocking_key_value_get('ended', 1000)
         except Exception:  # nobody has; or the runtime is going down, which it tells itself
             time.sleep(0.2)
             continue
-        if not _ended.is_set():
+        if not _ended.wait(_FAREWELL_S):
             told = json.loads(words)
-            sys.stderr.write(f'error: process {told["process"]}: {told["words"]}\n')
-            sys.stderr.flush()
+            named = '' if told['words'].startswith('process ') else f'process {told["process"]}: '
+            os.write(2, f'error: {named}{told["words"]}\n'.encode())
             os._exit(told['code'])
 
 
@@ -153,9 +180,8 @@ def end(words: str, code: int) -> None:
     told = {'process': index(), 'words': words, 'code': code}
     with contextlib.suppress(Exception):  # another one was first, or nobody is there any more
         _runtime().client.key_value_set('ended', json.dumps(told))
-    sys.stdout.flush()
     if leads():
-        time.sleep(_FAREWELL_S)
+        time.sleep(2 * _FAREWELL_S)
 
 
 def leave() -> None:
@@ -163,6 +189,7 @@ def leave() -> None:
     if _runtime().client is not None:
         _ended.set()
         jax.distributed.shutdown()
+        _on_abort(None)
 
 
 def share(value: Any, tag: str = 'main') -> list[Any]:
@@ -182,10 +209,17 @@ def share(value: Any, tag: str = 'main') -> list[Any]:
     place = f'{tag}/{_counts[tag]}'
     client = _runtime().client
     client.key_value_set(f'{place}/{index()}', value)
-    return [
-        json.loads(client.blocking_key_value_get(f'{place}/{process}', 1000 * _PATIENCE_S))
-        for process in range(count())
-    ]
+    return [json.loads(_heard(client, f'{place}/{process}')) for process in range(count())]
+
+
+def _heard(client: Any, key: str) -> str:
+    """Returns what was told, however long that takes: a data set may be a long download away."""
+    while True:
+        try:
+            return client.blocking_key_value_get(key, 60_000)
+        except jax.errors.JaxRuntimeError as error:
+            if 'DEADLINE_EXCEEDED' not in str(error):
+                raise
 
 
 def told(value: Any, tag: str = 'main') -> Any:
@@ -230,18 +264,21 @@ def in_turn(function: Callable[[], Result]) -> Result:
     return first if leads() else rest
 
 
-def same(what: str, value: Any) -> None:
+def same(values: dict[str, Any]) -> None:
     """Refuses to go on where processes have called this with different values.
+
+    Args:
+      values: name -> value, as JSON has it.
 
     Raises:
       UserError: in all processes alike.
     """
-    values = share(value)
-    for process, other in enumerate(values):
-        if other != values[0]:
+    first, *others = share(values)
+    for process, theirs in enumerate(others, start=1):
+        if different := config_lib.differences(first, theirs):
             raise UserError(
-                f'process {process}: its {what} differ from those of process 0; start all '
-                'processes with the same command, code and data'
+                f'process {process}: it differs from process 0 ({"; ".join(different[:4])}); start '
+                'all processes with the same command, code and data'
             )
 
 

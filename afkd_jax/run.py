@@ -91,10 +91,12 @@ class Run:
     def origin(self) -> dict[str, Any]:
         """Returns what makes the run, as JSON: with another config, images or arrays it is another.
 
-        The number of devices is not in it, nor what a run may go on with (config.of_the_run).
+        The number of devices is not in it, unless statistics are of each device's share of the
+        batch; nor is what a run may go on with (config.of_the_run).
         """
         arrays = state_lib.abstract(self.cohort), self._host_sums()
-        return {
+        shares = {'shares': self.devices.shares} if self.cohort.local_statistics else {}
+        return shares | {
             'config': config_lib.of_the_run(self.config),
             'images': {**dataclasses.asdict(self.info), 'fingerprint': self.images_fingerprint},
             'arrays': state_lib.layout(arrays),

@@ -9,7 +9,6 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from afkd_jax import config as config_lib
 from afkd_jax import curves, metrics, processes, resume, summary, writer
 from afkd_jax import run as run_lib
 from afkd_jax import workdir as workdir_lib
@@ -49,8 +48,7 @@ def train(
         _tell(f'{workdir}: this run is finished; its summary:')
         return finished
     run = processes.in_turn(lambda: run_lib.prepare(config))
-    processes.same('images', run.images_fingerprint)
-    processes.same('config', config_lib.of_the_run(config))
+    processes.same({'images': run.images_fingerprint})
     if any(processes.share(interrupt.requested)):
         _tell(f'{workdir}: stopped by a signal before it began; the same command continues')
         return None
@@ -111,12 +109,15 @@ def train(
             loop.progress(),
             compile_s,
         )
-        processes.same('arrays', result['fingerprint'])
-        check_held()
-        if processes.leads():
+        processes.same({'arrays': result['fingerprint']})
+
+        def write() -> None:
+            check_held()
             if not stopped:
                 curves.draw(workdir)
             workdir_lib.write_json(workdir / 'summary.json', result)
+
+        processes.together(write if processes.leads() else lambda: None)
         if stopped:
             _tell(
                 f'{workdir}: stopped by a signal, with a checkpoint at step {loop.step} of '
@@ -196,7 +197,7 @@ class _Loop:
                 self._pending, self._sums = (self.step, self._sums), self._no_sums
             if self._epoch():
                 self._end_epoch()
-            elif save or self._steps_are_over():
+            elif (save and self.step > self._saved_step + 1) or self._steps_are_over():
                 self._save()
         if self.step > self._saved_step:
             self._save()
@@ -219,7 +220,7 @@ class _Loop:
         epoch = int(self._run.order.epoch_at(self.step))
         return epoch if epoch and self.step == self._run.order.end_of(epoch) else 0
 
-    def _agree(self) -> bool:
+    def _agree(self, may_save: bool = True) -> bool:
         """Returns whether a checkpoint is due by the clock, and notes whether a signal came.
 
         To any of the processes, which all ask at the same points. The clock is that of process 0;
@@ -227,8 +228,9 @@ class _Loop:
         """
         minutes = self._run.config.checkpoint.every_minutes
         due = 0 < minutes <= (time.perf_counter() - self._saved_at) / 60 and processes.leads()
-        stop, save = self._agreed(self._interrupt.requested, due and not self._wished_to_save)
-        self._wished_to_save |= due
+        wish = may_save and due and not self._wished_to_save
+        stop, save = self._agreed(self._interrupt.requested, wish)
+        self._wished_to_save |= wish
         self.stopped |= stop
         return save
 
@@ -295,7 +297,7 @@ class _Loop:
         """
 
         def stop() -> bool:
-            self._agree()
+            self._agree(may_save=False)
             return self.stopped
 
         networks, progress = self.state.networks, self._progress

@@ -352,6 +352,14 @@ BAD_COMMANDS = {
         [*SHORT, '--coordinator_address=localhost', '--num_processes=2', '--process_id=0'],
         '--coordinator_address: must be HOST:PORT, .* is localhost',
     ),
+    'no such port': (
+        [*SHORT, '--coordinator_address=a:99999', '--num_processes=2', '--process_id=1'],
+        '--coordinator_address: must be HOST:PORT, .* is a:99999',
+    ),
+    'a plan under pmap': (
+        [*SHORT, '--mode=plan', '--config.mapping=pmap'],
+        "config.mapping: a plan is of 'shard_map'",
+    ),
     'no such topology': (
         [*SHORT, '--mode=plan', '--topology=v5e-17'],
         '--topology: there is no v5e-17; there are v5e-1, v5e-4',

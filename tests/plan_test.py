@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
-from afkd_jax import parallel, plan
+from afkd_jax import parallel, plan, topology
 from afkd_jax.data import sources
 from afkd_jax.errors import UserError
 
@@ -19,7 +19,7 @@ HAVE_TPU_COMPILER = importlib.util.find_spec('libtpu') is not None
 def planned(monkeypatch, config, count=8, memory=None, **arguments):
     monkeypatch.setattr(parallel, 'available', lambda: jax.devices()[:count])
     if memory:
-        monkeypatch.setattr(plan, 'memory_of', lambda device: memory)
+        monkeypatch.setattr(topology, 'memory_of', lambda device: memory)
     return plan.plan(config, None, arguments.get('search', False))
 
 
@@ -150,13 +150,13 @@ def test_what_does_not_fit_is_said_with_the_compilers_figures(monkeypatch):
     ],
 )
 def test_tpus_are_known_by_their_names(name, layout):
-    assert plan.layout_of(name) == layout
+    assert topology.layout_of(name) == layout
 
 
 @pytest.mark.parametrize('name', ['v5e-17', 'v4-9', 'v9-8', 'a100', 'v5e', 'v5e:4', 'gpu:2x2'])
 def test_others_are_refused(name):
     with pytest.raises(UserError, match=f'--topology: .*{name}'):
-        plan.layout_of(name)
+        topology.layout_of(name)
 
 
 @pytest.mark.skipif(HAVE_TPU_COMPILER, reason='the compiler for TPUs is installed')

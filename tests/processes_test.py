@@ -41,7 +41,7 @@ def cache(tmp_path_factory):
 class Group:
     """launch.py in `count` processes that run together, `devices` CPU devices each."""
 
-    def __init__(self, count, devices, environment, workdir, *arguments, alone=(), run=RUN):
+    def __init__(self, count, devices, environment, workdir, *arguments, own=((), ()), run=RUN):
         with socket.socket() as free:
             free.bind(('127.0.0.1', 0))
             port = free.getsockname()[1]
@@ -52,7 +52,7 @@ class Group:
                 [sys.executable, 'launch.py', *run, *arguments, f'--workdir={workdir}']
                 + (where if count > 1 else [])
                 + ([f'--process_id={index}'] if count > 1 else [])
-                + [*(alone if index == 1 else ())],
+                + [*(own[index] if index < len(own) else ())],
                 cwd=ROOT,
                 env=os.environ | environment | {'XLA_FLAGS': flags},
                 stdout=subprocess.PIPE,
@@ -167,25 +167,70 @@ def test_a_lost_process_ends_the_others_and_the_run_continues_with_more(
     assert resume['step'] >= 6
 
 
-def test_what_is_wrong_in_one_process_is_told_by_all(cache, tmp_path):
-    ended = Group(2, 1, cache, tmp_path / 'run', alone=['--config.seed=1']).end()
-    for code, _, errors in ended:
-        assert code == 1, ended
-        assert re.search('^error: (process .: )*its config differ.* process 0', errors, re.M), (
-            errors
-        )
+@pytest.mark.parametrize(
+    ('field', 'words'),
+    [
+        ('--config.seed=1', 'seed: 0 -> 1'),
+        # It changes no bit of the run, but when processes wait for each other.
+        ('--config.log_every=7', 'log_every: 2 -> 7'),
+    ],
+)
+def test_processes_with_different_commands_are_refused(field, words, cache, tmp_path):
+    run = [argument for argument in RUN if 'log_every' not in argument]
+    both = '--config.log_every=2', '--config.log_every=2'
+    alone = [field] if 'seed' in field else []
+    first, second = (both[0], field) if 'log_every' in field else both
+    group = Group(2, 1, cache, tmp_path / 'run', own=[[first], [second, *alone]], run=run)
+    for code, _, errors in group.end():
+        assert code == 1, errors
+        assert f'it differs from process 0 ({words})' in errors.splitlines()[-1]
     assert not (tmp_path / 'run').exists()
 
 
 def test_a_process_that_sees_another_disk_is_told(cache, tmp_path):
     for name in ('one', 'other'):
         (tmp_path / name).mkdir()
-    ended = Group(
-        2, 1, cache, tmp_path / 'one/run', alone=[f'--workdir={tmp_path / "other/run"}']
-    ).end()
+    other = [f'--workdir={tmp_path / "other/run"}']
+    ended = Group(2, 1, cache, tmp_path / 'one/run', own=[[], other]).end()
     for code, _, errors in ended:
         assert code == 1, ended
         assert 'is not seen by every process' in errors
+
+
+def test_a_port_that_is_in_use_is_told(cache, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(('', 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        where = [f'--coordinator_address=localhost:{port}', '--num_processes=2', '--process_id=0']
+        ((code, _, errors),) = Group(1, 1, cache, tmp_path / 'run', *where).end()
+    assert code == 1
+    assert re.fullmatch(
+        f'error: --coordinator_address: port {port} of this machine cannot be used .*\n', errors
+    )
+
+
+UNMET = """
+from afkd_jax import processes
+processes._MEET_S = 3
+processes.start('localhost:{port}', 2, 1, unmet=1, lost=75)
+"""
+
+
+def test_others_that_do_not_come_are_told_after_a_while(cache):
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    process = subprocess.run(
+        [sys.executable, '-c', UNMET.format(port=port)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert process.returncode == 1
+    lines = process.stderr.splitlines()
+    assert 'error: --coordinator_address: the other processes cannot be reached' in ' '.join(lines)
 
 
 def test_alone_a_process_shares_with_itself():
