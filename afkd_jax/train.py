@@ -197,7 +197,7 @@ class _Loop:
                 self._pending, self._sums = (self.step, self._sums), self._no_sums
             if self._epoch():
                 self._end_epoch()
-            elif (save and self.step > self._saved_step + 1) or self._steps_are_over():
+            elif save or self._steps_are_over():
                 self._save()
         if self.step > self._saved_step:
             self._save()

@@ -221,3 +221,16 @@ def test_a_batch_that_does_not_divide_is_refused():
     devices.check_divides('batch_size', 64)
     with pytest.raises(UserError, match=r'config\.batch_size: .* multiple of 8.* 60.*nearest: 64'):
         devices.check_divides('batch_size', 60)
+
+
+@pytest.mark.parametrize('statistics', ['global', 'local'])
+def test_only_with_local_statistics_are_other_shares_another_run(statistics):
+    config = tiny_config(batch_size=BATCH, batch_statistics=statistics)
+    cohort = tiny_cohort(config, parallel.DATA)
+    origins = [
+        run_lib.Run(
+            config, INFO, cohort, parallel.Devices.take('shard_map', count), None, ''
+        ).origin()
+        for count in (2, 4)
+    ]
+    assert (origins[0] != origins[1]) == (statistics == 'local')
