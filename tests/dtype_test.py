@@ -11,6 +11,7 @@ from conftest import initial_state, mapped_update, random_batch, tiny_cohort, ti
 from afkd_jax import parallel
 
 BATCH = 32
+SHORT = ('--config.epochs=5', '--config.method=kd_ring')
 PAIR = ('tiny-8-2', 'tiny-6-2')  # the second has a transfer layer
 
 
@@ -84,7 +85,7 @@ def test_gradients_are_those_of_single_precision_to_its_digits(method):
 def test_a_short_training_ends_as_well(tmp_path, forked):
     found, fingerprints = {}, set()
     for dtype in ('float32', 'bfloat16'):
-        command = ['--config=configs/digits.py', '--config.epochs=5', f'--config.dtype={dtype}']
+        command = ['--config=configs/digits.py', *SHORT, f'--config.dtype={dtype}']
         code, _, errors = forked([*command, f'--workdir={tmp_path / dtype}'])
         assert code == 0, errors
         summary = json.loads((tmp_path / dtype / 'summary.json').read_text())

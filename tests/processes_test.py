@@ -27,6 +27,7 @@ RUN = [
     '--config.checkpoint.every_steps=3',
 ]
 LOST_S = processes.LOST_AFTER_S
+LITTLE = '--xla_backend_optimization_level=0'  # what runs so little XLA need not optimise
 
 
 @pytest.fixture(scope='module')
@@ -46,7 +47,7 @@ class Group:
             free.bind(('127.0.0.1', 0))
             port = free.getsockname()[1]
         where = [f'--coordinator_address=127.0.0.1:{port}', f'--num_processes={count}']
-        flags = f'--xla_force_host_platform_device_count={devices}'
+        flags = f'--xla_force_host_platform_device_count={devices} {LITTLE}'
         self.processes = [
             subprocess.Popen(
                 [sys.executable, 'launch.py', *run, *arguments, f'--workdir={workdir}']
