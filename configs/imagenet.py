@@ -6,7 +6,7 @@ Commands, one per row:
   python launch.py --config configs/imagenet.py:resnet34,resnet34
   python launch.py --config configs/imagenet.py:resnet18,resnet34
 
-Not run, and so far it can only be described or planned (--mode): images of many sizes, and sets that
+Not run, and so far only to be described or planned (--mode): images of many sizes, and sets that
 do not fit in memory, cannot be trained on yet. The paper's top-1 %, told by a third party:
 ResNet-18 DML 70.19, AFD 70.39; ResNet-34 DML 73.57, AFD 74.00. Its recipe is not known to us; this
 is the usual one of these networks, with the adversarial schedule of default.py.

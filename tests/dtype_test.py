@@ -11,7 +11,7 @@ from conftest import initial_state, mapped_update, random_batch, tiny_cohort, ti
 from afkd_jax import parallel
 
 BATCH = 32
-SHORT = ('--config.epochs=5', '--config.method=kd_ring')
+SHORT = ('--config.epochs=4', '--config.method=kd_ring')
 PAIR = ('tiny-8-2', 'tiny-6-2')  # the second has a transfer layer
 
 
@@ -91,7 +91,7 @@ def test_a_short_training_ends_as_well(tmp_path, forked):
         summary = json.loads((tmp_path / dtype / 'summary.json').read_text())
         found[dtype] = [entry['test_accuracy'] for entry in summary['networks']]
         fingerprints.add(summary['fingerprint'])
-    # 359 images: one standard error is 0.9 points at 97 %.
-    assert min(min(values) for values in found.values()) > 94
-    assert np.abs(np.subtract(*found.values())).max() < 2
+    # 359 images: one standard error is 1.2 points at 95 %.
+    assert min(min(values) for values in found.values()) > 90
+    assert np.abs(np.subtract(*found.values())).max() < 3
     assert len(fingerprints) == 2

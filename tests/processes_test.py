@@ -20,7 +20,7 @@ from afkd_jax import processes
 ROOT = pathlib.Path(__file__).parent.parent
 RUN = [
     '--config=configs/digits.py',
-    '--config.epochs=3',
+    '--config.epochs=2',
     '--config.data.train_examples=256',
     '--config.log_every=2',
     '--config.method=kd_ring',
@@ -147,7 +147,7 @@ def test_a_lost_process_ends_the_others_and_the_run_continues_with_more(
 ):
     # One network in each process.
     group = Group(2, 2, cache, tmp_path, '--config.mesh.peer=2')
-    group.wait_for((tmp_path / 'checkpoints/6').exists)
+    group.wait_for((tmp_path / 'checkpoints/3').exists)
     group.processes[victim].kill()
     killed_at = time.monotonic()
     ended = group.end()
@@ -165,7 +165,7 @@ def test_a_lost_process_ends_the_others_and_the_run_continues_with_more(
     assert_same_run(summary, tmp_path, one[1], one[0])
     lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
     (resume,) = (line for line in map(json.loads, lines) if line['kind'] == 'resume')
-    assert resume['step'] >= 6
+    assert resume['step'] >= 3
 
 
 @pytest.mark.parametrize(
