@@ -14,12 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rich.box
-import rich.table
 from ml_collections import ConfigDict
 
 from afkd_jax import cohort as cohort_lib
-from afkd_jax import collectives, describe, parallel
+from afkd_jax import collectives, describe, parallel, summary
 from afkd_jax import run as run_lib
 from afkd_jax import state as state_lib
 from afkd_jax import topology as topology_lib
@@ -54,13 +52,11 @@ class Plan:
       config: valid.
       info: of its images.
       devices: the mesh.
-      topology: the name that the user gave; None for the devices at hand.
     """
 
     config: ConfigDict
     info: sources.Info
     devices: parallel.Devices
-    topology: str | None
 
     @property
     def memory(self) -> int | None:
@@ -169,14 +165,14 @@ class Plan:
         return best
 
 
-def _state_bytes(run: run_lib.Run) -> dict[str, int]:
+def _state_bytes(cohort: cohort_lib.Cohort, peers: int) -> dict[str, int]:
     """Returns the bytes that one device holds of each part of the state."""
 
     def size(tree):
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
-    state = state_lib.abstract(run.cohort)
-    peers, networks, judges = run.devices.peers, state.networks, state.discriminators
+    state = state_lib.abstract(cohort)
+    networks, judges = state.networks, state.discriminators
     return {
         'parameters': size([part.params for part in (*networks, *judges)]) // peers,
         'optimizer_states': size([part.opt for part in (*networks, *judges)]) // peers,
@@ -233,8 +229,7 @@ def plan(
     mesh = config.mesh
     devices = parallel.arrange(mesh.peer, mesh.data, tuple(config.networks), config.mapping, found)
     devices.check_divides('batch_size', config.batch_size)
-    it = Plan(config, info, devices, topology)
-    run = it.run(config.batch_size)
+    it = Plan(config, info, devices)
     whole = cohort_lib.assemble(config, info.image_shape, info.num_classes, info.train)
     result = {
         'topology': topology,
@@ -254,7 +249,7 @@ def plan(
         ],
     }
     tell(f'compiling the step for {devices.kind}')
-    parts = _state_bytes(run)
+    parts = _state_bytes(whole, devices.peers)
     try:
         compiled = it.compile(config.batch_size)
     except _TooLarge as error:
@@ -307,17 +302,13 @@ def tables(result: dict[str, Any]) -> list[Any]:
         f'{result["dtype"]}, {"x".join(map(str, result["image_shape"]))}; images: '
         f'{result["images"]}. Estimates of the compiler; nothing was run.'
     ]
-    memory = rich.table.Table(box=rich.box.SIMPLE)
-    memory.add_column('per device')
-    memory.add_column('bytes', justify='right')
+    memory = summary.table('per device', ('bytes',))
     for name, count in result['bytes_per_device'].items():
         memory.add_row(name.replace('_', ' '), _size(count))
     memory.add_row('memory there is', _size(result['memory_per_device']))
     fits = 'it fits' if result['fits'] else 'it does not fit'
     parts: list[Any] = [*lines, memory, fits + (f': {result["why"]}' if 'why' in result else '')]
-    work = rich.table.Table(box=rich.box.SIMPLE)
-    work.add_column('floating-point operations')
-    work.add_column('', justify='right')
+    work = summary.table('floating-point operations', ('',))
     if 'flops_per_step' in result:
         work.add_row('per step, all devices', f'{result["flops_per_step"]:.3e}')
         work.add_row('per image, all networks', f'{result["flops_per_image"]:.3e}')
@@ -328,9 +319,8 @@ def tables(result: dict[str, Any]) -> list[Any]:
         )
     parts.append(work)
     if 'collectives' in result:
-        sent = rich.table.Table(box=rich.box.SIMPLE)
-        for name in ('collective', 'axis', 'count', 'bytes per device', 'largest'):
-            sent.add_column(name, justify='left' if name in ('collective', 'axis') else 'right')
+        columns = ('axis', 'count', 'bytes per device', 'largest')
+        sent = summary.table('collective', columns)
         for row in result['collectives']:
             sent.add_row(
                 row['operation'],

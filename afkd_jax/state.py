@@ -112,7 +112,6 @@ def stacked(state: TrainState) -> TrainState:
     Each of both is then one NetworkState or DiscriminatorState, or () if there are none. They must
     be of one architecture.
     """
-
     return state.replace(networks=stack(state.networks), discriminators=stack(state.discriminators))
 
 
@@ -130,7 +129,6 @@ def unstack(whole: Any) -> tuple:
 
 def unstacked(state: TrainState) -> TrainState:
     """Returns the state as it was before stacked()."""
-
     return state.replace(
         networks=unstack(state.networks), discriminators=unstack(state.discriminators)
     )

@@ -98,7 +98,7 @@ def build(
     }
 
 
-def _table(first: str, columns: tuple[str, ...]) -> rich.table.Table:
+def table(first: str, columns: tuple[str, ...]) -> rich.table.Table:
     """Returns an empty table whose first column holds words and whose others hold numbers."""
     result = rich.table.Table(box=rich.box.SIMPLE)
     result.add_column(first)
@@ -113,7 +113,7 @@ def _number(value: float | None, digits: int) -> str:
 
 def tables(summary: dict[str, Any]) -> list[rich.table.Table]:
     """Returns, for the terminal, the networks with the ensemble, and the edges of the ring."""
-    networks = _table(
+    networks = table(
         'network', ('parameters', 'map', 'validation %', 'test %', 'test % at best validation')
     )
     for i, row in enumerate([*summary['networks'], summary['ensemble']]):
@@ -123,7 +123,7 @@ def tables(summary: dict[str, Any]) -> list[rich.table.Table]:
         networks.add_row(number + row['name'], f'{row["parameters"]:,}', shape, *accuracies)
     # Percentages: both predict the same; the network, or its teacher, alone is right.
     columns = ('L1', 'L2', 'cosine', 'CKA', 'agree %', 'only own right %', "only teacher's right %")
-    ring = _table('teacher -> own', columns)
+    ring = table('teacher -> own', columns)
     for edge in summary['ring']:
         ring.add_row(
             f'{edge["teacher"]} -> {edge["network"]}',

@@ -106,7 +106,7 @@ def sent(method='afd', peers=1, count=8, networks=FOUR, **fields):
     """Returns {(operation, axis): Collective} of the compiled step, and the cohort."""
     config = tiny_config(networks, batch_size=BATCH, method=method, **fields)
     devices = parallel.Devices.take('shard_map', count, peers)
-    it = plan.Plan(config, INFO, devices, None)
+    it = plan.Plan(config, INFO, devices)
     compiled = it.compile(BATCH).step
     rows = collectives.of(compiled, (devices.peers, devices.shares))
     return {(row.operation, row.axis): row for row in rows}, it.run(BATCH).cohort

@@ -99,7 +99,7 @@ def test_a_set_that_is_too_large_is_planned_batch_by_batch(monkeypatch):
 
 
 def test_the_largest_batch_is_found(monkeypatch):
-    it = plan.Plan(tiny_config(batch_size=64), sources.Info((8, 8, 1), 10, 1294, 0, 16), None, None)
+    it = plan.Plan(tiny_config(batch_size=64), sources.Info((8, 8, 1), 10, 1294, 0, 16), None)
     asked = []
 
     @dataclasses.dataclass(frozen=True)
@@ -114,7 +114,7 @@ def test_the_largest_batch_is_found(monkeypatch):
     devices = parallel.Devices.take('shard_map', 4)
     for limit in (3, 4, 63, 100, 511, 512, 700, 10**9):
         asked.clear()
-        found = Limited(it.config, it.info, devices, None, limit).largest_batch(lambda words: None)
+        found = Limited(it.config, it.info, devices, limit).largest_batch(lambda words: None)
         assert len(asked) == len(set(asked)) < 14
         if limit < 4:
             assert found is None
