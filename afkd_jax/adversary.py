@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from afkd_jax.models.layers import Conv, Layers, Norm, at_least_float32
+from afkd_jax.models.layers import Conv, Layers, Norm, at_least_float32, relu
 
 
 class Discriminator(nn.Module):
@@ -59,7 +59,7 @@ class Transfer(nn.Module):
         if x.shape[-1] == self.shape[-1]:
             return x
         x = self.conv(self.shape[-1], (1, 1))(x)
-        return nn.relu(self.norm(use_running_average=not train)(x))
+        return relu(self.norm(use_running_average=not train)(x))
 
 
 def average_pool(maps_BxHxWxC: jax.Array, shape: tuple[int, int]) -> jax.Array:

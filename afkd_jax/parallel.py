@@ -10,6 +10,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from afkd_jax import cpu
 from afkd_jax.errors import UserError
 
 # The axes of the mesh: networks are spread over PEER, the batch is split over DATA.
@@ -185,7 +186,8 @@ class Devices:
                 devices=self.mesh.devices.ravel().tolist(),
             )
         mapped = jax.shard_map(function, mesh=self.mesh, in_specs=places, out_specs=out)
-        return jax.jit(mapped, donate_argnums=donate)
+        options = cpu.options(self.mesh.devices.flat[0].platform)
+        return jax.jit(mapped, donate_argnums=donate, compiler_options=options)
 
 
 def arrange(

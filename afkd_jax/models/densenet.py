@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from afkd_jax.models import names
-from afkd_jax.models.layers import Conv, Layers, Norm
+from afkd_jax.models.layers import Conv, Layers, Norm, relu
 
 NAMES = ('densenet-40-12', 'densenet-100-12')
 _NAME = re.compile(r'densenet-([1-9][0-9]{0,3})-([0-9]{1,3})')
@@ -41,7 +41,7 @@ class DenseNet(nn.Module):
         """Returns the feature map, [B, H / 4, W / 4, C]; heights and widths are rounded down."""
 
         def activated(x):
-            return nn.relu(self.norm(use_running_average=not train)(x))
+            return relu(self.norm(use_running_average=not train)(x))
 
         x = self.conv(2 * self.growth, (3, 3), padding=1)(images)
         for stage in range(3):

@@ -8,6 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from afkd_jax import cpu
+
 Conv = Callable[..., nn.Module]
 Norm = Callable[..., nn.Module]
 
@@ -94,6 +96,16 @@ def layers(axis_name: str | None, dtype: str = 'float32', local_statistics: bool
         functools.partial(Dropout, axis_name=axis_name),
         compute,
     )
+
+
+def relu(x: jax.Array) -> jax.Array:
+    """Returns max(x, 0)."""
+    return cpu.kept(nn.relu(x))
+
+
+def relu6(x: jax.Array) -> jax.Array:
+    """Returns min(max(x, 0), 6)."""
+    return cpu.kept(nn.relu6(x))
 
 
 class ConvNorm(nn.Module):

@@ -11,8 +11,9 @@ import re
 import flax.linen as nn
 import jax
 
+from afkd_jax import cpu
 from afkd_jax.errors import UserError
-from afkd_jax.models.layers import Conv, ConvNorm, Layers, Norm
+from afkd_jax.models.layers import Conv, ConvNorm, Layers, Norm, relu6
 
 NAMES = ('mobilenet_v2', 'mobilenet_v2x0.5', 'mobilenet_v2x0.75', 'mobilenet_v2x1.4')
 _NAME = re.compile(r'mobilenet_v2(?:x([0-9]\.[0-9]{1,2}))?')
@@ -43,10 +44,10 @@ class Block(nn.Module):
         """Returns the block's output, not activated."""
         y, wide = x, self.expansion * x.shape[-1]
         if self.expansion != 1:
-            y = nn.relu6(ConvNorm(wide, 1, self.conv, self.norm)(y, train))
-        y = nn.relu6(ConvNorm(wide, 3, self.conv, self.norm, self.stride, wide)(y, train))
+            y = relu6(ConvNorm(wide, 1, self.conv, self.norm)(y, train))
+        y = relu6(ConvNorm(wide, 3, self.conv, self.norm, self.stride, wide)(y, train))
         y = ConvNorm(self.channels, 1, self.conv, self.norm)(y, train)
-        return x + y if self.stride == 1 and x.shape == y.shape else y
+        return cpu.kept(x + y) if self.stride == 1 and x.shape == y.shape else y
 
 
 class MobileNetV2(nn.Module):
@@ -77,7 +78,7 @@ class MobileNetV2(nn.Module):
         """
         stride = 2 if self.large else 1
         stem = ConvNorm(_rounded(32 * self.width), 3, self.conv, self.norm, stride)
-        x = nn.relu6(stem(images, train))
+        x = relu6(stem(images, train))
         for stage, (expansion, channels, blocks, stage_stride) in enumerate(_STAGES):
             stride = stage_stride if self.large or stage != 1 else 1
             for block in range(blocks):
@@ -90,7 +91,7 @@ class MobileNetV2(nn.Module):
                     name=f'stage{stage + 1}_block{block + 1}',
                 )(x, train)
         last = _rounded(1280 * max(1.0, self.width))
-        return nn.relu6(ConvNorm(last, 1, self.conv, self.norm)(x, train))
+        return relu6(ConvNorm(last, 1, self.conv, self.norm)(x, train))
 
 
 def from_name(name: str, layers: Layers, large: bool) -> MobileNetV2 | None:

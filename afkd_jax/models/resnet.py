@@ -10,7 +10,7 @@ output after its ReLU, before pooling.
 import flax.linen as nn
 import jax
 
-from afkd_jax.models.layers import Conv, ConvNorm, Layers, Norm
+from afkd_jax.models.layers import Conv, ConvNorm, Layers, Norm, relu
 
 # Blocks per stage, and whether they are bottlenecks.
 _NETWORKS = {
@@ -40,15 +40,15 @@ class Block(nn.Module):
             return ConvNorm(channels, kernel, self.conv, self.norm, stride, name=name)
 
         if self.bottleneck:
-            y = nn.relu(layer(self.channels, 1)(x, train))
-            y = nn.relu(layer(self.channels, 3, self.stride)(y, train))
+            y = relu(layer(self.channels, 1)(x, train))
+            y = relu(layer(self.channels, 3, self.stride)(y, train))
             y = layer(4 * self.channels, 1)(y, train)
         else:
-            y = nn.relu(layer(self.channels, 3, self.stride)(x, train))
+            y = relu(layer(self.channels, 3, self.stride)(x, train))
             y = layer(self.channels, 3)(y, train)
         if x.shape != y.shape:
             x = layer(y.shape[-1], 1, self.stride, name='short')(x, train)
-        return nn.relu(x + y)
+        return relu(x + y)
 
 
 class ResNet(nn.Module):
@@ -80,7 +80,7 @@ class ResNet(nn.Module):
         C is 512, with bottlenecks 2048; sizes are rounded up.
         """
         kernel, stride = (7, 2) if self.large else (3, 1)
-        x = nn.relu(ConvNorm(64, kernel, self.conv, self.norm, stride)(images, train))
+        x = relu(ConvNorm(64, kernel, self.conv, self.norm, stride)(images, train))
         if self.large:
             x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         for stage, blocks in enumerate(self.blocks):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from afkd_jax.errors import UserError
 from afkd_jax.models import names
-from afkd_jax.models.layers import Conv, Layers, Norm
+from afkd_jax.models.layers import Conv, Layers, Norm, relu
 
 NAMES = tuple(f'resnet{depth}' for depth in (8, 14, 20, 26, 32, 38, 44, 56, 110))
 _NAME = re.compile(r'resnet([1-9][0-9]{0,3})(?:x([0-9]{1,2}))?(?:-(A|B))?')
@@ -35,7 +35,7 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Returns the block's output after its ReLU."""
         y = self.conv(self.channels, (3, 3), self.stride, padding=1, name='conv1')(x)
-        y = nn.relu(self.norm(use_running_average=not train, name='norm1')(y))
+        y = relu(self.norm(use_running_average=not train, name='norm1')(y))
         y = self.conv(self.channels, (3, 3), padding=1, name='conv2')(y)
         y = self.norm(use_running_average=not train, name='norm2')(y)
         if x.shape != y.shape:
@@ -48,7 +48,7 @@ class Block(nn.Module):
             else:
                 x = self.conv(self.channels, (1, 1), self.stride, padding=0, name='conv_short')(x)
                 x = self.norm(use_running_average=not train, name='norm_short')(x)
-        return nn.relu(x + y)
+        return relu(x + y)
 
 
 class ResNetCifar(nn.Module):
@@ -75,7 +75,7 @@ class ResNetCifar(nn.Module):
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
         """Returns the feature map, [B, H / 4, W / 4, 64 width], sizes rounded up."""
         x = self.conv(16 * self.width, (3, 3), padding=1, name='conv')(images)
-        x = nn.relu(self.norm(use_running_average=not train, name='norm')(x))
+        x = relu(self.norm(use_running_average=not train, name='norm')(x))
         for stage in range(3):
             for block in range(self.blocks):
                 x = Block(

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from afkd_jax.models.layers import Conv, ConvNorm, Layers, Norm
+from afkd_jax.models.layers import Conv, ConvNorm, Layers, Norm, relu
 
 # Channels of the three stages and of the map.
 _NETWORKS = {
@@ -40,7 +40,7 @@ class Unit(nn.Module):
         half, stride = self.channels // 2, 2 if self.first else 1
 
         def pointwise(x):
-            return nn.relu(ConvNorm(half, 1, self.conv, self.norm)(x, train))
+            return relu(ConvNorm(half, 1, self.conv, self.norm)(x, train))
 
         def depthwise(x):
             channels = x.shape[-1]
@@ -81,7 +81,7 @@ class ShuffleNetV2(nn.Module):
         C is 1024, in the widest network 2048; sizes are rounded up.
         """
         stem = ConvNorm(24, 3, self.conv, self.norm, 2 if self.large else 1)
-        x = nn.relu(stem(images, train))
+        x = relu(stem(images, train))
         if self.large:
             x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         for stage, units in enumerate((4, 8, 4)):
@@ -93,7 +93,7 @@ class ShuffleNetV2(nn.Module):
                     norm=self.norm,
                     name=f'stage{stage + 1}_unit{unit + 1}',
                 )(x, train)
-        return nn.relu(ConvNorm(self.channels[3], 1, self.conv, self.norm)(x, train))
+        return relu(ConvNorm(self.channels[3], 1, self.conv, self.norm)(x, train))
 
 
 def from_name(name: str, layers: Layers, large: bool) -> ShuffleNetV2 | None:

@@ -11,7 +11,7 @@ has a bias (it would cancel in the norm), so the published counts are higher by 
 import flax.linen as nn
 import jax
 
-from afkd_jax.models.layers import Conv, ConvNorm, Layers, Norm
+from afkd_jax.models.layers import Conv, ConvNorm, Layers, Norm, relu
 
 # Convolutions per stage.
 _NETWORKS = {
@@ -58,7 +58,7 @@ class VGG(nn.Module):
             if 0 < stage < (5 if self.large else 4):
                 x = nn.max_pool(x, (2, 2), (2, 2))
             for _ in range(convolutions):
-                x = nn.relu(ConvNorm(channels, 3, self.conv, self.norm)(x, train))
+                x = relu(ConvNorm(channels, 3, self.conv, self.norm)(x, train))
         return x
 
 

@@ -12,9 +12,10 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 
+from afkd_jax import cpu
 from afkd_jax.errors import UserError
 from afkd_jax.models import names
-from afkd_jax.models.layers import Conv, Dropout, Layers, Norm
+from afkd_jax.models.layers import Conv, Dropout, Layers, Norm, relu
 
 NAMES = tuple(
     f'wrn-{size}' for size in ('16-1', '16-2', '16-4', '28-2', '28-4', '28-10', '40-1', '40-2')
@@ -38,13 +39,14 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Returns the block's output, not activated."""
-        y = nn.relu(self.norm(use_running_average=not train, name='norm1')(x))
+        y = relu(self.norm(use_running_average=not train, name='norm1')(x))
         if x.shape[-1] != self.channels or self.stride != 1:
             x = self.conv(self.channels, (1, 1), self.stride, padding=0, name='conv_short')(y)
         y = self.conv(self.channels, (3, 3), self.stride, padding=1, name='conv1')(y)
-        y = nn.relu(self.norm(use_running_average=not train, name='norm2')(y))
+        y = relu(self.norm(use_running_average=not train, name='norm2')(y))
         y = self.dropout(self.rate)(y, train)
-        return x + self.conv(self.channels, (3, 3), padding=1, name='conv2')(y)
+        y = self.conv(self.channels, (3, 3), padding=1, name='conv2')(y)
+        return cpu.kept(x + y)
 
 
 class WideResNet(nn.Module):
@@ -83,7 +85,7 @@ class WideResNet(nn.Module):
                     dropout=self.dropout,
                     name=f'stage{stage + 1}_block{block + 1}',
                 )(x, train)
-        return nn.relu(self.norm(use_running_average=not train, name='norm')(x))
+        return relu(self.norm(use_running_average=not train, name='norm')(x))
 
 
 def from_name(name: str, layers: Layers, large: bool) -> WideResNet | None:
