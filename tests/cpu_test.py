@@ -59,7 +59,8 @@ def test_no_activation_is_computed_twice_on_a_cpu():
     wanted = re.findall(r'stablehlo\.divide .*tensor<8x\d+x\d+x\d\d+xf32>', step.as_text())
     assert len(wanted) > 40
     text = step.compile().as_text()
-    assert len(re.findall(r'= f32\[8,\d+,\d+,\d\d+\]\S* divide\(', text)) == len(wanted)
+    there = re.findall(r'= f32\[8,\d+,\d+,\d\d+\]\S* divide\(', text)
+    assert 0.9 * len(wanted) < len(there) <= len(wanted)  # equal ones may have become one
 
 
 def test_the_mapped_step_is_compiled_with_the_options(monkeypatch):
