@@ -1,7 +1,7 @@
-"""Train, evaluate, describe or plan an experiment.
+"""Train, evaluate, describe, plan or benchmark an experiment.
 
 python launch.py --config configs/digits.py [--config.FIELD=VALUE ...]
-                 [--mode train|eval|describe|plan]
+                 [--mode train|eval|describe|plan|benchmark]
 
 Every field is in configs/default.py; a tuple is written as "('resnet8','resnet20')".
 """
@@ -15,7 +15,9 @@ from ml_collections import config_flags
 from afkd_jax import cli
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'The experiment; see configs/.')
-flags.DEFINE_enum('mode', 'train', ['train', 'eval', 'describe', 'plan'], 'What to do.')
+flags.DEFINE_enum(
+    'mode', 'train', ['train', 'eval', 'describe', 'plan', 'benchmark'], 'What to do.'
+)
 flags.DEFINE_string('workdir', None, 'Where the run is kept [runs/<config and overrides>].')
 flags.DEFINE_integer(
     'step', None, 'Which checkpoint eval takes, or train goes on from [the newest].', lower_bound=0
@@ -25,6 +27,11 @@ flags.DEFINE_integer('num_processes', None, 'How many processes run together.', 
 flags.DEFINE_integer('process_id', None, 'Which of them this is.', lower_bound=0)
 flags.DEFINE_string('topology', None, 'A TPU to plan for, e.g. v5e-16 [the devices at hand].')
 flags.DEFINE_bool('largest_batch', False, 'Plan: search the largest batch that fits.')
+flags.DEFINE_string(
+    'sweep',
+    None,
+    "Benchmark: what is varied, e.g. 'k=2,4;method=afd,vanilla'; also batch_size, dtype.",
+)
 flags.DEFINE_bool('debug', False, 'Show the traceback of an error.')
 
 

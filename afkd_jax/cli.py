@@ -76,7 +76,7 @@ class Options:
     """What stands on the command line beside the config.
 
     Attributes:
-      mode: 'train', 'eval', 'describe' or 'plan'.
+      mode: 'train', 'eval', 'describe', 'plan' or 'benchmark'.
       workdir: None for runs/<a name made of the config, its argument and the overrides>.
       step: which checkpoint 'eval' takes, or 'train' goes on from; None for the newest.
       coordinator_address: HOST:PORT of process 0; see processes.start.
@@ -84,6 +84,7 @@ class Options:
       process_id: which of them this is.
       topology: for 'plan': a TPU's name; None for the devices at hand.
       largest_batch: for 'plan': whether to search it.
+      sweep: for 'benchmark': what is varied; see benchmark.sweep.
       debug: let errors through, with their tracebacks.
     """
 
@@ -95,6 +96,7 @@ class Options:
     process_id: int | None
     topology: str | None
     largest_batch: bool
+    sweep: str | None
     debug: bool
 
     def check(self) -> None:
@@ -102,6 +104,7 @@ class Options:
         given = {name for name, value in vars(self).items() if value not in (None, False)}
         for names, modes in (
             (('topology', 'largest_batch'), ('plan',)),
+            (('sweep',), ('benchmark',)),
             (('step', 'coordinator_address', 'num_processes', 'process_id'), ('train', 'eval')),
         ):
             for name in names:
@@ -211,6 +214,8 @@ def _run(config_flag: flags.FlagHolder, options: Options) -> int:
         return _describe(config)
     if options.mode == 'plan':
         return _plan(config, options)
+    if options.mode == 'benchmark':
+        return _benchmark(config, options.sweep)
     overrides = config_flags.get_override_values(flags.FLAGS['config'])
     name = options.workdir or f'runs/{_run_name(path.stem, argument, overrides)}'
     train = options.mode == 'train'
@@ -291,4 +296,18 @@ def _plan(config: ConfigDict, options: Options) -> int:
     result = plan.plan(config, options.topology, options.largest_batch, tell)
     tell(*plan.tables(result), sep='\n')
     print(json.dumps(result))
+    return DONE
+
+
+def _benchmark(config: ConfigDict, sweep: str | None) -> int:
+    from afkd_jax import benchmark, writer
+
+    file = pathlib.Path('runs/benchmark.csv')
+    for one in benchmark.sweep(config, sweep) if sweep else (config,):
+        result = benchmark.benchmark(one)
+        writer.console.print(benchmark.table(result))
+        if sweep:
+            benchmark.append(result, file)
+            writer.console.print(f'appended to {file}')
+        print(json.dumps(result), flush=True)
     return DONE

@@ -1,0 +1,274 @@
+"""--mode benchmark: how fast the real train step of a config is, on the devices at hand.
+
+Needs no data: images are random, of the set's shape, and lie on the devices like the set itself.
+Every time is a median over blocks of steps, without warm-up and compilation, and ends when its
+results are there.
+"""
+
+import csv
+import dataclasses
+import itertools
+import json
+import os
+import pathlib
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from afkd_jax import cohort as cohort_lib
+from afkd_jax import config as config_lib
+from afkd_jax import parallel, summary, writer
+from afkd_jax import run as run_lib
+from afkd_jax.data import augment, sources
+from afkd_jax.errors import UserError
+
+_BLOCKS = 7
+_BLOCK_S = 1.0  # of steps in a block, at least; one step if it takes longer
+_MOST_BYTES = 1 << 30  # of random images
+_PRODUCT = 2048  # side of the matrices of the reference product
+
+# What --sweep may vary, and the field of the config that each sets.
+_AXES = {'k': 'networks', 'batch_size': 'batch_size', 'dtype': 'dtype', 'method': 'method'}
+
+
+def _run(config: ConfigDict) -> run_lib.Run:
+    """Returns the run of a config on random images."""
+    info = sources.info(config)
+    mesh = config.mesh
+    devices = parallel.arrange(
+        mesh.peer, mesh.data, tuple(config.networks), config.mapping, parallel.available()
+    )
+    devices.check_divides('batch_size', config.batch_size)
+    fit = _MOST_BYTES // int(np.prod(info.image_shape))
+    count = max(config.batch_size, min(info.train, fit))
+    info = dataclasses.replace(info, train=count, validation=0, test=0)
+    cohort = cohort_lib.assemble(
+        config, info.image_shape, info.num_classes, count, parallel.DATA, devices.peers
+    )
+    rng, channels = np.random.default_rng(config.seed), info.image_shape[-1]
+    table = augment.Table(
+        rng.integers(0, 256, (count, *info.image_shape), dtype=np.uint8),
+        rng.integers(0, info.num_classes, count, dtype=np.int32),
+        np.full(channels, 0.5, np.float32),
+        np.full(channels, 0.25, np.float32),
+    )
+    return run_lib.Run(config, info, cohort, devices, devices.replicate(table), '')
+
+
+def _median_of(function: Callable[[], Any]) -> float:
+    """Returns the median seconds of some calls, after one that warms up."""
+    jax.block_until_ready(function())
+    seconds = []
+    for _ in range(_BLOCKS):
+        begin = time.perf_counter()
+        jax.block_until_ready(function())
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds)
+
+
+def _product_flops(devices: parallel.Devices, dtype: str) -> float:
+    """Returns the operations per second of a large matrix product on every device at once."""
+    split, n = parallel.SPLIT, _PRODUCT
+    square = jnp.ones((n, n), dtype)
+    product = devices.map(lambda a, b: a @ b, (split, parallel.WHOLE), split)
+    rows, whole = devices.split(np.ones((n * devices.shares, n), square.dtype)), square
+    whole = devices.replicate(np.asarray(square))
+    return 2 * n**3 * devices.shares / _median_of(lambda: product(rows, whole))
+
+
+def _peak_bytes(device: jax.Device) -> int:
+    """Returns the most memory used so far: of the device, or of this process if it tells none."""
+    if (stats := device.memory_stats()) and 'peak_bytes_in_use' in stats:
+        return stats['peak_bytes_in_use']
+    kilobyte = 1 if sys.platform == 'darwin' else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte
+
+
+def benchmark(config: ConfigDict) -> dict[str, Any]:
+    """Returns what one step takes, as JSON; seconds, bytes, operations.
+
+    `step_s` is the median block's time per step in the loop that trains, `step_s_quartiles` its
+    spread; `flops_per_s` counts the operations of XLA's own analysis. `host_s` is what the host
+    does between two steps: order, transfer and dispatch. `augment_s` is gathering and augmenting
+    a batch, alone. `matmul_flops_per_s` is of a product of matrices of 2048 x 2048 in the same
+    dtype, in the same process.
+
+    Raises:
+      UserError: the config does not fit its images or devices.
+    """
+    run = _run(config)
+    devices, order = run.devices, run.order
+    state, sums = run.initial_state(), run.no_sums()
+    key, whole, split = devices.replicate(run.step_key), parallel.WHOLE, parallel.SPLIT
+    last = order.end_of(1)
+
+    def index(step):
+        return devices.split(order.indices(step % last))
+
+    begin = time.perf_counter()
+    lowered = run.lowered_step(state, sums, run.images, index(0), key)
+    lower_s = time.perf_counter() - begin
+    compiled = lowered.compile()
+    compile_s = time.perf_counter() - begin
+
+    taken, dispatch = 0, []
+
+    def block(steps: int) -> float:
+        nonlocal state, sums, taken
+        begin = time.perf_counter()
+        for _ in range(steps):
+            before, start = sums, time.perf_counter()
+            state, sums = compiled(state, sums, run.images, index(taken), key)
+            dispatch.append(time.perf_counter() - start)
+            before.steps.block_until_ready()
+            taken += 1
+        sums.steps.block_until_ready()
+        return (time.perf_counter() - begin) / steps
+
+    block(2)
+    steps = max(1, round(_BLOCK_S / block(2)))
+    dispatch.clear()
+    blocks = [block(steps) for _ in range(_BLOCKS)]
+    step_s, quartiles = statistics.median(blocks), statistics.quantiles(blocks, n=4)
+
+    data = config.data
+    batch = devices.map(
+        lambda images, index_B, key: augment.training_batch(
+            images, index_B, key, data.pad, data.flip
+        ),
+        (whole, split, whole),
+        split if devices.mapping != 'pmap' else whole,
+    )
+    one = index(0)
+    augment_s = (
+        None if devices.mapping == 'pmap' else _median_of(lambda: batch(run.images, one, key))
+    )
+    flops = compiled.cost_analysis()['flops'] * devices.mesh.size
+    product = _product_flops(devices, config.dtype) if devices.mapping != 'pmap' else None
+    memory = compiled.memory_analysis()
+    return {
+        'networks': list(config.networks),
+        'method': config.method,
+        'batch_size': config.batch_size,
+        'dtype': config.dtype,
+        'image_shape': list(run.info.image_shape),
+        'device': devices.name,
+        'machine': platform.processor() or platform.machine(),
+        'cores': os.cpu_count(),
+        'versions': writer.versions(),
+        'images_per_s': config.batch_size / step_s,
+        'step_s': step_s,
+        'step_s_quartiles': [quartiles[0], quartiles[2]],
+        'steps': steps * _BLOCKS,
+        'lower_s': lower_s,
+        'compile_s': compile_s,
+        'flops_per_step': flops,
+        'flops_per_s': flops / step_s,
+        'matmul_flops_per_s': product,
+        'share_of_matmul': product and flops / step_s / product,
+        'host_s': statistics.median(dispatch),
+        'augment_s': augment_s,
+        'planned_bytes': memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes,
+        'peak_bytes': _peak_bytes(devices.mesh.devices.flat[0]),
+    }
+
+
+def table(result: dict[str, Any]) -> Any:
+    """Returns a result as a table for the terminal."""
+    names = ' + '.join(result['networks'])
+    rows = summary.table(
+        f'{names}, {result["method"]}, batch {result["batch_size"]}, {result["dtype"]}, '
+        f'{result["device"]}',
+        ('',),
+    )
+    low, high = result['step_s_quartiles']
+    ms = 1e3
+
+    def optional(value, text):
+        return '-' if value is None else text(value)
+
+    for name, text in (
+        ('images per second', f'{result["images_per_s"]:,.1f}'),
+        ('step', f'{ms * result["step_s"]:,.2f} ms ({ms * low:,.2f} to {ms * high:,.2f})'),
+        ('host, per step', f'{ms * result["host_s"]:,.2f} ms'),
+        ('gather and augment', optional(result['augment_s'], lambda s: f'{ms * s:,.2f} ms')),
+        ('trace and compile', f'{result["compile_s"]:,.1f} s'),
+        ('GFLOP/s', f'{result["flops_per_s"] / 1e9:,.1f}'),
+        (
+            'of a large matrix product',
+            optional(result['share_of_matmul'], lambda share: f'{100 * share:.0f} %'),
+        ),
+        ('memory of the step, planned', f'{result["planned_bytes"] / 1e6:,.0f} MB'),
+        ('peak memory', f'{result["peak_bytes"] / 1e6:,.0f} MB'),
+    ):
+        rows.add_row(name, text)
+    return rows
+
+
+def sweep(config: ConfigDict, words: str) -> Iterator[ConfigDict]:
+    """Returns the configs of a sweep, checked before the first is measured.
+
+    Args:
+      config: valid.
+      words: e.g. 'k=2,4;batch_size=64,128;dtype=float32,bfloat16;method=afd,vanilla'; k networks
+        of the config's first.
+
+    Raises:
+      UserError: the words are not understood, or a value is not valid.
+    """
+    axes = {}
+    for part in words.split(';'):
+        name, _, values = part.strip().partition('=')
+        if name not in _AXES or not values or name in axes:
+            raise UserError(
+                f'--sweep: "{part.strip()}" is not understood; give each of {", ".join(_AXES)} at '
+                "most once, as in 'k=2,4;batch_size=64,128;method=afd,vanilla'"
+            )
+        axes[name] = [value.strip() for value in values.split(',')]
+        if name in ('k', 'batch_size') and not all(value.isdecimal() for value in axes[name]):
+            raise UserError(f'--sweep: {name} must be whole numbers, but is {values}')
+    configs = []
+    for values in itertools.product(*axes.values()):
+        one = config.copy_and_resolve_references()
+        for name, value in zip(axes, values, strict=True):
+            if name == 'k':
+                one.networks = (config.networks[0],) * int(value)
+            else:
+                one[_AXES[name]] = int(value) if name == 'batch_size' else value
+        config_lib.validate(one)
+        configs.append(one)
+    return iter(configs)
+
+
+def append(result: dict[str, Any], path: pathlib.Path) -> None:
+    """Appends a result to a CSV file, whose first line names the columns.
+
+    Raises:
+      UserError: the file there has other columns.
+    """
+    row = {
+        name: value if isinstance(value, (str, int, float)) else json.dumps(value)
+        for name, value in result.items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open('a+', newline='') as file:
+        file.seek(0)
+        there = next(csv.reader(file), None)
+        if there not in (None, list(row)):
+            raise UserError(f'{path}: holds other columns than a benchmark; move it away')
+        out = csv.DictWriter(file, list(row))
+        if there is None:
+            out.writeheader()
+        out.writerow(row)
