@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pathlib
+import platform
 import re
 import sys
 import threading
@@ -212,10 +213,11 @@ def _run(config_flag: flags.FlagHolder, options: Options) -> int:
     options.check()
     if options.mode == 'describe':
         return _describe(config)
-    if options.mode == 'plan':
-        return _plan(config, options)
     if options.mode == 'benchmark':
         return _benchmark(config, options.sweep)
+    _keep_compiled()
+    if options.mode == 'plan':
+        return _plan(config, options)
     overrides = config_flags.get_override_values(flags.FLAGS['config'])
     name = options.workdir or f'runs/{_run_name(path.stem, argument, overrides)}'
     train = options.mode == 'train'
@@ -234,6 +236,27 @@ def _run(config_flag: flags.FlagHolder, options: Options) -> int:
         code = _train(*arguments, interrupt) if train else _eval(*arguments)
         processes.leave()
     return code
+
+
+def _keep_compiled() -> None:
+    """Lets JAX keep what it compiles in the user's cache, unless its variables say otherwise.
+
+    Compiled code is of one kind of CPU, which a home directory need not be.
+    """
+    cache = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
+    os.environ.setdefault(
+        'JAX_COMPILATION_CACHE_DIR', str(pathlib.Path(cache) / 'afkd_jax' / _kind_of_cpu())
+    )
+
+
+def _kind_of_cpu() -> str:
+    try:
+        lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
+    except OSError:  # no Linux
+        lines = [platform.processor()]
+    # Model and instruction set; not the clock's rate.
+    words = sorted({line for line in lines if re.match('model name|flags|Features|CPU ', line)})
+    return f'{platform.machine()}-{hashlib.sha256(repr(words or lines).encode()).hexdigest()[:12]}'
 
 
 def _run_name(config: str, argument: str, overrides: dict[str, Any]) -> str:
