@@ -37,8 +37,8 @@ def test_kept_can_be_vmapped_and_differentiated_twice():
     np.testing.assert_array_equal(jax.vmap(jax.vmap(jax.grad(jax.grad(cube))))(x), 6 * x)
 
 
-def lowered(platform, networks=('resnet8', 'wrn-10-1')):
-    config = tiny_config(networks)
+def lowered(platform, networks=('resnet8', 'wrn-10-1'), method='vanilla'):
+    config = tiny_config(networks, method=method)
     devices = parallel.Devices.arrange(jax.devices()[:1], 'shard_map')
     arguments = initial_state(config), *random_batch(8)
     step = mapped_update(config, devices)
@@ -54,7 +54,7 @@ def test_programs_for_other_platforms_hold_nothing_of_it(monkeypatch, platform):
 
 
 def test_no_activation_is_computed_twice_on_a_cpu():
-    step = lowered('cpu')
+    step = lowered('cpu', method='afd')
     # Activations, and the gradients to them: divisions of arrays [8, height, width, channels].
     wanted = re.findall(r'stablehlo\.divide .*tensor<8x\d+x\d+x\d\d+xf32>', step.as_text())
     assert len(wanted) > 40
