@@ -16,7 +16,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -36,8 +36,8 @@ _BLOCK_S = 1.0  # of steps in a block, at least; one step if it takes longer
 _MOST_BYTES = 1 << 30  # of random images
 _PRODUCT = 2048  # side of the matrices of the reference product
 
-# What --sweep may vary, and the field of the config that each sets.
-_AXES = {'k': 'networks', 'batch_size': 'batch_size', 'dtype': 'dtype', 'method': 'method'}
+# What --sweep may vary: fields of the config, and k, how many networks.
+_AXES = ('k', 'batch_size', 'dtype', 'method')
 
 
 def _run(config: ConfigDict) -> run_lib.Run:
@@ -78,11 +78,10 @@ def _median_of(function: Callable[[], Any]) -> float:
 def _product_flops(devices: parallel.Devices, dtype: str) -> float:
     """Returns the operations per second of a large matrix product on every device at once."""
     split, n = parallel.SPLIT, _PRODUCT
-    square = jnp.ones((n, n), dtype)
+    ones = np.ones((n * devices.shares, n), jnp.dtype(dtype))
     product = devices.map(lambda a, b: a @ b, (split, parallel.WHOLE), split)
-    rows, whole = devices.split(np.ones((n * devices.shares, n), square.dtype)), square
-    whole = devices.replicate(np.asarray(square))
-    return 2 * n**3 * devices.shares / _median_of(lambda: product(rows, whole))
+    rows, square = devices.split(ones), devices.replicate(ones[:n])
+    return 2 * n**3 * devices.mesh.size / _median_of(lambda: product(rows, square))
 
 
 def _peak_bytes(device: jax.Device) -> int:
@@ -217,7 +216,7 @@ def table(result: dict[str, Any]) -> Any:
     return rows
 
 
-def sweep(config: ConfigDict, words: str) -> Iterator[ConfigDict]:
+def sweep(config: ConfigDict, words: str) -> list[ConfigDict]:
     """Returns the configs of a sweep, checked before the first is measured.
 
     Args:
@@ -246,10 +245,10 @@ def sweep(config: ConfigDict, words: str) -> Iterator[ConfigDict]:
             if name == 'k':
                 one.networks = (config.networks[0],) * int(value)
             else:
-                one[_AXES[name]] = int(value) if name == 'batch_size' else value
+                one[name] = int(value) if name == 'batch_size' else value
         config_lib.validate(one)
         configs.append(one)
-    return iter(configs)
+    return configs
 
 
 def append(result: dict[str, Any], path: pathlib.Path) -> None:
