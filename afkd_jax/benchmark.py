@@ -5,12 +5,8 @@ Every time is a median over blocks of steps, without warm-up and compilation, an
 results are there.
 """
 
-import csv
 import dataclasses
-import itertools
-import json
 import os
-import pathlib
 import platform
 import resource
 import statistics
@@ -24,36 +20,23 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from afkd_jax import cohort as cohort_lib
-from afkd_jax import config as config_lib
-from afkd_jax import parallel, summary, writer
+from afkd_jax import parallel, plan, summary, writer
 from afkd_jax import run as run_lib
 from afkd_jax.data import augment, sources
-from afkd_jax.errors import UserError
 
 _BLOCKS = 7
 _BLOCK_S = 1.0  # of steps in a block, at least; one step if it takes longer
 _MOST_BYTES = 1 << 30  # of random images
 _PRODUCT = 2048  # side of the matrices of the reference product
 
-# What --sweep may vary: fields of the config, and k, how many networks.
-_AXES = ('k', 'batch_size', 'dtype', 'method')
-
 
 def _run(config: ConfigDict) -> run_lib.Run:
     """Returns the run of a config on random images."""
     info = sources.info(config)
-    mesh = config.mesh
-    devices = parallel.arrange(
-        mesh.peer, mesh.data, tuple(config.networks), config.mapping, parallel.available()
-    )
-    devices.check_divides('batch_size', config.batch_size)
+    devices = run_lib.devices_of(config)
     fit = _MOST_BYTES // int(np.prod(info.image_shape))
     count = max(config.batch_size, min(info.train, fit))
     info = dataclasses.replace(info, train=count, validation=0, test=0)
-    cohort = cohort_lib.assemble(
-        config, info.image_shape, info.num_classes, count, parallel.DATA, devices.peers
-    )
     rng, channels = np.random.default_rng(config.seed), info.image_shape[-1]
     table = augment.Table(
         rng.integers(0, 256, (count, *info.image_shape), dtype=np.uint8),
@@ -61,7 +44,7 @@ def _run(config: ConfigDict) -> run_lib.Run:
         np.full(channels, 0.5, np.float32),
         np.full(channels, 0.25, np.float32),
     )
-    return run_lib.Run(config, info, cohort, devices, devices.replicate(table), '')
+    return run_lib.Run(config, info, devices, devices.replicate(table), '')
 
 
 def _median_of(function: Callable[[], Any]) -> float:
@@ -145,15 +128,12 @@ def benchmark(config: ConfigDict) -> dict[str, Any]:
             images, index_B, key, data.pad, data.flip
         ),
         (whole, split, whole),
-        split if devices.mapping != 'pmap' else whole,
+        split,
     )
     one = index(0)
-    augment_s = (
-        None if devices.mapping == 'pmap' else _median_of(lambda: batch(run.images, one, key))
-    )
+    augment_s = _median_of(lambda: batch(run.images, one, key))
     flops = compiled.cost_analysis()['flops'] * devices.mesh.size
-    product = _product_flops(devices, config.dtype) if devices.mapping != 'pmap' else None
-    memory = compiled.memory_analysis()
+    product = _product_flops(devices, config.dtype)
     return {
         'networks': list(config.networks),
         'method': config.method,
@@ -173,13 +153,10 @@ def benchmark(config: ConfigDict) -> dict[str, Any]:
         'flops_per_step': flops,
         'flops_per_s': flops / step_s,
         'matmul_flops_per_s': product,
-        'share_of_matmul': product and flops / step_s / product,
+        'share_of_matmul': flops / step_s / product,
         'host_s': statistics.median(dispatch),
         'augment_s': augment_s,
-        'planned_bytes': memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes,
+        'planned_bytes': plan.Bytes.of(compiled).total,
         'peak_bytes': _peak_bytes(devices.mesh.devices.flat[0]),
     }
 
@@ -195,79 +172,16 @@ def table(result: dict[str, Any]) -> Any:
     low, high = result['step_s_quartiles']
     ms = 1e3
 
-    def optional(value, text):
-        return '-' if value is None else text(value)
-
     for name, text in (
         ('images per second', f'{result["images_per_s"]:,.1f}'),
         ('step', f'{ms * result["step_s"]:,.2f} ms ({ms * low:,.2f} to {ms * high:,.2f})'),
         ('host, per step', f'{ms * result["host_s"]:,.2f} ms'),
-        ('gather and augment', optional(result['augment_s'], lambda s: f'{ms * s:,.2f} ms')),
+        ('gather and augment', f'{ms * result["augment_s"]:,.2f} ms'),
         ('trace and compile', f'{result["compile_s"]:,.1f} s'),
         ('GFLOP/s', f'{result["flops_per_s"] / 1e9:,.1f}'),
-        (
-            'of a large matrix product',
-            optional(result['share_of_matmul'], lambda share: f'{100 * share:.0f} %'),
-        ),
+        ('of a large matrix product', f'{100 * result["share_of_matmul"]:.0f} %'),
         ('memory of the step, planned', f'{result["planned_bytes"] / 1e6:,.0f} MB'),
         ('peak memory', f'{result["peak_bytes"] / 1e6:,.0f} MB'),
     ):
         rows.add_row(name, text)
     return rows
-
-
-def sweep(config: ConfigDict, words: str) -> list[ConfigDict]:
-    """Returns the configs of a sweep, checked before the first is measured.
-
-    Args:
-      config: valid.
-      words: e.g. 'k=2,4;batch_size=64,128;dtype=float32,bfloat16;method=afd,vanilla'; k networks
-        of the config's first.
-
-    Raises:
-      UserError: the words are not understood, or a value is not valid.
-    """
-    axes = {}
-    for part in words.split(';'):
-        name, _, values = part.strip().partition('=')
-        if name not in _AXES or not values or name in axes:
-            raise UserError(
-                f'--sweep: "{part.strip()}" is not understood; give each of {", ".join(_AXES)} at '
-                "most once, as in 'k=2,4;batch_size=64,128;method=afd,vanilla'"
-            )
-        axes[name] = [value.strip() for value in values.split(',')]
-        if name in ('k', 'batch_size') and not all(value.isdecimal() for value in axes[name]):
-            raise UserError(f'--sweep: {name} must be whole numbers, but is {values}')
-    configs = []
-    for values in itertools.product(*axes.values()):
-        one = config.copy_and_resolve_references()
-        for name, value in zip(axes, values, strict=True):
-            if name == 'k':
-                one.networks = (config.networks[0],) * int(value)
-            else:
-                one[name] = int(value) if name == 'batch_size' else value
-        config_lib.validate(one)
-        configs.append(one)
-    return configs
-
-
-def append(result: dict[str, Any], path: pathlib.Path) -> None:
-    """Appends a result to a CSV file, whose first line names the columns.
-
-    Raises:
-      UserError: the file there has other columns.
-    """
-    row = {
-        name: value if isinstance(value, (str, int, float)) else json.dumps(value)
-        for name, value in result.items()
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open('a+', newline='') as file:
-        file.seek(0)
-        there = next(csv.reader(file), None)
-        if there not in (None, list(row)):
-            raise UserError(f'{path}: holds other columns than a benchmark; move it away')
-        out = csv.DictWriter(file, list(row))
-        if there is None:
-            out.writeheader()
-        out.writerow(row)

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import pathlib
-import platform
 import re
 import sys
 import threading
@@ -17,6 +16,7 @@ from typing import Any
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from afkd_jax import compile_cache
 from afkd_jax import config as config_lib
 from afkd_jax.errors import UserError
 from afkd_jax.interrupt import KILLED, Interrupt
@@ -85,7 +85,7 @@ class Options:
       process_id: which of them this is.
       topology: for 'plan': a TPU's name; None for the devices at hand.
       largest_batch: for 'plan': whether to search it.
-      sweep: for 'benchmark': what is varied; see benchmark.sweep.
+      sweep: for 'benchmark': what is varied; see sweep.configs.
       debug: let errors through, with their tracebacks.
     """
 
@@ -215,7 +215,7 @@ def _run(config_flag: flags.FlagHolder, options: Options) -> int:
         return _describe(config)
     if options.mode == 'benchmark':
         return _benchmark(config, options.sweep)
-    _keep_compiled()
+    compile_cache.keep()
     if options.mode == 'plan':
         return _plan(config, options)
     overrides = config_flags.get_override_values(flags.FLAGS['config'])
@@ -236,27 +236,6 @@ def _run(config_flag: flags.FlagHolder, options: Options) -> int:
         code = _train(*arguments, interrupt) if train else _eval(*arguments)
         processes.leave()
     return code
-
-
-def _keep_compiled() -> None:
-    """Lets JAX keep what it compiles in the user's cache, unless its variables say otherwise.
-
-    Compiled code is of one kind of CPU, which a home directory need not be.
-    """
-    cache = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
-    os.environ.setdefault(
-        'JAX_COMPILATION_CACHE_DIR', str(pathlib.Path(cache) / 'afkd_jax' / _kind_of_cpu())
-    )
-
-
-def _kind_of_cpu() -> str:
-    try:
-        lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
-    except OSError:  # no Linux
-        lines = [platform.processor()]
-    # Model and instruction set; not the clock's rate.
-    words = sorted({line for line in lines if re.match('model name|flags|Features|CPU ', line)})
-    return f'{platform.machine()}-{hashlib.sha256(repr(words or lines).encode()).hexdigest()[:12]}'
 
 
 def _run_name(config: str, argument: str, overrides: dict[str, Any]) -> str:
@@ -324,13 +303,14 @@ def _plan(config: ConfigDict, options: Options) -> int:
 
 def _benchmark(config: ConfigDict, sweep: str | None) -> int:
     from afkd_jax import benchmark, writer
+    from afkd_jax import sweep as sweeps
 
     file = pathlib.Path('runs/benchmark.csv')
-    for one in benchmark.sweep(config, sweep) if sweep else (config,):
+    for one in sweeps.configs(config, sweep) if sweep else (config,):
         result = benchmark.benchmark(one)
         writer.console.print(benchmark.table(result))
         if sweep:
-            benchmark.append(result, file)
+            sweeps.append(result, file)
             writer.console.print(f'appended to {file}')
         print(json.dumps(result), flush=True)
     return DONE

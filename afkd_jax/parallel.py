@@ -171,8 +171,8 @@ class Devices:
 
         Args:
           function: of positional arguments.
-          places: per argument, a place or a tree of places.
-          out: of the results, likewise.
+          places: per argument, a place or a tree of places; trees are not for pmap.
+          out: of the results, likewise; what is SPLIT comes as split() gives it.
           donate: arguments whose memory may be reused.
         """
         if self.mapping == 'pmap':
@@ -181,7 +181,7 @@ class Devices:
                 function,
                 axis_name=DATA,
                 in_axes=tuple(axes[place] for place in places),
-                out_axes=None,
+                out_axes=axes[out],
                 donate_argnums=donate,
                 devices=self.mesh.devices.ravel().tolist(),
             )

@@ -33,15 +33,29 @@ class _TooLarge(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Compiled:
-    """A compiled step, and what a device needs for it in bytes."""
+class Bytes:
+    """What a compiled step needs on one device; outputs that take no argument's place."""
 
-    step: jax.stages.Compiled
-    seconds: float
     arguments: int
+    outputs: int
     temporaries: int
     program: int
-    total: int
+
+    @classmethod
+    def of(cls, step: jax.stages.Compiled) -> 'Bytes':
+        """Returns what the compiler says."""
+        memory = step.memory_analysis()
+        return cls(
+            memory.argument_size_in_bytes,
+            memory.output_size_in_bytes - memory.alias_size_in_bytes,
+            memory.temp_size_in_bytes,
+            memory.generated_code_size_in_bytes,
+        )
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.arguments + self.outputs + self.temporaries + self.program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,10 +91,7 @@ class Plan:
         """Returns the run with this batch; its images are shapes."""
         config = self.config.copy_and_resolve_references()
         config.batch_size = batch_size
-        info, devices = self.info, self.devices
-        cohort = cohort_lib.assemble(
-            config, info.image_shape, info.num_classes, info.train, parallel.DATA, devices.peers
-        )
+        info = self.info
         count = batch_size if self.streamed else info.train + info.validation + info.test
         channels = info.image_shape[-1:]
         table = augment.Table(
@@ -89,10 +100,10 @@ class Plan:
             jax.ShapeDtypeStruct(channels, jnp.float32),
             jax.ShapeDtypeStruct(channels, jnp.float32),
         )
-        return run_lib.Run(config, info, cohort, devices, table, images_fingerprint='')
+        return run_lib.Run(config, info, self.devices, table, images_fingerprint='')
 
-    def compile(self, batch_size: int) -> _Compiled:
-        """Returns the compiled step.
+    def compile(self, batch_size: int) -> tuple[jax.stages.Compiled, float]:
+        """Returns the compiled step, and how many seconds that took.
 
         Raises:
           _TooLarge: the compiler refuses it for want of memory.
@@ -113,18 +124,12 @@ class Plan:
             if 'RESOURCE_EXHAUSTED' not in str(error):
                 raise
             raise _TooLarge(str(error)) from error
-        seconds = time.perf_counter() - begin
-        memory = step.memory_analysis()
-        output = memory.output_size_in_bytes - memory.alias_size_in_bytes
-        arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-        program = memory.generated_code_size_in_bytes
-        total = arguments + output + temporaries + program
-        return _Compiled(step, seconds, arguments, temporaries, program, total)
+        return step, time.perf_counter() - begin
 
     def fits(self, batch_size: int) -> bool:
         """Returns whether a step of this batch fits into the memory of a device."""
         try:
-            total = self.compile(batch_size).total
+            total = Bytes.of(self.compile(batch_size)[0]).total
         except _TooLarge:
             return False
         return self.memory is None or total <= self.memory
@@ -226,9 +231,7 @@ def plan(
         raise UserError("config.mapping: a plan is of 'shard_map'; 'pmap' maps the same step")
     info = sources.info(config)
     found = topology_lib.devices(topology) if topology else parallel.available()
-    mesh = config.mesh
-    devices = parallel.arrange(mesh.peer, mesh.data, tuple(config.networks), config.mapping, found)
-    devices.check_divides('batch_size', config.batch_size)
+    devices = run_lib.devices_of(config, found)
     it = Plan(config, info, devices)
     whole = cohort_lib.assemble(config, info.image_shape, info.num_classes, info.train)
     result = {
@@ -251,7 +254,7 @@ def plan(
     tell(f'compiling the step for {devices.kind}')
     parts = _state_bytes(whole, devices.peers)
     try:
-        compiled = it.compile(config.batch_size)
+        step, seconds = it.compile(config.batch_size)
     except _TooLarge as error:
         words = ' '.join(str(error).split())
         used = re.search(r'Used ([\d.]+\w) of ([\d.]+\w)', words)
@@ -262,23 +265,23 @@ def plan(
         }
     else:
         state = sum(parts.values())
-        flops = compiled.step.cost_analysis()['flops'] * devices.mesh.size
+        flops, needed = step.cost_analysis()['flops'] * devices.mesh.size, Bytes.of(step)
         result |= {
-            'fits': it.memory is None or compiled.total <= it.memory,
+            'fits': it.memory is None or needed.total <= it.memory,
             'bytes_per_device': {
                 **parts,
-                'images_and_other_arguments': compiled.arguments - state,
-                'temporaries': compiled.temporaries,
-                'program': compiled.program,
-                'total': compiled.total,
+                'images_and_other_arguments': needed.arguments - state,
+                'temporaries': needed.temporaries,
+                'program': needed.program,
+                'total': needed.total,
             },
             'flops_per_step': flops,
             'flops_per_image': flops / config.batch_size,
             'collectives': [
                 dataclasses.asdict(row)
-                for row in collectives.of(compiled.step, (devices.peers, devices.shares))
+                for row in collectives.of(step, (devices.peers, devices.shares))
             ],
-            'compile_s': compiled.seconds,
+            'compile_s': seconds,
         }
     if search:
         result['largest_batch'] = it.largest_batch(tell)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import chex
@@ -25,18 +25,30 @@ class Run:
     Attributes:
       config: valid.
       info: of the images.
-      cohort: what is trained.
       devices: where.
+      cohort: what is trained.
       images: all images, on the devices.
       images_fingerprint: of all images and labels, in their order.
     """
 
     config: ConfigDict
     info: sources.Info
-    cohort: cohort_lib.Cohort
     devices: parallel.Devices
     images: augment.Table
     images_fingerprint: str
+    cohort: cohort_lib.Cohort = dataclasses.field(init=False)
+
+    def __post_init__(self):
+        info = self.info
+        cohort = cohort_lib.assemble(
+            self.config,
+            info.image_shape,
+            info.num_classes,
+            info.train,
+            parallel.DATA,
+            self.devices.peers,
+        )
+        object.__setattr__(self, 'cohort', cohort)
 
     @property
     def order(self) -> batches.Order:
@@ -158,6 +170,19 @@ class Run:
         return mapped.lower(state, sums, images, index_B, key)
 
 
+def devices_of(config: ConfigDict, found: Sequence[jax.Device] | None = None) -> parallel.Devices:
+    """Returns the devices of a config, of those found; of those at hand if None is given.
+
+    Raises:
+      UserError: they, the networks and the batch do not fit each other.
+    """
+    mesh, found = config.mesh, parallel.available() if found is None else found
+    networks = tuple(config.networks)
+    devices = parallel.arrange(mesh.peer, mesh.data, networks, config.mapping, found)
+    devices.check_divides('batch_size', config.batch_size)
+    return devices
+
+
 def prepare(config: ConfigDict) -> Run:
     """Returns the run of a valid config; whatever is wrong with it is found before any step.
 
@@ -169,17 +194,9 @@ def prepare(config: ConfigDict) -> Run:
     cohort_lib.ring_of(config)
     for name in config.networks:
         models.build(name, num_classes=2, image_shape=(32, 32, 3))
-    mesh = config.mesh
-    devices = parallel.arrange(
-        mesh.peer, mesh.data, tuple(config.networks), config.mapping, parallel.available()
-    )
-    devices.check_divides('batch_size', config.batch_size)
+    devices = devices_of(config)
     devices.check_divides('eval_batch_size', config.eval_batch_size)
     splits = sources.load(config)
-    info = splits.info
-    cohort = cohort_lib.assemble(
-        config, info.image_shape, info.num_classes, info.train, parallel.DATA, devices.peers
-    )
     table = augment.table(splits)
     fingerprint = state_lib.fingerprint((table.pixels, table.labels))
-    return Run(config, info, cohort, devices, devices.replicate(table), fingerprint)
+    return Run(config, splits.info, devices, devices.replicate(table), fingerprint)

@@ -36,7 +36,6 @@ def after_three_steps(mapping, count, peers=1, networks=MIXED, method='afd'):
     """Returns (state, sums) after three whole steps: gather, augment, learn, sum."""
     config = tiny_config(networks, batch_size=BATCH, method=method)
     devices = parallel.Devices.take(mapping, count, peers)
-    cohort = tiny_cohort(config, parallel.DATA, peers)
     rng = np.random.default_rng(0)
     images = augment.Table(
         pixels=rng.integers(0, 256, (64, 8, 8, 1), np.uint8),
@@ -44,7 +43,7 @@ def after_three_steps(mapping, count, peers=1, networks=MIXED, method='afd'):
         mean=np.array([0.4]),
         std=np.array([0.3]),
     )
-    run = run_lib.Run(config, INFO, cohort, devices, images, '')
+    run = run_lib.Run(config, INFO, devices, images, '')
     state = as_float64(initial_state(config))
     if peers > 1:
         state = jax.device_put(state_lib.stacked(state), devices.shardings(run.places))
@@ -52,7 +51,7 @@ def after_three_steps(mapping, count, peers=1, networks=MIXED, method='afd'):
         state = devices.replicate(state)
     sums, images, key = devices.replicate(
         (
-            as_float64(metrics.zeros(step_lib.value_shapes(cohort))),
+            as_float64(metrics.zeros(step_lib.value_shapes(run.cohort))),
             images,
             jax.random.key(1),
         )
@@ -226,11 +225,8 @@ def test_a_batch_that_does_not_divide_is_refused():
 @pytest.mark.parametrize('statistics', ['global', 'local'])
 def test_only_with_local_statistics_are_other_shares_another_run(statistics):
     config = tiny_config(batch_size=BATCH, batch_statistics=statistics)
-    cohort = tiny_cohort(config, parallel.DATA)
     origins = [
-        run_lib.Run(
-            config, INFO, cohort, parallel.Devices.take('shard_map', count), None, ''
-        ).origin()
+        run_lib.Run(config, INFO, parallel.Devices.take('shard_map', count), None, '').origin()
         for count in (2, 4)
     ]
     assert (origins[0] != origins[1]) == (statistics == 'local')
