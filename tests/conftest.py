@@ -9,7 +9,9 @@ os.environ['XLA_FLAGS'] = (
 
 import functools
 import re
+import shutil
 import subprocess
+import tempfile
 import types
 
 import flax.linen as nn
@@ -26,6 +28,20 @@ from afkd_jax.parallel import SPLIT, WHOLE
 from configs import digits
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+# What was compiled once in this session is loaded after that, also by processes of launch.py.
+_WORKER = 'PYTEST_XDIST_WORKER' in os.environ  # it inherits the environment
+_CACHE = os.environ['JAX_COMPILATION_CACHE_DIR'] if _WORKER else tempfile.mkdtemp('-afkd_jax-tests')
+_LEAST_S = '0.2'
+os.environ['JAX_COMPILATION_CACHE_DIR'] = _CACHE
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = _LEAST_S
+jax.config.update('jax_compilation_cache_dir', _CACHE)
+jax.config.update('jax_persistent_cache_min_compile_time_secs', float(_LEAST_S))
+
+
+def pytest_unconfigure():
+    if not _WORKER:
+        shutil.rmtree(_CACHE, ignore_errors=True)
 
 
 class Tiny(nn.Module):

@@ -30,19 +30,10 @@ LOST_S = processes.LOST_AFTER_S
 LITTLE = '--xla_backend_optimization_level=0'  # what runs so little XLA need not optimise
 
 
-@pytest.fixture(scope='module')
-def cache(tmp_path_factory):
-    """Lets runs of one shape compile it once."""
-    return {
-        'JAX_COMPILATION_CACHE_DIR': str(tmp_path_factory.mktemp('cache')),
-        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-    }
-
-
 class Group:
     """launch.py in `count` processes that run together, `devices` CPU devices each."""
 
-    def __init__(self, count, devices, environment, workdir, *arguments, own=((), ()), run=RUN):
+    def __init__(self, count, devices, workdir, *arguments, own=((), ()), run=RUN):
         with socket.socket() as free:
             free.bind(('127.0.0.1', 0))
             port = free.getsockname()[1]
@@ -55,7 +46,7 @@ class Group:
                 + ([f'--process_id={index}'] if count > 1 else [])
                 + [*(own[index] if index < len(own) else ())],
                 cwd=ROOT,
-                env=os.environ | environment | {'XLA_FLAGS': flags},
+                env=os.environ | {'XLA_FLAGS': flags},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -85,17 +76,17 @@ def finished(ended, workdir):
 
 
 @pytest.fixture(scope='module')
-def two(tmp_path_factory, cache):
+def two(tmp_path_factory):
     """Returns (workdir, summary) of two processes with two devices each, 4 shares of the batch."""
     workdir = tmp_path_factory.mktemp('two') / 'run'
-    return workdir, finished(Group(2, 2, cache, workdir).end(), workdir)
+    return workdir, finished(Group(2, 2, workdir).end(), workdir)
 
 
 @pytest.fixture(scope='module')
-def one(tmp_path_factory, cache):
+def one(tmp_path_factory):
     """Returns (workdir, summary) of one process with four devices."""
     workdir = tmp_path_factory.mktemp('one') / 'run'
-    return workdir, finished(Group(1, 4, cache, workdir).end(), workdir)
+    return workdir, finished(Group(1, 4, workdir).end(), workdir)
 
 
 def losses(workdir):
@@ -125,8 +116,8 @@ def test_two_processes_make_the_run_of_one(one, two):
     # That all processes end in one fingerprint, train.py itself demands (processes.same).
 
 
-def test_a_signal_to_any_process_stops_all_and_they_continue_to_the_bit(two, cache, tmp_path):
-    group = Group(2, 2, cache, tmp_path)
+def test_a_signal_to_any_process_stops_all_and_they_continue_to_the_bit(two, tmp_path):
+    group = Group(2, 2, tmp_path)
     metrics = tmp_path / 'metrics.jsonl'
     group.wait_for(lambda: metrics.exists() and '"train"' in metrics.read_text())
     group.processes[1].send_signal(signal.SIGTERM)
@@ -136,17 +127,15 @@ def test_a_signal_to_any_process_stops_all_and_they_continue_to_the_bit(two, cac
     summary = json.loads((tmp_path / 'summary.json').read_text())
     assert not summary['finished']
     assert 0 < summary['steps'] < two[1]['steps']
-    again = finished(Group(2, 2, cache, tmp_path).end(), tmp_path)
+    again = finished(Group(2, 2, tmp_path).end(), tmp_path)
     assert again['fingerprint'] == two[1]['fingerprint']
     assert kills.logged(tmp_path) == kills.logged(two[0])
 
 
 @pytest.mark.parametrize('victim', [1, 0])
-def test_a_lost_process_ends_the_others_and_the_run_continues_with_more(
-    victim, one, cache, tmp_path
-):
+def test_a_lost_process_ends_the_others_and_the_run_continues_with_more(victim, one, tmp_path):
     # One network in each process.
-    group = Group(2, 2, cache, tmp_path, '--config.mesh.peer=2')
+    group = Group(2, 2, tmp_path, '--config.mesh.peer=2')
     group.wait_for((tmp_path / 'checkpoints/3').exists)
     group.processes[victim].kill()
     killed_at = time.monotonic()
@@ -158,10 +147,10 @@ def test_a_lost_process_ends_the_others_and_the_run_continues_with_more(
     assert last.startswith('error: another process of this run was lost'), errors
     assert 'the same command continues' in last
     if victim == 0:  # with others, and on another mesh
-        summary = finished(Group(4, 1, cache, tmp_path).end(), tmp_path)
+        summary = finished(Group(4, 1, tmp_path).end(), tmp_path)
         assert summary['device'].endswith('4 processes')
     else:  # or alone
-        summary = finished(Group(1, 4, cache, tmp_path).end(), tmp_path)
+        summary = finished(Group(1, 4, tmp_path).end(), tmp_path)
     assert_same_run(summary, tmp_path, one[1], one[0])
     lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
     (resume,) = (line for line in map(json.loads, lines) if line['kind'] == 'resume')
@@ -176,35 +165,35 @@ def test_a_lost_process_ends_the_others_and_the_run_continues_with_more(
         ('--config.log_every=7', 'log_every: 2 -> 7'),
     ],
 )
-def test_processes_with_different_commands_are_refused(field, words, cache, tmp_path):
+def test_processes_with_different_commands_are_refused(field, words, tmp_path):
     run = [argument for argument in RUN if 'log_every' not in argument]
     both = '--config.log_every=2', '--config.log_every=2'
     alone = [field] if 'seed' in field else []
     first, second = (both[0], field) if 'log_every' in field else both
-    group = Group(2, 1, cache, tmp_path / 'run', own=[[first], [second, *alone]], run=run)
+    group = Group(2, 1, tmp_path / 'run', own=[[first], [second, *alone]], run=run)
     for code, _, errors in group.end():
         assert code == 1, errors
         assert f'it differs from process 0 ({words})' in errors.splitlines()[-1]
     assert not (tmp_path / 'run').exists()
 
 
-def test_a_process_that_sees_another_disk_is_told(cache, tmp_path):
+def test_a_process_that_sees_another_disk_is_told(tmp_path):
     for name in ('one', 'other'):
         (tmp_path / name).mkdir()
     other = [f'--workdir={tmp_path / "other/run"}']
-    ended = Group(2, 1, cache, tmp_path / 'one/run', own=[[], other]).end()
+    ended = Group(2, 1, tmp_path / 'one/run', own=[[], other]).end()
     for code, _, errors in ended:
         assert code == 1, ended
         assert 'is not seen by every process' in errors
 
 
-def test_a_port_that_is_in_use_is_told(cache, tmp_path):
+def test_a_port_that_is_in_use_is_told(tmp_path):
     with socket.socket() as taken:
         taken.bind(('', 0))
         taken.listen()
         port = taken.getsockname()[1]
         where = [f'--coordinator_address=localhost:{port}', '--num_processes=2', '--process_id=0']
-        ((code, _, errors),) = Group(1, 1, cache, tmp_path / 'run', *where).end()
+        ((code, _, errors),) = Group(1, 1, tmp_path / 'run', *where).end()
     assert code == 1
     assert re.fullmatch(
         f'error: --coordinator_address: port {port} of this machine cannot be used .*\n', errors
@@ -218,7 +207,7 @@ processes.start('localhost:{port}', 2, 1, unmet=1, lost=75)
 """
 
 
-def test_others_that_do_not_come_are_told_after_a_while(cache):
+def test_others_that_do_not_come_are_told_after_a_while():
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
