@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from afkd_jax import parallel, plan, summary, writer
 from afkd_jax import run as run_lib
 from afkd_jax.data import augment, sources
+from afkd_jax.data import feed as feeds
 
 _BLOCKS = 7
 _BLOCK_S = 1.0  # of steps in a block, at least; one step if it takes longer
@@ -38,13 +39,16 @@ def _run(config: ConfigDict) -> run_lib.Run:
     count = max(config.batch_size, min(info.train, fit))
     info = dataclasses.replace(info, train=count, validation=0, test=0)
     rng, channels = np.random.default_rng(config.seed), info.image_shape[-1]
-    table = augment.Table(
-        rng.integers(0, 256, (count, *info.image_shape), dtype=np.uint8),
-        rng.integers(0, info.num_classes, count, dtype=np.int32),
-        np.full(channels, 0.5, np.float32),
-        np.full(channels, 0.25, np.float32),
-    )
-    return run_lib.Run(config, info, devices, devices.replicate(table), '')
+    pixels = rng.integers(0, 256, (count, *info.image_shape), dtype=np.uint8)
+    labels = rng.integers(0, info.num_classes, count, dtype=np.int32)
+    standard = np.full(channels, 0.5, np.float32), np.full(channels, 0.25, np.float32)
+    if feeds.placement(config, info, devices) == 'device':
+        table = devices.replicate(augment.Table(pixels, labels, *standard))
+        feed = feeds.OnDevice(config, info, devices, '', table)
+    else:  # in memory all the same: what decoding takes is not the step's
+        table = augment.Table(pixels, labels, *devices.replicate(standard))
+        feed = feeds.OnHost(config, info, devices, '', table)
+    return run_lib.Run(config, info, devices, feed)
 
 
 def _median_of(function: Callable[[], Any]) -> float:
@@ -93,11 +97,11 @@ def benchmark(config: ConfigDict) -> dict[str, Any]:
     key, whole, split = devices.replicate(run.step_key), parallel.WHOLE, parallel.SPLIT
     last = order.end_of(1)
 
-    def index(step):
-        return devices.split(order.indices(step % last))
+    def batch(step):
+        return run.feed.batch(order.indices(step % last))
 
     begin = time.perf_counter()
-    lowered = run.lowered_step(state, sums, run.images, index(0), key)
+    lowered = run.lowered_step(*run.abstract_arguments())
     lower_s = time.perf_counter() - begin
     compiled = lowered.compile()
     compile_s = time.perf_counter() - begin
@@ -109,7 +113,7 @@ def benchmark(config: ConfigDict) -> dict[str, Any]:
         begin = time.perf_counter()
         for _ in range(steps):
             before, start = sums, time.perf_counter()
-            state, sums = compiled(state, sums, run.images, index(taken), key)
+            state, sums = compiled(state, sums, *batch(taken), key)
             dispatch.append(time.perf_counter() - start)
             before.steps.block_until_ready()
             taken += 1
@@ -123,15 +127,15 @@ def benchmark(config: ConfigDict) -> dict[str, Any]:
     step_s, quartiles = statistics.median(blocks), statistics.quantiles(blocks, n=4)
 
     data = config.data
-    batch = devices.map(
-        lambda images, index_B, key: augment.training_batch(
-            images, index_B, key, data.pad, data.flip
+    varied = devices.map(
+        lambda table, index_B, key: augment.training_batch(
+            table, index_B, key, data.pad, data.flip
         ),
-        (whole, split, whole),
+        (feeds.table_place(run.feed.placement), split, whole),
         split,
     )
-    one = index(0)
-    augment_s = _median_of(lambda: batch(run.images, one, key))
+    one = batch(0)
+    augment_s = _median_of(lambda: varied(*one, key))
     flops = compiled.cost_analysis()['flops'] * devices.mesh.size
     product = _product_flops(devices, config.dtype)
     return {

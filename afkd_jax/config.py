@@ -16,6 +16,7 @@ SCHEDULES = ('constant', 'steps', 'cosine')
 ON_NONFINITE = ('stop', 'skip')
 DTYPES = ('float32', 'bfloat16')
 STATISTICS = ('global', 'local')
+PLACEMENTS = ('auto', 'device', 'host', 'stream')
 
 # What single precision holds; a smaller number would be 0 there, a larger one infinite.
 _SMALLEST, _LARGEST = 1e-37, 1e38
@@ -24,7 +25,7 @@ _SMALLEST, _LARGEST = 1e-37, 1e38
 # its rounding does, as on the number of devices. (Which images there are is checked by their
 # fingerprint.)
 _MAY_CHANGE = re.compile(
-    r'mesh\..*|checkpoint\..*|on_nonfinite|saturation_steps|data\.(manual_dir|data_dir)'
+    r'mesh\..*|checkpoint\..*|on_nonfinite|saturation_steps|data\.(manual_dir|data_dir|workers)'
 )
 
 
@@ -49,6 +50,16 @@ def _not_negative(value):
 
 def _never(value):
     return False
+
+
+def _is_range(most: float):
+    """Returns the test of two rising numbers in (0, most]."""
+    return lambda v: len(v) == 2 and all(_is(x, float) for x in v) and 0 < v[0] <= v[1] <= most
+
+
+def _per_channel(least: float):
+    """Returns the test of no number, or one per channel in [least, 1]."""
+    return lambda v: len(v) in (0, 1, 3) and all(_is(x, float) and least <= x <= 1 for x in v)
 
 
 def _is_optimizer(name: str) -> dict:
@@ -94,13 +105,22 @@ RULES = {
     'dtype': (lambda v: v in DTYPES, f'one of {", ".join(DTYPES)}'),
     'batch_statistics': (lambda v: v in STATISTICS, f'one of {", ".join(STATISTICS)}'),
     'dataset': (
-        lambda v: re.fullmatch(r'digits|(idx|tfds):.+', v),
-        'digits, idx:DIR or tfds:NAME (e.g. tfds:cifar10)',
+        lambda v: re.fullmatch(r'digits|(idx|folder|tfds):.+', v),
+        'digits, idx:DIR, folder:DIR or tfds:NAME (e.g. tfds:cifar10)',
     ),
     'data.train_examples': (_not_negative, 'at least 0 (0: all)'),
     'data.validation_fraction': (lambda v: 0 <= v < 1, 'in [0, 1)'),
+    'data.placement': (lambda v: v in PLACEMENTS, f'one of {", ".join(PLACEMENTS)}'),
+    'data.image_size': (_not_negative, 'at least 0 (0: as stored)'),
+    'data.crop_scale': (_is_range(1), 'two rising numbers above 0, at most 1, as in "(0.08,1.0)"'),
+    'data.crop_ratio': (_is_range(100), 'two rising numbers above 0, as in "(0.75,1.33)"'),
+    'data.eval_resize': (_positive, 'at least 1'),
     'data.pad': (_not_negative, 'at least 0'),
     'data.flip': (lambda v: True, ''),
+    'data.mean': (_per_channel(0), 'one number in [0, 1] per channel, or ()'),
+    'data.std': (_per_channel(1 / 255), 'one number in [1/255, 1] per channel, or ()'),
+    'data.max_corrupt': (_not_negative, 'at least 0'),
+    'data.workers': (lambda v: 0 <= v <= 512, 'in 0 .. 512'),
     'data.manual_dir': (lambda v: True, ''),
     'data.data_dir': (lambda v: True, ''),
     **_is_optimizer('logit'),

@@ -1,7 +1,7 @@
 """Every network and the ensemble over a whole split, each image counted once."""
 
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,7 +14,8 @@ from afkd_jax import state as state_lib
 from afkd_jax import step as step_lib
 from afkd_jax import workdir as workdir_lib
 from afkd_jax.checkpoints import Checkpoints
-from afkd_jax.data import augment, batches
+from afkd_jax.data import augment
+from afkd_jax.data import feed as feeds
 from afkd_jax.errors import UserError
 
 
@@ -30,32 +31,26 @@ class Evaluator:
         self._score = self._compiled(step_lib.eval_step)
 
     def _compiled(self, per_device: Callable[..., Any]) -> Callable[..., Any]:
-        """Returns the compiled (networks, a batch's indices, mask) -> sums over the batch.
+        """Returns the compiled (networks, table, indices, mask) -> sums over a batch of a feed.
 
         Args:
           per_device: of (cohort, networks, images, labels, mask).
         """
         run, cohort = self._run, self._run.cohort.here
 
-        def step(networks, images, index_B, mask_B):
+        def step(networks, table, index_B, mask_B):
             own = state_lib.unstack(networks) if run.spread else networks
-            batch = augment.evaluation_batch(images, index_B)
+            batch = augment.evaluation_batch(table, index_B)
             return per_device(cohort, own, *batch, mask_B)
 
         whole, split = parallel.WHOLE, parallel.SPLIT
         place = parallel.SPREAD if run.spread else whole
-        mapped = run.devices.map(step, places=(place, whole, split, split))
+        tables = feeds.table_place(run.feed.placement)
+        mapped = run.devices.map(step, places=(place, tables, split, split))
+        size = run.config.eval_batch_size
+        mask = run.devices.abstract(np.zeros(size, bool), split)
         networks = run.abstract()[0].networks
-        (batch,) = self._batches(run.info.places('test')[:1])  # padded: as every other
-        compiled = mapped.lower(networks, run.images, *batch).compile()
-        return lambda networks, *batch: compiled(networks, run.images, *batch)
-
-    def _batches(self, places: Sequence[int]) -> list[tuple[jax.Array, jax.Array]]:
-        put = self._run.devices.split
-        return [
-            (put(index), put(mask))
-            for index, mask in batches.padded(places, self._run.config.eval_batch_size)
-        ]
+        return mapped.lower(networks, *run.abstract_batch(size), mask).compile()
 
     def __call__(
         self,
@@ -70,17 +65,19 @@ class Evaluator:
           split: which images.
           stop: asked before each batch; if it says so there are no scores, but None.
         """
-        places, parts = self._run.info.places(split), []
-        for batch in self._batches(places):
-            if stop():
-                return None
-            # One batch on its way while the one before is fetched.
-            parts.append(self._score(networks, *batch))
-            parts[-2:-1] = jax.device_get(parts[-2:-1])
+        parts = []
+        with self._run.feed.evaluation(self._run.info.places(split)) as batches:
+            for batch in batches:
+                if stop():
+                    return None
+                # One batch on its way while the one before is fetched.
+                parts.append(self._score(networks, *batch))
+                parts[-2:-1] = jax.device_get(parts[-2:-1])
         parts[-1:] = jax.device_get(parts[-1:])
+        images = np.sum([part['images'] for part in parts])
         correct = np.sum([part['correct'] for part in parts], axis=0)
         entropy = np.sum([part['cross_entropy'] for part in parts], axis=0, dtype=np.float64)
-        accuracy, entropy = 100 * correct / len(places), entropy / len(places)
+        accuracy, entropy = 100 * correct / images, entropy / images
         return summary.Scores(accuracy.tolist(), entropy.tolist())
 
     def edges(self, networks: Any) -> list[dict[str, Any]]:
@@ -92,7 +89,8 @@ class Evaluator:
         compare = self._compiled(similarity.sums)
         # Batches of the stored order may hold one class each, of which CKA must know nothing.
         order = np.random.RandomState(0).permutation(self._run.info.places('test'))
-        parts = jax.device_get([compare(networks, *batch) for batch in self._batches(order)])
+        with self._run.feed.evaluation(order) as batches:
+            parts = [jax.device_get(compare(networks, *batch)) for batch in batches]
         return similarity.figures(self._run.cohort, parts)
 
 
@@ -109,7 +107,7 @@ def evaluate(config: ConfigDict, workdir: pathlib.Path, step: int | None) -> dic
     """
     workdir_lib.check(workdir, config)
     workdir_lib.check_begun(workdir)
-    run = processes.in_turn(lambda: run_lib.prepare(config))
+    run = processes.in_turn(lambda: run_lib.prepare(config, writer.console.print))
     with Checkpoints(workdir, run.origin()) as checkpoints:
         restored = checkpoints.restore(run.abstract(), step)
     if restored is None:

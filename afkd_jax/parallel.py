@@ -145,6 +145,24 @@ class Devices:
             array = array.reshape(self.shares, -1, *array.shape[1:])
         return self._put(array, SPLIT)
 
+    def rows(self, size: int) -> np.ndarray:
+        """Returns which rows of a split array of this size live on this process's devices."""
+        if self.mapping == 'pmap':  # of one process
+            return np.arange(size)
+        own = self.sharding(SPLIT).addressable_devices_indices_map((size,))
+        return np.unique(np.concatenate([np.arange(size)[index] for index in own.values()]))
+
+    def split_rows(self, rows: np.ndarray, size: int) -> jax.Array:
+        """Returns split() of an array of which every process has its rows() alone."""
+        if len(rows) == size:
+            return self.split(rows)
+        own = self.rows(size)
+
+        def part(index):
+            return rows[np.searchsorted(own, np.arange(size)[index[0]])]
+
+        return jax.make_array_from_callback((size, *rows.shape[1:]), self.sharding(SPLIT), part)
+
     def _put(self, leaf: Any, place: PartitionSpec) -> jax.Array:
         """Returns a host array, of which each process feeds its own devices."""
         sharding = self.sharding(place)
@@ -171,17 +189,23 @@ class Devices:
 
         Args:
           function: of positional arguments.
-          places: per argument, a place or a tree of places; trees are not for pmap.
+          places: per argument, a place or a tree of places.
           out: of the results, likewise; what is SPLIT comes as split() gives it.
           donate: arguments whose memory may be reused.
         """
         if self.mapping == 'pmap':
             axes = {WHOLE: None, SPLIT: 0}
+
+            def axis(places):
+                return jax.tree.map(
+                    axes.get, places, is_leaf=lambda place: isinstance(place, PartitionSpec)
+                )
+
             return jax.pmap(
                 function,
                 axis_name=DATA,
-                in_axes=tuple(axes[place] for place in places),
-                out_axes=axes[out],
+                in_axes=axis(places),
+                out_axes=axis(out),
                 donate_argnums=donate,
                 devices=self.mesh.devices.ravel().tolist(),
             )

@@ -5,7 +5,6 @@ compiler knows of it is reported. All figures are the compiler's estimates; noth
 """
 
 import dataclasses
-import math
 import re
 import time
 from collections.abc import Callable
@@ -13,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
 from afkd_jax import cohort as cohort_lib
@@ -21,11 +19,15 @@ from afkd_jax import collectives, describe, parallel, summary
 from afkd_jax import run as run_lib
 from afkd_jax import state as state_lib
 from afkd_jax import topology as topology_lib
-from afkd_jax.data import augment, sources
+from afkd_jax.data import feed as feeds
+from afkd_jax.data import sources
 from afkd_jax.errors import UserError
 
-# A set larger than this share of a device's memory is planned as if it came batch by batch.
-_WHOLE_SET = 0.25
+_IMAGES = {
+    'device': 'the whole set on every device',
+    'host': 'a batch at a time',
+    'stream': 'a batch at a time',
+}
 
 
 class _TooLarge(Exception):
@@ -78,29 +80,16 @@ class Plan:
         return topology_lib.memory_of(self.devices.mesh.devices.flat[0])
 
     @property
-    def streamed(self) -> bool:
-        """Whether the set is too large to lie on every device, and comes batch by batch.
-
-        So it is only in a plan: this program cannot train on such a set yet.
-        """
-        count = self.info.train + self.info.validation + self.info.test
-        size = count * math.prod(self.info.image_shape)
-        return self.memory is not None and size > _WHOLE_SET * self.memory
+    def placement(self) -> str:
+        """Where the images are: see config.data.placement."""
+        return feeds.placement(self.config, self.info, self.devices)
 
     def run(self, batch_size: int) -> run_lib.Run:
-        """Returns the run with this batch; its images are shapes."""
+        """Returns the run with this batch; of its images only the shapes are known."""
         config = self.config.copy_and_resolve_references()
         config.batch_size = batch_size
-        info = self.info
-        count = batch_size if self.streamed else info.train + info.validation + info.test
-        channels = info.image_shape[-1:]
-        table = augment.Table(
-            jax.ShapeDtypeStruct((count, *info.image_shape), jnp.uint8),
-            jax.ShapeDtypeStruct((count,), jnp.int32),
-            jax.ShapeDtypeStruct(channels, jnp.float32),
-            jax.ShapeDtypeStruct(channels, jnp.float32),
-        )
-        return run_lib.Run(config, info, self.devices, table, images_fingerprint='')
+        feed = feeds.Absent(config, self.info, self.devices, '', self.placement)
+        return run_lib.Run(config, self.info, self.devices, feed)
 
     def compile(self, batch_size: int) -> tuple[jax.stages.Compiled, float]:
         """Returns the compiled step, and how many seconds that took.
@@ -108,16 +97,9 @@ class Plan:
         Raises:
           _TooLarge: the compiler refuses it for want of memory.
         """
-        run, devices, split = self.run(batch_size), self.devices, parallel.SPLIT
-        place = parallel.WHOLE
-        if self.streamed:
-            place = augment.Table(split, split, parallel.WHOLE, parallel.WHOLE)
-        state, sums = run.abstract()
-        images = devices.abstract(run.images, place)
-        index = devices.abstract(jax.ShapeDtypeStruct((batch_size,), np.int32), split)
-        key = devices.abstract(jax.eval_shape(lambda: jax.random.key(0)))
+        run = self.run(batch_size)
         begin = time.perf_counter()
-        lowered = run.lowered_step(state, sums, images, index, key, place)
+        lowered = run.lowered_step(*run.abstract_arguments())
         try:
             step = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
@@ -244,7 +226,7 @@ def plan(
         'batch_statistics': config.batch_statistics,
         'batch_size': config.batch_size,
         'image_shape': list(info.image_shape),
-        'images': 'a batch at a time' if it.streamed else 'the whole set on every device',
+        'images': _IMAGES[it.placement],
         'memory_per_device': it.memory,
         'networks': [
             {'name': name, 'flops_per_image': _network_flops(whole, k)}

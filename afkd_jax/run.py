@@ -7,6 +7,7 @@ from typing import Any
 
 import chex
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
@@ -16,6 +17,7 @@ from afkd_jax import methods, metrics, models, parallel
 from afkd_jax import state as state_lib
 from afkd_jax import step as step_lib
 from afkd_jax.data import augment, batches, sources
+from afkd_jax.data import feed as feeds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,15 +29,13 @@ class Run:
       info: of the images.
       devices: where.
       cohort: what is trained.
-      images: all images, on the devices.
-      images_fingerprint: of all images and labels, in their order.
+      feed: its batches.
     """
 
     config: ConfigDict
     info: sources.Info
     devices: parallel.Devices
-    images: augment.Table
-    images_fingerprint: str
+    feed: feeds.Feed
     cohort: cohort_lib.Cohort = dataclasses.field(init=False)
 
     def __post_init__(self):
@@ -53,7 +53,7 @@ class Run:
     @property
     def order(self) -> batches.Order:
         """The order in which the training images come."""
-        return batches.Order(self.config.seed, self.info.train, self.config.batch_size)
+        return self.feed.order
 
     @property
     def init_key(self) -> jax.Array:
@@ -110,7 +110,7 @@ class Run:
         shares = {'shares': self.devices.shares} if self.cohort.local_statistics else {}
         return shares | {
             'config': config_lib.of_the_run(self.config),
-            'images': {**dataclasses.asdict(self.info), 'fingerprint': self.images_fingerprint},
+            'images': {**dataclasses.asdict(self.info), 'fingerprint': self.feed.fingerprint},
             'arrays': state_lib.layout(arrays),
         }
 
@@ -126,26 +126,35 @@ class Run:
             state = state_lib.unstacked(jax.tree.map(fetch, state))
         return state_lib.fingerprint(state)
 
-    def compiled_step(self, state: state_lib.TrainState) -> Callable[..., Any]:
-        """Returns the compiled training step: (state, sums, batch's indices) -> (state, sums).
+    def compiled_step(self) -> Callable[..., Any]:
+        """Returns the compiled training step: (state, sums, table, index) -> (state, sums).
 
         Compiled ahead of time, so that a second compilation is an error and not a slow step.
         The state's memory is reused.
         """
         key = self.devices.replicate(self.step_key)
-        index = self.devices.split(self.order.indices(0))
-        lowered = self.lowered_step(state, self.no_sums(), self.images, index, key)
-        compiled = lowered.compile()
-        return lambda state, sums, index: compiled(state, sums, self.images, index, key)
+        compiled = self.lowered_step(*self.abstract_arguments()).compile()
+        return lambda state, sums, table, index: compiled(state, sums, table, index, key)
+
+    def abstract_arguments(self) -> tuple[Any, ...]:
+        """Returns the shapes, with placement, of the step's arguments; see lowered_step."""
+        key = self.devices.abstract(jax.eval_shape(lambda: self.step_key))
+        return *self.abstract(), *self.abstract_batch(self.config.batch_size), key
+
+    def abstract_batch(self, size: int) -> tuple[augment.Table, jax.Array]:
+        """Returns the shapes, with placement, of a batch: the images' Table and the indices."""
+        placement = self.feed.placement
+        table, index = feeds.like(self.info, placement, size), np.zeros(size, np.int32)
+        place = feeds.table_place(placement), parallel.SPLIT
+        return self.devices.abstract((table, index), place)
 
     def lowered_step(
         self,
         state: state_lib.TrainState,
         sums: metrics.Sums,
-        images: augment.Table,
+        table: augment.Table,
         index_B: jax.Array,
         key: jax.Array,
-        images_place: Any = parallel.WHOLE,
     ) -> jax.stages.Lowered:
         """Returns the training step, mapped over the devices and lowered for these arguments.
 
@@ -153,21 +162,27 @@ class Run:
         """
         data, cohort, whole = self.config.data, self.cohort.here, parallel.WHOLE
 
-        def train_step(state, sums, images, index_B, key):
+        def train_step(state, sums, table, index_B, key):
             own = state_lib.unstacked(state) if self.spread else state
             own, sums = step_lib.train_step(
-                cohort, data.pad, data.flip, own, sums, images, index_B, key
+                cohort, data.pad, data.flip, own, sums, table, index_B, key
             )
             return state_lib.stacked(own) if self.spread else own, sums
 
         chex.clear_trace_counter()
         mapped = self.devices.map(
             chex.assert_max_traces(train_step, n=1),
-            places=(self.places, whole, images_place, parallel.SPLIT, whole),
+            places=(
+                self.places,
+                whole,
+                feeds.table_place(self.feed.placement),
+                parallel.SPLIT,
+                whole,
+            ),
             out=(self.places, whole) if self.spread else whole,
             donate=(0,),
         )
-        return mapped.lower(state, sums, images, index_B, key)
+        return mapped.lower(state, sums, table, index_B, key)
 
 
 def devices_of(config: ConfigDict, found: Sequence[jax.Device] | None = None) -> parallel.Devices:
@@ -183,8 +198,12 @@ def devices_of(config: ConfigDict, found: Sequence[jax.Device] | None = None) ->
     return devices
 
 
-def prepare(config: ConfigDict) -> Run:
+def prepare(config: ConfigDict, tell: Callable[[str], None] = lambda words: None) -> Run:
     """Returns the run of a valid config; whatever is wrong with it is found before any step.
+
+    Args:
+      config: valid.
+      tell: is given a line where one waits, or has to know something of the images.
 
     Raises:
       UserError: method, networks, devices or images do not fit the config, or each other.
@@ -196,7 +215,5 @@ def prepare(config: ConfigDict) -> Run:
         models.build(name, num_classes=2, image_shape=(32, 32, 3))
     devices = devices_of(config)
     devices.check_divides('eval_batch_size', config.eval_batch_size)
-    splits = sources.load(config)
-    table = augment.table(splits)
-    fingerprint = state_lib.fingerprint((table.pixels, table.labels))
-    return Run(config, splits.info, devices, devices.replicate(table), fingerprint)
+    dataset = sources.dataset(config)
+    return Run(config, dataset.info, devices, feeds.feed(config, dataset, devices, tell))

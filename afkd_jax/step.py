@@ -214,7 +214,7 @@ def train_step(
       flip: see augment.vary.
       state: before the step.
       sums: of the steps since the last fetch.
-      images: all images.
+      images: all images, or those of the batch.
       index_B: this device's share of the batch's indices.
       key: of the run; what is random in a step is a function of (key, step).
     """
@@ -244,7 +244,8 @@ def eval_step(
       mask_B: bool; False leaves an entry out of every sum.
 
     Returns:
-      correct (int32) and cross_entropy sums. The ensemble is the mean of the probabilities.
+      correct (int32) and cross_entropy sums; and `images`, a scalar int32: how many were counted.
+      The ensemble is the mean of the probabilities.
     """
     ring = cohort.objective.ring
     log_p_KxBxC = jnp.stack(
@@ -261,4 +262,5 @@ def eval_step(
         return {'correct': correct_KxB.sum(1, dtype=jnp.int32), 'cross_entropy': entropy_KxB.sum(1)}
 
     own, ensemble = ring.gathered(sums(log_p_KxBxC)), sums(ensemble_BxC[None])
-    return jax.lax.psum({name: jnp.concatenate([own[name], ensemble[name]]) for name in own}, DATA)
+    total = {name: jnp.concatenate([own[name], ensemble[name]]) for name in own}
+    return jax.lax.psum(total | {'images': mask_B.sum(dtype=jnp.int32)}, DATA)

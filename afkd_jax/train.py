@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -47,8 +47,8 @@ def train(
     if finished:
         _tell(f'{workdir}: this run is finished; its summary:')
         return finished
-    run = processes.in_turn(lambda: run_lib.prepare(config))
-    processes.same({'images': run.images_fingerprint})
+    run = processes.in_turn(lambda: run_lib.prepare(config, _tell))
+    processes.same({'images': run.feed.fingerprint})
     if any(processes.share(interrupt.requested)):
         _tell(f'{workdir}: stopped by a signal before it began; the same command continues')
         return None
@@ -73,7 +73,7 @@ def train(
             f'{workdir}: {len(names)} networks, {last_step} steps, on {run.devices.name}; compiling'
         )
         begin = time.perf_counter()
-        train_step, evaluate = run.compiled_step(point.state), Evaluator(run)
+        train_step, evaluate = run.compiled_step(), Evaluator(run)
         compile_s = time.perf_counter() - begin
         out = stack.enter_context(
             writer.Writer(
@@ -177,15 +177,21 @@ class _Loop:
 
     def until(self, last_step: int) -> None:
         """Trains up to `last_step`, or until a signal asks to stop; ends with a checkpoint."""
-        order, log_every, first = self._run.order, self._run.config.log_every, self.step
         self._end_epoch()  # of one that was stopped before its evaluation
+        with self._run.feed.training(self.step) as batches:
+            self._train(last_step, batches)
+        if self.step > self._saved_step:
+            self._save()
+        self._checkpoints.wait()
+
+    def _train(self, last_step: int, batches: Iterator[Any]) -> None:
+        log_every, first = self._run.config.log_every, self.step
         while self.step < last_step:
             save = self._agree()
             if self.stopped:
                 break
-            index = self._run.devices.split(order.indices(self.step))
-            before = self._sums
-            self.state, self._sums = self._train_step(self.state, before, index)
+            before, batch = self._sums, next(batches)
+            self.state, self._sums = self._train_step(self.state, before, *batch)
             self.step += 1
             # At most two steps on their way, so that a signal does not wait for many.
             before.steps.block_until_ready()
@@ -199,9 +205,6 @@ class _Loop:
                 self._end_epoch()
             elif save or self._steps_are_over():
                 self._save()
-        if self.step > self._saved_step:
-            self._save()
-        self._checkpoints.wait()
 
     def progress(self) -> Progress:
         """Returns what is known of the run beside its arrays."""

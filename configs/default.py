@@ -52,13 +52,27 @@ def get_config(networks: str = 'resnet32,resnet32') -> config_dict.ConfigDict:
     config.loss.adversarial_weight = 1.0  # of L_G, whose scale Adam mostly takes out again
     config.loss.label_smoothing = 0.0  # of the cross-entropy, in [0, 1); 0: none
 
-    # The images: 'digits', 'idx:DIR' or 'tfds:NAME'; see afkd_jax/data/sources.py.
+    # The images: 'digits', 'idx:DIR', 'folder:DIR' or 'tfds:NAME'; see afkd_jax/data/sources.py.
     config.dataset = 'tfds:cifar100'
     config.data = config_dict.ConfigDict()
     config.data.train_examples = 0  # use the first n of a fixed permutation; 0: all
     config.data.validation_fraction = 0.0  # of the training images, held out; 0: none
+    # Where they are kept: 'device', all of them on every device; 'host', in memory, a batch at a
+    # time on the devices; 'stream', on disk, read and decoded when they are needed; 'auto': on the
+    # devices if they need at most a quarter of their memory, as they are stored, else 'stream'.
+    config.data.placement = 'auto'
+    # Side of the square to which images are cropped and resized; 0: as they are stored.
+    config.data.image_size = 0
+    config.data.crop_scale = (0.08, 1.0)  # then: share of the area of a random training crop
+    config.data.crop_ratio = (3 / 4, 4 / 3)  # then: its width by its height
+    config.data.eval_resize = 256  # then: shorter side, of which evaluation sees the centre
     config.data.pad = 4  # pixels of zeros on each side before a random crop; 0: no crop
     config.data.flip = True  # horizontal, with probability 1/2
+    # Per channel, in 0 .. 1, to standardise by; (): those of the training images.
+    config.data.mean = ()
+    config.data.std = ()
+    config.data.max_corrupt = 0  # 'stream': images that cannot be decoded and are passed over
+    config.data.workers = 0  # 'stream': processes that decode; 0: threads of this process
     config.data.manual_dir = ''  # tfds only: where archives already lie; '': nowhere
     config.data.data_dir = ''  # tfds only: prepared sets; '': TFDS's own default
 
@@ -83,8 +97,8 @@ def get_config(networks: str = 'resnet32,resnet32') -> config_dict.ConfigDict:
     # Updates the discriminators: Adam.
     config.discriminator = config.feature.copy_and_resolve_references()
 
-    # What is written, and how often. These do not change what is computed, nor do data.manual_dir
-    # and data.data_dir: of a run that continues they may be changed, but for log_every.
+    # What is written, and how often. These do not change what is computed, nor do data.manual_dir,
+    # data.data_dir and data.workers: of a run that continues all may be changed, but log_every.
     config.log_every = 50  # steps per line of metrics.jsonl
     config.checkpoint = config_dict.ConfigDict()  # besides those at the end of each epoch:
     config.checkpoint.every_steps = 0  # one each time so many steps are taken; 0: none

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from afkd_jax.data import augment
-from afkd_jax.data.sources import Images, Splits
+from afkd_jax.data.examples import Images
+from afkd_jax.data.sources import Splits
 
 
 @pytest.fixture

@@ -148,10 +148,8 @@ def x64():
 
 @pytest.fixture(scope='session')
 def forked():
-    """launch.py, quickly: see forks.Forks.run."""
-    server = forks.Forks()
-    yield server.run
-    server.close()
+    """launch.py, quickly: see forks.run."""
+    return forks.run
 
 
 @pytest.fixture

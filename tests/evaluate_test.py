@@ -24,7 +24,7 @@ def plain(networks=PAIR):
     run = run_lib.prepare(tiny_config(networks))
     state = jax.device_get(run.initial_state())
     places = run.info.places('test')
-    table = jax.device_get(run.images)
+    table = jax.device_get(run.feed.table)
     pixels = table.pixels[places.start : places.stop] / 255
     pixels = ((pixels - table.mean) / table.std).astype(np.float32)
     labels = table.labels[places.start : places.stop]
@@ -55,13 +55,14 @@ def test_what_fills_up_the_last_batch_is_not_counted(one_device):
     # would give more than 100 %.
     run = run_lib.prepare(tiny_config(eval_batch_size=512))
     networks = run.initial_state().networks
-    every = np.arange(run.images.labels.size)
-    images, _ = augment.evaluation_batch(run.images, every)
+    every = np.arange(run.feed.table.labels.size)
+    images, _ = augment.evaluation_batch(run.feed.table, every)
     logits, _ = jax.jit(functools.partial(run.cohort.networks[0].apply, train=False))(
         networks[0].variables(), images
     )
-    images = run.images.replace(labels=run.devices.replicate(logits.argmax(1).astype(np.int32)))
-    scores = evaluate.Evaluator(dataclasses.replace(run, images=images))(networks, 'test')
+    labels = run.devices.replicate(logits.argmax(1).astype(np.int32))
+    feed = dataclasses.replace(run.feed, table=run.feed.table.replace(labels=labels))
+    scores = evaluate.Evaluator(dataclasses.replace(run, feed=feed))(networks, 'test')
     assert scores.accuracy[0] == 100.0
 
 

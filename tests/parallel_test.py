@@ -22,6 +22,7 @@ from afkd_jax import run as run_lib
 from afkd_jax import state as state_lib
 from afkd_jax import step as step_lib
 from afkd_jax.data import augment, sources
+from afkd_jax.data import feed as feeds
 from afkd_jax.errors import UserError
 from afkd_jax.parallel import SPLIT, WHOLE
 
@@ -43,7 +44,7 @@ def after_three_steps(mapping, count, peers=1, networks=MIXED, method='afd'):
         mean=np.array([0.4]),
         std=np.array([0.3]),
     )
-    run = run_lib.Run(config, INFO, devices, images, '')
+    run = run_lib.Run(config, INFO, devices, feeds.Absent(config, INFO, devices, ''))
     state = as_float64(initial_state(config))
     if peers > 1:
         state = jax.device_put(state_lib.stacked(state), devices.shardings(run.places))
@@ -106,7 +107,7 @@ def sent(method='afd', peers=1, count=8, networks=FOUR, **fields):
     config = tiny_config(networks, batch_size=BATCH, method=method, **fields)
     devices = parallel.Devices.take('shard_map', count, peers)
     it = plan.Plan(config, INFO, devices)
-    compiled = it.compile(BATCH).step
+    compiled = it.compile(BATCH)[0]
     rows = collectives.of(compiled, (devices.peers, devices.shares))
     return {(row.operation, row.axis): row for row in rows}, it.run(BATCH).cohort
 
@@ -226,7 +227,7 @@ def test_a_batch_that_does_not_divide_is_refused():
 def test_only_with_local_statistics_are_other_shares_another_run(statistics):
     config = tiny_config(batch_size=BATCH, batch_statistics=statistics)
     origins = [
-        run_lib.Run(config, INFO, parallel.Devices.take('shard_map', count), None, '').origin()
-        for count in (2, 4)
+        run_lib.Run(config, INFO, devices, feeds.Absent(config, INFO, devices, '')).origin()
+        for devices in (parallel.Devices.take('shard_map', count) for count in (2, 4))
     ]
     assert (origins[0] != origins[1]) == (statistics == 'local')

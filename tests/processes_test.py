@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import forks
 import jax
 import kills
 import numpy as np
@@ -21,7 +22,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 RUN = [
     '--config=configs/digits.py',
     '--config.epochs=2',
-    '--config.data.train_examples=256',
+    '--config.data.train_examples=192',
     '--config.log_every=2',
     '--config.method=kd_ring',
     '--config.checkpoint.every_steps=3',
@@ -40,24 +41,19 @@ class Group:
         where = [f'--coordinator_address=127.0.0.1:{port}', f'--num_processes={count}']
         flags = f'--xla_force_host_platform_device_count={devices} {LITTLE}'
         self.processes = [
-            subprocess.Popen(
-                [sys.executable, 'launch.py', *run, *arguments, f'--workdir={workdir}']
+            forks.Launch(
+                [*run, *arguments, f'--workdir={workdir}']
                 + (where if count > 1 else [])
                 + ([f'--process_id={index}'] if count > 1 else [])
                 + [*(own[index] if index < len(own) else ())],
-                cwd=ROOT,
-                env=os.environ | {'XLA_FLAGS': flags},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
+                os.environ | {'XLA_FLAGS': flags},
             )
             for index in range(count)
         ]
 
-    def end(self, timeout=200):
+    def end(self):
         """Returns [(exit code, output, errors)] when all have ended."""
-        outputs = [process.communicate(timeout=timeout) for process in self.processes]
-        return [(p.returncode, *texts) for p, texts in zip(self.processes, outputs, strict=True)]
+        return [process.end() for process in self.processes]
 
     def wait_for(self, condition):
         while not condition() and all(process.poll() is None for process in self.processes):
@@ -137,7 +133,7 @@ def test_a_lost_process_ends_the_others_and_the_run_continues_with_more(victim, 
     # One network in each process.
     group = Group(2, 2, tmp_path, '--config.mesh.peer=2')
     group.wait_for((tmp_path / 'checkpoints/3').exists)
-    group.processes[victim].kill()
+    group.processes[victim].send_signal(signal.SIGKILL)
     killed_at = time.monotonic()
     ended = group.end()
     assert time.monotonic() - killed_at < LOST_S + 15

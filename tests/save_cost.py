@@ -27,13 +27,13 @@ def main(name, seconds, rounds, *networks):
     config = importlib.import_module(f'configs.{name}').get_config(*networks)
     run = run_lib.prepare(config)
     state, no_sums = run.initial_state(), run.no_sums()
-    step = run.compiled_step(state)
-    order, count = run.order, 0
+    step = run.compiled_step()
+    count = 0
 
     def take(steps):
         nonlocal state, count
         for _ in range(steps):
-            state, sums = step(state, no_sums, run.devices.split(order.indices(count)))
+            state, sums = step(state, no_sums, *run.feed.batch(run.order.indices(count)))
             sums.steps.block_until_ready()
             count += 1
 

@@ -346,14 +346,14 @@ def test_a_foreign_checkpoint_is_refused_with_the_differing_fields(every_step, t
 def test_other_images_are_another_run(every_step, tmp_path, monkeypatch):
     config, workdir = every_step
     shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
-    load = sources.load
+    dataset = sources.dataset
 
     def altered(config):
-        splits = load(config)
-        splits.test.pixels[0, 0, 0] += 1
-        return splits
+        images = dataset(config)
+        images.test.pixels[0, 0, 0] += 1
+        return images
 
-    monkeypatch.setattr(sources, 'load', altered)
+    monkeypatch.setattr(sources, 'dataset', altered)
     with pytest.raises(UserError, match='10 is of another run .images.fingerprint: '):
         fit(config, tmp_path, 10)
 

@@ -8,6 +8,7 @@ import zlib
 
 import numpy as np
 
+from afkd_jax.data.examples import Images
 from afkd_jax.errors import UserError
 
 _FILES = (
@@ -52,8 +53,8 @@ def _read(path: pathlib.Path, axes: int) -> np.ndarray:
     return np.frombuffer(data, np.uint8).reshape(shape)
 
 
-def load(directory: str) -> tuple[tuple, tuple, int]:
-    """Returns (pixels, labels) of train and of test, and the number of classes.
+def load(directory: str) -> tuple[Images, Images, int]:
+    """Returns the images of train and of test, and the number of classes.
 
     Args:
       directory: holds the four files.
@@ -75,17 +76,17 @@ def load(directory: str) -> tuple[tuple, tuple, int]:
                 f'config.dataset: {folder / images_name} has {len(pixels)} images but '
                 f'{labels_name} has {len(labels)} labels; they must be equally many, and some'
             )
-        splits.append((pixels[..., None], labels))
-    (train_pixels, train_labels), (test_pixels, test_labels) = splits
-    num_classes = int(train_labels.max()) + 1
-    if num_classes < 2 or test_labels.max() >= num_classes:
+        splits.append(Images(pixels[..., None], labels))
+    train, test = splits
+    num_classes = int(train.labels.max()) + 1
+    if num_classes < 2 or test.labels.max() >= num_classes:
         raise UserError(
             f'config.dataset: the labels in {folder} go to {num_classes - 1} in training and '
-            f'to {test_labels.max()} in test; there must be two classes, the same in both'
+            f'to {test.labels.max()} in test; there must be two classes, the same in both'
         )
-    if train_pixels.shape[1:] != test_pixels.shape[1:]:
+    if train.image_shape != test.image_shape:
         raise UserError(
-            f'config.dataset: the training images in {folder} are {train_pixels.shape[1:]} but '
-            f'the test images {test_pixels.shape[1:]}; they must be alike'
+            f'config.dataset: the training images in {folder} are {train.image_shape[:2]} but '
+            f'the test images {test.image_shape[:2]}; they must be alike'
         )
-    return *splits, num_classes
+    return train, test, num_classes

@@ -1,42 +1,26 @@
-"""What images there are: a data set's name -> uint8 images and labels, in three splits.
+"""What images there are: a data set's name -> labelled images, in three splits.
 
 digits      scikit-learn's 1,797 images; 20 % are the test split.
 idx:DIR     the four gzip IDX files of the MNIST family in one directory (idx_source.py).
-tfds:NAME   a TFDS image-classification set that fits in memory (tfds_source.py).
+folder:DIR  image files, train/<class>/... and val/<class>/... (folder_source.py).
+tfds:NAME   a TFDS image-classification set (tfds_source.py).
 """
 
 import dataclasses
+import hashlib
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from afkd_jax import config as config_lib
+from afkd_jax.data import decode
+from afkd_jax.data.examples import Examples, Images
 from afkd_jax.errors import UserError
 
 # The splits are the same in every run: they never depend on config.seed. NumPy promises that
 # the stream of a RandomState will not change between its versions.
 _SPLIT_SEED = 20200705
 _MOST_STEPS = 2**31 - 1  # the state's counter is an int32
-
-
-@dataclasses.dataclass(frozen=True)
-class Images:
-    """Labelled images.
-
-    Attributes:
-      pixels: uint8 [N, H, W, C].
-      labels: int32 [N] in 0 .. num_classes - 1.
-    """
-
-    pixels: np.ndarray
-    labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def take(self, index: np.ndarray) -> 'Images':
-        """Returns the images of these indices, in this order."""
-        return Images(self.pixels[index], self.labels[index])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,12 +72,71 @@ class Splits:
         return Info(self.train.pixels.shape[1:], self.num_classes, *sizes)
 
 
-def _held_out(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """The images of a run by random access, in one numbering: train, validation, test.
+
+    Attributes:
+      info: sizes; of the images as the networks see them.
+      view: how they see them.
+      train: the set's training images.
+      test: its test images.
+      order: int [train + validation], of the set's training images: those that are trained on,
+        then those that are held out.
+    """
+
+    info: Info
+    view: decode.View
+    train: Examples
+    test: Examples
+    order: np.ndarray
+
+    def _at(self, place: int) -> tuple[Examples, int]:
+        if place < len(self.order):
+            return self.train, int(self.order[place])
+        return self.test, place - len(self.order)
+
+    def __getitem__(self, place: int) -> tuple[np.ndarray | bytes, int]:
+        """Returns (image as it is stored, label); see Info.places."""
+        examples, index = self._at(place)
+        return examples[index]
+
+    def name(self, place: int) -> str:
+        """Returns where the image is stored."""
+        examples, index = self._at(place)
+        return examples.name(index)
+
+    def fingerprint(self) -> str:
+        """Returns what tells these images from others without reading them, as hex."""
+        whole = self.train.fingerprint(), self.test.fingerprint(), self.order.tolist()
+        return hashlib.sha256(repr(whole).encode()).hexdigest()
+
+    def load(self) -> Splits:
+        """Returns all images in memory, as they are stored.
+
+        Raises:
+          UserError: one cannot be decoded, or is of another size than the others.
+        """
+        try:
+            train, test = self.train.load(), self.test.load()
+        except decode.Broken as error:
+            raise UserError(
+                f'config.dataset: {error}; mend or remove it, or let config.data.placement=stream '
+                'pass over config.data.max_corrupt such images'
+            ) from None
+        kept, held = np.split(self.order, [self.info.train])
+        return Splits(train.take(kept), train.take(held), test, self.info.num_classes)
+
+
+def _held_out(train: Examples, fraction: float) -> tuple[np.ndarray, np.ndarray]:
     """Returns (kept, held out) indices, both in the order of one fixed permutation.
 
     round(fraction * N) images are held out, of every class the same fraction as nearly as can be.
     """
-    order = np.random.RandomState(_SPLIT_SEED).permutation(len(labels))
+    order = np.random.RandomState(_SPLIT_SEED).permutation(len(train))
+    if not fraction:  # nor need the labels be read
+        return order, order[:0]
+    labels = train.read_labels()
     # How far through its class each image comes, in (0, 1): the first ones are held out.
     place = np.empty(len(labels))
     for label in np.unique(labels):
@@ -104,16 +147,17 @@ def _held_out(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarr
     return order[~held], order[held]
 
 
-def _digits() -> tuple[tuple, tuple, int]:
-    """Returns (pixels, labels) of train and of test, and the number of classes."""
+def _digits() -> tuple[Images, Images, int]:
+    """Returns the images of train and of test, and the number of classes."""
     from sklearn import datasets
 
     digits = datasets.load_digits()
     # 0 .. 16 becomes 0 .. 240: exact in uint8.
     pixels = (digits.images * 15).astype(np.uint8)[..., None]
     labels = digits.target.astype(np.int32)
-    rest, test = _held_out(labels, 0.2)
-    return (pixels[rest], labels[rest]), (pixels[test], labels[test]), 10
+    images = Images(pixels, labels)
+    rest, test = _held_out(images, 0.2)
+    return images.take(rest), images.take(test), 10
 
 
 def _train_size(
@@ -154,8 +198,33 @@ def _train_size(
     return train
 
 
-def load(config: ConfigDict) -> Splits:
-    """Returns the images of a config's data set.
+def view(config: ConfigDict) -> decode.View:
+    """Returns how the networks see the images of a config."""
+    data = config.data
+    if data.image_size > data.eval_resize:
+        raise UserError(
+            f'config.data.eval_resize: must be at least config.data.image_size, {data.image_size}, '
+            f'but is {data.eval_resize}'
+        )
+    return decode.View(
+        data.image_size, tuple(data.crop_scale), tuple(data.crop_ratio), data.eval_resize
+    )
+
+
+def _seen(config: ConfigDict, image_shape: tuple[int | None, ...]) -> tuple[int, int, int]:
+    """Returns the shape in which the networks see images of this stored shape."""
+    if size := config.data.image_size:
+        return size, size, image_shape[2]
+    if None in image_shape:
+        raise UserError(
+            f'config.data.image_size: the images of {config.dataset} have many sizes; give the '
+            'one to which they are cropped, e.g. --config.data.image_size=224'
+        )
+    return image_shape
+
+
+def dataset(config: ConfigDict) -> Dataset:
+    """Returns the images of a config's data set, by random access.
 
     The validation split is held out of the training images by a fixed permutation, the same
     fraction of every class; the training images stay in the permutation's order, so that the
@@ -171,24 +240,34 @@ def load(config: ConfigDict) -> Splits:
         from afkd_jax.data import idx_source
 
         train, test, num_classes = idx_source.load(name)
+    elif kind == 'folder':
+        from afkd_jax.data import folder_source
+
+        train, test, num_classes = folder_source.examples(name, bool(config.data.image_size))
     else:
         from afkd_jax.data import tfds_source
 
-        train, test, num_classes = tfds_source.load(config, name)
-    train, test = Images(*train), Images(*test)
-    kept, held = _held_out(train.labels, config.data.validation_fraction)
-    kept = kept[: _train_size(config, train.pixels.shape[1:], len(train), len(held))]
-    return Splits(train.take(kept), train.take(held), test, num_classes)
+        train, test, num_classes = tfds_source.examples(config, name)
+    shape = _seen(config, train.image_shape)
+    kept, held = _held_out(train, config.data.validation_fraction)
+    kept = kept[: _train_size(config, shape, len(train), len(held))]
+    info = Info(shape, num_classes, len(kept), len(held), len(test))
+    return Dataset(info, view(config), train, test, np.concatenate([kept, held]))
+
+
+def load(config: ConfigDict) -> Splits:
+    """Returns the images of a config's data set in memory; see dataset()."""
+    return dataset(config).load()
 
 
 def info(config: ConfigDict) -> Info:
     """Returns what load() would give, without the images where their set is known to TFDS."""
     kind, _, name = config.dataset.partition(':')
     if kind != 'tfds':
-        return load(config).info
+        return dataset(config).info
     from afkd_jax.data import tfds_source
 
-    known = tfds_source.describe(config, name)
-    held = round(config.data.validation_fraction * known.train)
-    train = _train_size(config, known.image_shape, known.train, held)
-    return dataclasses.replace(known, train=train, validation=held)
+    stored, num_classes, available, test = tfds_source.describe(config, name)
+    shape, held = _seen(config, stored), round(config.data.validation_fraction * available)
+    train = _train_size(config, shape, available, held)
+    return Info(shape, num_classes, train, held, test)

@@ -1,7 +1,8 @@
-"""TFDS sets without TensorFlow: prepared as array_record, read by random access into memory."""
+"""TFDS sets without TensorFlow: prepared as array_record, read by random access."""
 
 import contextlib
 import dataclasses
+import hashlib
 import os
 import pathlib
 import socket
@@ -20,7 +21,7 @@ from tensorflow_datasets.core import shuffle
 from tensorflow_datasets.core.download import extractor
 from tensorflow_datasets.core.features import image_feature
 
-from afkd_jax.data.sources import Info
+from afkd_jax.data.examples import Examples
 from afkd_jax.errors import UserError, nearest
 
 # TFDS learns a set's size only when it prepares it; these are published (train, test), so that
@@ -35,10 +36,6 @@ _PUBLISHED_SIZES = {
     'stl10': (5_000, 8_000),
     'svhn_cropped': (73_257, 26_032),
 }
-
-
-# What the networks see of images that are stored in many sizes: for `describe` alone.
-_USUAL_SHAPES = {'imagenet2012': (224, 224, 3)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,18 +78,24 @@ def _keys(builder: tfds.core.DatasetBuilder, name: str) -> _Keys:
     return _Keys(*keys)
 
 
-def _check_images(builder: tfds.core.DatasetBuilder, keys: _Keys, name: str) -> None:
+def _image_shape(
+    builder: tfds.core.DatasetBuilder, keys: _Keys, name: str
+) -> tuple[int | None, int | None, int]:
+    """Returns (H, W, C) as stored; H and W are None where images have many sizes."""
     image = builder.info.features[keys.image]
-    if None in image.shape or image.np_dtype != np.uint8:
+    height, width, channels = image.shape
+    if channels not in (1, 3) or image.np_dtype != np.uint8:
         raise UserError(
             f'config.dataset: the images of tfds:{name} are {image.shape} of '
-            f'{np.dtype(image.np_dtype)}; to be trained on they must be uint8, all of one size '
-            '(until then: --mode describe)'
+            f'{np.dtype(image.np_dtype)}; to be trained on they must be uint8, grey or RGB'
         )
+    return (None, None, channels) if None in (height, width) else (height, width, channels)
 
 
-def describe(config: ConfigDict, name: str) -> Info:
-    """Returns shape, classes and sizes (train before any hold-out); needs no data on disk."""
+def describe(
+    config: ConfigDict, name: str
+) -> tuple[tuple[int | None, int | None, int], int, int, int]:
+    """Returns shape as stored, classes, and the sizes of train and test; needs no data on disk."""
     builder = _builder(config, name)
     keys, splits = _keys(builder, name), builder.info.splits
     if splits:
@@ -102,13 +105,10 @@ def describe(config: ConfigDict, name: str) -> Info:
     else:
         raise UserError(
             f'config.dataset: the size of tfds:{name} is not known before it is prepared; '
-            'run --mode train once, where it can be downloaded'
+            'run --mode prepare once, where it can be downloaded'
         )
-    features, shape = builder.info.features, _USUAL_SHAPES.get(builder.name)
-    if shape is None:
-        _check_images(builder, keys, name)
-        shape = features[keys.image].shape
-    return Info(shape, features[keys.label].num_classes, train, 0, test)
+    classes = builder.info.features[keys.label].num_classes
+    return _image_shape(builder, keys, name), classes, train, test
 
 
 def _split_names(builder: tfds.core.DatasetBuilder, name: str) -> tuple[str, str]:
@@ -192,8 +192,56 @@ def _prepare(builder: tfds.core.DatasetBuilder, config: ConfigDict, name: str) -
         ) from error
 
 
-def load(config: ConfigDict, name: str) -> tuple[tuple, tuple, int]:
-    """Returns (pixels, labels) of train and of test, and the number of classes.
+class _Split(Examples):
+    """One split of a prepared set, its images as they are stored.
+
+    Args:
+      builder: of the set.
+      split: its name.
+      keys: of image and label.
+      image_shape: as stored.
+    """
+
+    def __init__(
+        self,
+        builder: tfds.core.DatasetBuilder,
+        split: str,
+        keys: _Keys,
+        image_shape: tuple[int | None, int | None, int],
+    ):
+        self.image_shape = image_shape
+        self._keys, self._info = keys, builder.info.splits[split]
+        skip = {keys.image: tfds.decode.SkipDecoding()}
+        self._source = builder.as_data_source(split=split, decoders=skip)
+        self._identity = builder.info.full_name, split
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> tuple[bytes, int]:
+        example = self._source[index]
+        return example[self._keys.image], int(example[self._keys.label])
+
+    def read_labels(self) -> np.ndarray:
+        """Returns the labels; reads every record, but decodes no image."""
+        return np.fromiter((self[i][1] for i in range(len(self))), np.int32, len(self))
+
+    def name(self, index: int) -> str:
+        """Returns file and record."""
+        ends = np.cumsum(self._info.shard_lengths)
+        shard = int(np.searchsorted(ends, index, side='right'))
+        record = index - int(ends[shard] - self._info.shard_lengths[shard])
+        return f'record {record} of {self._info.filepaths[shard]}'
+
+    def fingerprint(self) -> str:
+        """Returns a hash of name, version and sizes of the files, which TFDS never rewrites."""
+        sizes = [os.stat(path).st_size for path in self._info.filepaths]
+        whole = self._identity, list(self._info.shard_lengths), sizes
+        return hashlib.sha256(repr(whole).encode()).hexdigest()
+
+
+def examples(config: ConfigDict, name: str) -> tuple[Examples, Examples, int]:
+    """Returns the images of train and of test, and the number of classes.
 
     A set that is not prepared yet is prepared first.
 
@@ -202,16 +250,8 @@ def load(config: ConfigDict, name: str) -> tuple[tuple, tuple, int]:
     """
     builder = _builder(config, name)
     keys = _keys(builder, name)
-    _check_images(builder, keys, name)
+    shape = _image_shape(builder, keys, name)
     if not builder.is_prepared():
         _prepare(builder, config, name)
-    splits = []
-    for split in _split_names(builder, name):
-        source = builder.as_data_source(split=split)
-        shape = (len(source), *builder.info.features[keys.image].shape)
-        pixels, labels = np.empty(shape, np.uint8), np.empty(len(source), np.int32)
-        for i in range(len(source)):
-            example = source[i]
-            pixels[i], labels[i] = example[keys.image], example[keys.label]
-        splits.append((pixels, labels))
-    return *splits, builder.info.features[keys.label].num_classes
+    train, test = (_Split(builder, split, keys, shape) for split in _split_names(builder, name))
+    return train, test, builder.info.features[keys.label].num_classes

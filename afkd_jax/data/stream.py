@@ -1,0 +1,136 @@
+"""Images that are read and decoded when they are needed, ahead of the step, through Grain.
+
+A batch is a function of its number alone, so the order is the same whatever the number of threads
+and processes, and a run goes on at any step.
+"""
+
+import contextlib
+import dataclasses
+import os
+import signal
+from collections.abc import Callable, Iterator
+
+import grain
+import numpy as np
+
+from afkd_jax.data import decode
+from afkd_jax.data.sources import Dataset
+
+_AHEAD = 4  # batches that each thread or process may have ready
+_MOST_THREADS = 16
+_WHOLE = -1  # in place of an image's place: it is not broken
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """This process's rows of a batch.
+
+    Attributes:
+      pixels: uint8 [R, H, W, C].
+      labels: int32 [R].
+      broken: int32 [R], the places of images that could not be decoded, -1 for the others. In
+        training the next image that can be stands in for it; in evaluation its pixels are 0.
+    """
+
+    pixels: np.ndarray
+    labels: np.ndarray
+    broken: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Batches:
+    """Batches by their number: a random access source for Grain.
+
+    Attributes:
+      dataset: where the images come from.
+      places: number of a batch -> int [B], the places of its images.
+      count: how many batches there are.
+      size: B.
+      rows: int [R], those of a batch that this process makes.
+      seed: of the random crops of training; None: the centre, for evaluation.
+    """
+
+    dataset: Dataset
+    places: Callable[[int], np.ndarray]
+    count: int
+    size: int
+    rows: np.ndarray
+    seed: int | None
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns the fields of Rows."""
+        places, count = self.places(number)[self.rows], len(self.rows)
+        pixels = np.zeros((count, *self.dataset.info.image_shape), np.uint8)
+        labels, broken = np.zeros(count, np.int32), np.full(count, _WHOLE, np.int32)
+        for row, place in enumerate(places.tolist()):
+            try:
+                pixels[row], labels[row] = self._example(number, place)
+            except decode.Broken:
+                broken[row] = place
+                if self.seed is not None:
+                    pixels[row], labels[row] = self._next_example(number, place)
+        return pixels, labels, broken
+
+    def _example(self, number: int, place: int) -> tuple[np.ndarray, int]:
+        """Returns the image as the networks see it, and its label."""
+        image, label = self.dataset[place]
+        view, shape = self.dataset.view, self.dataset.info.image_shape
+        if self.seed is None:
+            seen = view.evaluation(image, shape[2])
+        else:
+            rng = np.random.default_rng((self.seed, number, place))
+            seen = view.training(image, shape[2], rng)
+        if seen.shape != shape:
+            raise decode.Broken(f'it is {seen.shape}, others {shape}')
+        return seen, label
+
+    def _next_example(self, number: int, place: int) -> tuple[np.ndarray, int]:
+        """Returns the next training image that can be decoded."""
+        train = self.dataset.info.train
+        for after in range(1, train):
+            with contextlib.suppress(decode.Broken):
+                return self._example(number, (place + after) % train)
+        raise decode.Broken('no image of the set can be decoded')
+
+    def why(self, place: int) -> str:
+        """Returns what is wrong with an image that is broken, and where it is stored."""
+        try:
+            self._example(0, place)
+        except decode.Broken as error:
+            return f'{self.dataset.name(place)}: {error}'
+        return f'{self.dataset.name(place)}: could not be decoded at first, but can be now'
+
+
+def _in_worker(index: int, count: int) -> None:
+    """Leaves signals to the process that trains: it ends its workers when it is ready."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def stream(batches: Batches, first: int, workers: int) -> Iterator[Iterator[Rows]]:
+    """Gives the batches from number `first` on, in their order; what it has begun ends with it.
+
+    Args:
+      batches: which.
+      first: number of the first.
+      workers: processes that decode; 0: threads of this one.
+    """
+    threads = max(1, min(_MOST_THREADS, os.cpu_count() or 1))
+    read = grain.ReadOptions(
+        num_threads=1 if workers else threads,
+        prefetch_buffer_size=_AHEAD if workers else max(_AHEAD, threads),
+    )
+    source = grain.MapDataset.source(batches)[first:]
+    iterable = source.to_iter_dataset(read)
+    if workers:
+        options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=_AHEAD)
+        iterable = iterable.mp_prefetch(options, worker_init_fn=_in_worker)
+    iterator = iter(iterable)
+    try:
+        yield (Rows(*fields) for fields in iterator)
+    finally:
+        iterator.close()
