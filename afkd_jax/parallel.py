@@ -127,13 +127,21 @@ class Devices:
         return jax.tree.map(lambda leaf: self._put(leaf, WHOLE), tree)
 
     def abstract(self, tree: Any, places: Any = WHOLE) -> Any:
-        """Returns shape, dtype and sharding of arrays like those of the tree at these places."""
+        """Returns shape, dtype and sharding of arrays like those of the tree at these places.
+
+        Of what is SPLIT, as split() returns it.
+        """
 
         def like(place, part):
             sharding = self.sharding(place)
-            return jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), part
-            )
+
+            def one(leaf):
+                shape = leaf.shape
+                if self.mapping == 'pmap' and place == SPLIT:
+                    shape = (self.shares, shape[0] // self.shares, *shape[1:])
+                return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
+
+            return jax.tree.map(one, part)
 
         return jax.tree.map(
             like, places, tree, is_leaf=lambda place: isinstance(place, PartitionSpec)

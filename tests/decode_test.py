@@ -52,7 +52,7 @@ def test_a_cmyk_jpeg_is_decoded():
     file = io.BytesIO()
     Image.fromarray(PHOTO).convert('CMYK').save(file, 'JPEG', quality=95)
     data = file.getvalue()
-    np.testing.assert_array_equal(decode.pixels(data, 3), opened(data))
+    assert np.abs(decode.pixels(data, 3).astype(int) - opened(data)).max() <= 1
 
 
 @pytest.mark.parametrize('form', ['JPEG', 'PNG'])

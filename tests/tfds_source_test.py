@@ -77,22 +77,6 @@ def test_an_archive_in_manual_dir_is_prepared_and_read(tmp_path):
     assert sources.info(ours) == splits.info
 
 
-@pytest.mark.parametrize('name', ['cifar10', 'svhn_cropped', 'fashion_mnist'])
-def test_mock_data(name, tmp_path):
-    with (
-        mock.patch.object(tfds_source, '_missing_host', return_value=None),
-        tfds.testing.mock_data(num_examples=20),
-        mock.patch.object(tfds_source, '_split_names', return_value=('train', 'test')),
-    ):
-        splits = sources.load(config(name, tmp_path))
-    shape = {'fashion_mnist': (28, 28, 1)}.get(name, (32, 32, 3))
-    assert splits.info.image_shape == shape
-    assert splits.num_classes == 10
-    assert len(splits.train) + len(splits.validation) == len(splits.test) == 20
-    assert splits.train.pixels.dtype == np.uint8
-    assert splits.train.labels.dtype == np.int32
-
-
 def test_shapes_and_sizes_are_known_without_data(tmp_path):
     info = sources.info(config('cifar100', tmp_path, data__validation_fraction=0.1))
     assert info == sources.Info((32, 32, 3), 100, 45_000, 5_000, 10_000)
@@ -140,11 +124,12 @@ def test_sets_that_do_not_fit_are_refused(name, sentence, tmp_path):
         sources.info(config(name, tmp_path))
 
 
-def test_images_of_many_sizes_are_described_but_not_trained_on(tmp_path):
-    known = sources.info(config('imagenet2012', tmp_path, data__validation_fraction=0.0))
+def test_images_of_many_sizes_are_seen_in_the_size_that_is_given(tmp_path):
+    fields = {'data__validation_fraction': 0.0, 'data__image_size': 224}
+    known = sources.info(config('imagenet2012', tmp_path, **fields))
     assert known == sources.Info((224, 224, 3), 1000, 1_281_167, 0, 50_000)
-    with pytest.raises(UserError, match='to be trained on they must be uint8, all of one size'):
-        sources.load(config('imagenet2012', tmp_path))
+    with pytest.raises(UserError, match=r'config.data.image_size: .* many sizes; give the one'):
+        sources.info(config('imagenet2012', tmp_path))
 
 
 def test_no_tensorflow_and_no_pytorch():

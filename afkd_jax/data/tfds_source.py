@@ -210,10 +210,9 @@ class _Split(Examples):
         image_shape: tuple[int | None, int | None, int],
     ):
         self.image_shape = image_shape
-        self._keys, self._info = keys, builder.info.splits[split]
+        self._builder, self._split, self._keys = builder, split, keys
         skip = {keys.image: tfds.decode.SkipDecoding()}
         self._source = builder.as_data_source(split=split, decoders=skip)
-        self._identity = builder.info.full_name, split
 
     def __len__(self) -> int:
         return len(self._source)
@@ -228,15 +227,17 @@ class _Split(Examples):
 
     def name(self, index: int) -> str:
         """Returns file and record."""
-        ends = np.cumsum(self._info.shard_lengths)
+        info = self._builder.info.splits[self._split]
+        ends = np.cumsum(info.shard_lengths)
         shard = int(np.searchsorted(ends, index, side='right'))
-        record = index - int(ends[shard] - self._info.shard_lengths[shard])
-        return f'record {record} of {self._info.filepaths[shard]}'
+        record = index - int(ends[shard] - info.shard_lengths[shard])
+        return f'record {record} of {info.filepaths[shard]}'
 
     def fingerprint(self) -> str:
         """Returns a hash of name, version and sizes of the files, which TFDS never rewrites."""
-        sizes = [os.stat(path).st_size for path in self._info.filepaths]
-        whole = self._identity, list(self._info.shard_lengths), sizes
+        info = self._builder.info.splits[self._split]
+        sizes = [os.stat(path).st_size for path in info.filepaths]
+        whole = self._builder.info.full_name, self._split, list(info.shard_lengths), sizes
         return hashlib.sha256(repr(whole).encode()).hexdigest()
 
 
