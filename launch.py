@@ -1,7 +1,7 @@
-"""Train, evaluate, describe, plan or benchmark an experiment.
+"""Train, evaluate, describe, plan or benchmark an experiment, or prepare its images.
 
 python launch.py --config configs/digits.py [--config.FIELD=VALUE ...]
-                 [--mode train|eval|describe|plan|benchmark]
+                 [--mode train|eval|describe|plan|benchmark|prepare]
 
 Every field is in configs/default.py; a tuple is written as "('resnet8','resnet20')".
 """
@@ -16,7 +16,10 @@ from afkd_jax import cli
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'The experiment; see configs/.')
 flags.DEFINE_enum(
-    'mode', 'train', ['train', 'eval', 'describe', 'plan', 'benchmark'], 'What to do.'
+    'mode',
+    'train',
+    ['train', 'eval', 'describe', 'plan', 'benchmark', 'prepare'],
+    'What to do.',
 )
 flags.DEFINE_string('workdir', None, 'Where the run is kept [runs/<config and overrides>].')
 flags.DEFINE_integer(

@@ -77,7 +77,7 @@ class Options:
     """What stands on the command line beside the config.
 
     Attributes:
-      mode: 'train', 'eval', 'describe', 'plan' or 'benchmark'.
+      mode: 'train', 'eval', 'describe', 'plan', 'benchmark' or 'prepare'.
       workdir: None for runs/<a name made of the config, its argument and the overrides>.
       step: which checkpoint 'eval' takes, or 'train' goes on from; None for the newest.
       coordinator_address: HOST:PORT of process 0; see processes.start.
@@ -213,6 +213,8 @@ def _run(config_flag: flags.FlagHolder, options: Options) -> int:
     options.check()
     if options.mode == 'describe':
         return _describe(config)
+    if options.mode == 'prepare':
+        return _prepare(config)
     if options.mode == 'benchmark':
         return _benchmark(config, options.sweep)
     compile_cache.keep()
@@ -286,6 +288,18 @@ def _describe(config: ConfigDict) -> int:
     facts = describe.describe(config)
     print(describe.text(facts))
     print(json.dumps(facts))
+    return DONE
+
+
+def _prepare(config: ConfigDict) -> int:
+    from afkd_jax import prepare
+
+    result = prepare.prepare(config, lambda words: print(words, flush=True))
+    print(
+        f'{config.dataset}: {result["train"]:,} images to train on, {result["validation"]:,} held '
+        f'out, {result["test"]:,} to test, {result["num_classes"]:,} classes'
+    )
+    print(json.dumps(result))
     return DONE
 
 

@@ -74,11 +74,11 @@ class Evaluator:
                 parts.append(self._score(networks, *batch))
                 parts[-2:-1] = jax.device_get(parts[-2:-1])
         parts[-1:] = jax.device_get(parts[-1:])
-        images = np.sum([part['images'] for part in parts])
-        correct = np.sum([part['correct'] for part in parts], axis=0)
-        entropy = np.sum([part['cross_entropy'] for part in parts], axis=0, dtype=np.float64)
-        accuracy, entropy = 100 * correct / images, entropy / images
-        return summary.Scores(accuracy.tolist(), entropy.tolist())
+        total = {
+            name: np.sum([part[name] for part in parts], axis=0, dtype=np.float64)
+            for name in parts[0]
+        }
+        return summary.Scores.of(total)
 
     def edges(self, networks: Any) -> list[dict[str, Any]]:
         """Returns how alike each network and its teacher are on the test split.
@@ -123,5 +123,6 @@ def evaluate(config: ConfigDict, workdir: pathlib.Path, step: int | None) -> dic
         'networks': networks,
         'ensemble': ensemble,
         'ring': evaluator.edges(state.networks),
+        'classes': summary.classes(run.cohort, scores['test']),
         'fingerprint': run.fingerprint(state),
     }

@@ -66,6 +66,42 @@ def add(sums: Sums, values: dict[str, jax.Array], ok: jax.Array, step: jax.Array
     )
 
 
+# Up to so many classes which class is taken for which is counted too.
+CONFUSION_CLASSES = 100
+# Above so many classes it is counted whether the label is among the five most probable.
+TOP5_CLASSES = 10
+
+
+def prediction_counts(
+    log_p_KxBxC: jax.Array, labels_B: jax.Array, mask_B: jax.Array
+) -> dict[str, jax.Array]:
+    """Returns counts of predictions over the masked images, on the device: int32.
+
+    correct [K, C]: of each class, those that are predicted right; of equal probabilities the
+    first class's counts. top5 [K], above TOP5_CLASSES classes: the label is among the first five.
+    confusion [K, C, C], up to CONFUSION_CLASSES: of label i, predicted as j.
+    """
+    (networks, _, classes), int32 = log_p_KxBxC.shape, jnp.int32
+    rows_Kx1, labels_1xB = jnp.arange(networks)[:, None], labels_B[None]
+    own_KxBx1 = jnp.take_along_axis(log_p_KxBxC, labels_B[None, :, None], -1)
+    before_C = jnp.arange(classes)[None, None] < labels_B[None, :, None]
+    ahead = (log_p_KxBxC > own_KxBx1) | ((log_p_KxBxC == own_KxBx1) & before_C)
+    rank_KxB = ahead.sum(-1)
+
+    def among(first):
+        return ((rank_KxB < first) & mask_B[None]).astype(int32)
+
+    correct = jnp.zeros((networks, classes), int32).at[rows_Kx1, labels_1xB].add(among(1))
+    counts = {'correct': correct}
+    if classes > TOP5_CLASSES:
+        counts['top5'] = among(5).sum(1)
+    if classes <= CONFUSION_CLASSES:
+        zeros = jnp.zeros((networks, classes, classes), int32)
+        where = rows_Kx1, labels_1xB, log_p_KxBxC.argmax(-1)
+        counts['confusion'] = zeros.at[where].add(mask_B[None].astype(int32))
+    return counts
+
+
 def fetch(sums: Sums) -> Sums:
     """Returns the sums on the host, as NumPy arrays; waits until they are there."""
     return jax.device_get(sums)

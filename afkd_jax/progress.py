@@ -10,7 +10,7 @@ class Progress:
     Attributes:
       best: per network and, last, the ensemble: {'validation', 'test', 'step'}, accuracies in
         percent where the validation accuracy was highest (the first such epoch); None before.
-      scores: split -> its last evaluation: {'step', 'accuracy', 'cross_entropy'}, the last two as
+      scores: split -> its last evaluation: {'step', 'accuracy', 'cross_entropy', 'top5'}, as
         in summary.Scores.
       evaluated: the step after which the last epoch was evaluated; 0: none yet.
       images_per_s: training speed of each epoch so far, without each process's first step.

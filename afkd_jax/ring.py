@@ -76,22 +76,27 @@ class Ring:
         return jax.lax.axis_index(PEER) * here if self.peers > 1 else 0
 
     def gathered(self, values: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """Returns name -> [K] of all networks, on every device, from name -> [L] of its own.
+        """Returns name -> [K, ...] of all networks, on every device, from [L, ...] of its own.
 
         One small sum over the devices; meant for numbers, not for arrays of size.
         """
         if self.peers == 1:
             return values
-        own_NxL = jnp.stack(list(values.values()))
-        none_NxK = jnp.zeros((len(values), len(self.order)), own_NxL.dtype)
-        place = self.first(own_NxL.shape[1])
-        all_NxK = jax.lax.psum(
+        flat = [value.reshape(len(value), -1) for value in values.values()]
+        own_LxN = jnp.concatenate(flat, axis=1)
+        none_KxN = jnp.zeros((len(self.order), own_LxN.shape[1]), own_LxN.dtype)
+        place = self.first(len(own_LxN))
+        all_KxN = jax.lax.psum(
             jax.lax.dynamic_update_slice_in_dim(
-                jax.lax.pcast(none_NxK, PEER, to='varying'), own_NxL, place, axis=1
+                jax.lax.pcast(none_KxN, PEER, to='varying'), own_LxN, place, axis=0
             ),
             PEER,
         )
-        return dict(zip(values, all_NxK, strict=True))
+        parts = jnp.split(all_KxN, np.cumsum([part.shape[1] for part in flat])[:-1], axis=1)
+        return {
+            name: part.reshape(-1, *value.shape[1:]).astype(value.dtype)
+            for (name, value), part in zip(values.items(), parts, strict=True)
+        }
 
     def logsumexp(self, x_Lx: jax.Array) -> jax.Array:
         """Returns log sum exp over all K networks, on every device."""

@@ -234,7 +234,7 @@ def eval_step(
     labels_B: jax.Array,
     mask_B: jax.Array,
 ) -> dict[str, jax.Array]:
-    """Returns sums over the masked global batch, each network's and, last, the ensemble's: [K + 1].
+    """Returns sums over the masked global batch, each network's and, last, the ensemble's.
 
     Args:
       cohort: what is evaluated.
@@ -244,8 +244,8 @@ def eval_step(
       mask_B: bool; False leaves an entry out of every sum.
 
     Returns:
-      correct (int32) and cross_entropy sums; and `images`, a scalar int32: how many were counted.
-      The ensemble is the mean of the probabilities.
+      cross_entropy [K + 1], metrics.prediction_counts of K + 1, and images, int32 [C]: how many of
+      each class were counted. The ensemble is the mean of the probabilities.
     """
     ring = cohort.objective.ring
     log_p_KxBxC = jnp.stack(
@@ -257,10 +257,11 @@ def eval_step(
     ensemble_BxC = ring.logsumexp(log_p_KxBxC) - jnp.log(len(ring.order))
 
     def sums(log_p_KxBxC):
-        correct_KxB = (log_p_KxBxC.argmax(-1) == labels_B[None]) & mask_B[None]
         entropy_KxB = jnp.where(mask_B[None], losses.cross_entropy(log_p_KxBxC, labels_B), 0.0)
-        return {'correct': correct_KxB.sum(1, dtype=jnp.int32), 'cross_entropy': entropy_KxB.sum(1)}
+        counts = metrics.prediction_counts(log_p_KxBxC, labels_B, mask_B)
+        return counts | {'cross_entropy': entropy_KxB.sum(1)}
 
     own, ensemble = ring.gathered(sums(log_p_KxBxC)), sums(ensemble_BxC[None])
     total = {name: jnp.concatenate([own[name], ensemble[name]]) for name in own}
-    return jax.lax.psum(total | {'images': mask_B.sum(dtype=jnp.int32)}, DATA)
+    images_C = jnp.zeros(log_p_KxBxC.shape[-1], jnp.int32).at[labels_B].add(mask_B)
+    return jax.lax.psum(total | {'images': images_C}, DATA)

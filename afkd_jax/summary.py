@@ -4,6 +4,7 @@ import dataclasses
 import statistics
 from typing import Any
 
+import numpy as np
 import rich.box
 import rich.table
 
@@ -22,10 +23,54 @@ class Scores:
     Attributes:
       accuracy: top-1, percent.
       cross_entropy: mean over the images, nats.
+      top5: percent; None for up to metrics.TOP5_CLASSES classes.
+      counts: the sums it is made of, step.eval_step's; None if they are not known any more.
     """
 
     accuracy: list[float]
     cross_entropy: list[float]
+    top5: list[float] | None
+    counts: dict[str, np.ndarray] | None = None
+
+    @classmethod
+    def of(cls, counts: dict[str, np.ndarray]) -> 'Scores':
+        """Returns the scores of the sums over a whole split."""
+        images = counts['images'].sum()
+        return cls(
+            (100 * counts['correct'].sum(1) / images).tolist(),
+            (counts['cross_entropy'] / images).tolist(),
+            (100 * counts['top5'] / images).tolist() if 'top5' in counts else None,
+            counts,
+        )
+
+    def record(self) -> dict[str, Any]:
+        """Returns what a checkpoint keeps of them, as JSON: all but the counts."""
+        return {name: getattr(self, name) for name in ('accuracy', 'cross_entropy', 'top5')}
+
+
+def classes(cohort: Cohort, scores: Scores) -> dict[str, Any]:
+    """Returns how each class is predicted, as JSON.
+
+    images: of each class. Of each network and the ensemble: accuracy per class in percent, None
+    where there is no image; confusion, rows by label and columns by prediction, None above
+    metrics.CONFUSION_CLASSES classes.
+    """
+    images = scores.counts['images'].astype(int)
+    entries = []
+    for i, name in enumerate((*cohort.names, 'ensemble')):
+        correct = scores.counts['correct'][i]
+        confusion = scores.counts.get('confusion')
+        entries.append(
+            {
+                'name': name,
+                'accuracy': [
+                    100 * float(right) / of if of else None
+                    for right, of in zip(correct, images.tolist(), strict=True)
+                ],
+                'confusion': None if confusion is None else confusion[i].astype(int).tolist(),
+            }
+        )
+    return {'images': images.tolist(), 'networks': entries[:-1], 'ensemble': entries[-1]}
 
 
 def entries(
@@ -56,6 +101,7 @@ def entries(
             best and best['test'],
         )
         row |= dict(zip(_ACCURACIES, values, strict=True))
+        row['test_top5_accuracy'] = test.top5[i] if test and test.top5 else None
         row['best_validation_step'] = best and best['step']
     return rows[:-1], rows[-1]
 
@@ -113,13 +159,14 @@ def _number(value: float | None, digits: int) -> str:
 
 def tables(summary: dict[str, Any]) -> list[rich.table.Table]:
     """Returns, for the terminal, the networks with the ensemble, and the edges of the ring."""
-    networks = table(
-        'network', ('parameters', 'map', 'validation %', 'test %', 'test % at best validation')
-    )
+    columns = ('parameters', 'map', 'validation %', 'test %', 'test % at best validation')
+    five = summary['ensemble']['test_top5_accuracy'] is not None
+    networks = table('network', columns + (('test top-5 %',) if five else ()))
     for i, row in enumerate([*summary['networks'], summary['ensemble']]):
         number = '' if row is summary['ensemble'] else f'{i + 1} '
         shape = 'x'.join(map(str, row['feature_map'])) if row['feature_map'] else ''
-        accuracies = (_number(row[key], 2) for key in _ACCURACIES)
+        keys = _ACCURACIES + (('test_top5_accuracy',) if five else ())
+        accuracies = (_number(row[key], 2) for key in keys)
         networks.add_row(number + row['name'], f'{row["parameters"]:,}', shape, *accuracies)
     # Percentages: both predict the same; the network, or its teacher, alone is right.
     columns = ('L1', 'L2', 'cosine', 'CKA', 'agree %', 'only own right %', "only teacher's right %")

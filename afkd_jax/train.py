@@ -1,7 +1,6 @@
 """The loop: steps, log lines, evaluations and checkpoints, in their order."""
 
 import contextlib
-import dataclasses
 import pathlib
 import time
 from collections.abc import Callable, Iterator
@@ -111,10 +110,15 @@ def train(
         )
         processes.same({'arrays': result['fingerprint']})
 
+        by_class = None
+        if not stopped:
+            by_class = summary.classes(run.cohort, evaluate(loop.state.networks, 'test'))
+
         def write() -> None:
             check_held()
             if not stopped:
                 curves.draw(workdir)
+                workdir_lib.write_json(workdir / 'classes.json', by_class)
             workdir_lib.write_json(workdir / 'summary.json', result)
 
         processes.together(write if processes.leads() else lambda: None)
@@ -214,7 +218,7 @@ class _Loop:
     def scores(self) -> dict[str, summary.Scores]:
         """Returns the last scores of each split that was evaluated."""
         return {
-            split: summary.Scores(known['accuracy'], known['cross_entropy'])
+            split: summary.Scores(known['accuracy'], known['cross_entropy'], known['top5'])
             for split, known in self._progress.scores.items()
         }
 
@@ -316,7 +320,7 @@ class _Loop:
                 known = {'test': test, **known}
         for name, values in known.items():
             self._out.evaluation(self.step, epoch, name, values)
-            progress.scores[name] = {'step': self.step, **dataclasses.asdict(values)}
+            progress.scores[name] = {'step': self.step, **values.record()}
         for k in improved:
             progress.best[k] = {
                 'validation': scores.accuracy[k],

@@ -230,6 +230,8 @@ class Writer:
                 (*self._names, 'ensemble'), scores.accuracy, scores.cross_entropy, strict=True
             )
         ]
+        for network, top5 in zip(networks, scores.top5 or (), strict=False):
+            network['top5_accuracy'] = top5
         self._line('evaluation', step=step, epoch=epoch, split=split, networks=networks)
         *own, ensemble = (f'{value:.2f}' for value in scores.accuracy)
         self._accuracies = f'{split} % {" ".join(own)} ensemble {ensemble}'

@@ -11,7 +11,7 @@ import pytest
 import tensorflow_datasets as tfds
 from conftest import tiny_config
 
-from afkd_jax.data import sources, tfds_source
+from afkd_jax.data import sources
 from afkd_jax.errors import UserError
 
 

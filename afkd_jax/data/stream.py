@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 
 import grain
 import numpy as np
+from absl import flags
 
 from afkd_jax.data import decode
 from afkd_jax.data.sources import Dataset
@@ -119,6 +120,8 @@ def stream(batches: Batches, first: int, workers: int) -> Iterator[Iterator[Rows
       first: number of the first.
       workers: processes that decode; 0: threads of this one.
     """
+    if not flags.FLAGS.is_parsed():  # Grain asks for its own, also where there is no command line
+        flags.FLAGS.mark_as_parsed()
     threads = max(1, min(_MOST_THREADS, os.cpu_count() or 1))
     read = grain.ReadOptions(
         num_threads=1 if workers else threads,

@@ -5,14 +5,16 @@ import dataclasses
 import hashlib
 import os
 import pathlib
+import shutil
 import socket
 import sys
 import types
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from unittest import mock
 
+import filelock
 import numpy as np
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
@@ -166,6 +168,24 @@ def _missing_host(builder: tfds.core.DatasetBuilder, manual_dir: str) -> str | N
 
 
 def _prepare(builder: tfds.core.DatasetBuilder, config: ConfigDict, name: str) -> None:
+    """Prepares a set, or waits for another process that does; it is there whole, or not at all."""
+    path = pathlib.Path(builder.data_path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(path.parent / f'.{path.name}.lock'):
+            # What a process that was killed has left: nobody else writes while we have the lock.
+            for rest in path.parent.glob(f'incomplete.*_{path.name}'):
+                shutil.rmtree(rest, ignore_errors=True)
+            if not builder.is_prepared():  # nor by who had the lock before
+                _write(builder, config, name)
+    except OSError as error:
+        raise UserError(
+            f'config.data.data_dir: {error.filename or path}: {error.strerror or error}; mend it, '
+            'or name another directory'
+        ) from error
+
+
+def _write(builder: tfds.core.DatasetBuilder, config: ConfigDict, name: str) -> None:
     manual_dir = config.data.manual_dir
     archives = ', '.join(file.filename for file in builder.url_infos.values()) or 'its archives'
     remedy = (
@@ -239,6 +259,19 @@ class _Split(Examples):
         sizes = [os.stat(path).st_size for path in info.filepaths]
         whole = self._builder.info.full_name, self._split, list(info.shard_lengths), sizes
         return hashlib.sha256(repr(whole).encode()).hexdigest()
+
+
+def prepare(config: ConfigDict, name: str, tell: Callable[[str], None]) -> pathlib.Path:
+    """Prepares a set if it is not prepared yet, and returns where it lies."""
+    builder = _builder(config, name)
+    _image_shape(builder, _keys(builder, name), name)
+    path = pathlib.Path(builder.data_path)
+    if builder.is_prepared():
+        tell(f'{path}: is prepared already')
+    else:
+        tell(f'{path}: is being prepared; what is downloaded stays in {path.parents[1]}/downloads')
+        _prepare(builder, config, name)
+    return path
 
 
 def examples(config: ConfigDict, name: str) -> tuple[Examples, Examples, int]:

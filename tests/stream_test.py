@@ -1,0 +1,292 @@
+"""Batches that are read and decoded ahead: which, in which order, and what of broken images."""
+
+import io
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from conftest import tiny_config
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from afkd_jax import parallel
+from afkd_jax import run as run_lib
+from afkd_jax.data import batches, sources, stream
+from afkd_jax.data import feed as feeds
+from afkd_jax.errors import UserError
+
+DIGITS = load_digits()
+PIXELS = (DIGITS.images * 15).astype(np.uint8)
+
+
+def write(path, pixels, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, **options)
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """Returns a folder of 60 + 20 digits of 16 x 12 .. 75 x 71, JPEG and PNG, in 10 classes."""
+    root = tmp_path_factory.mktemp('folder')
+    for i in range(80):
+        size = (16 + i % 60, 12 + i % 60)
+        pixels = np.asarray(Image.fromarray(PIXELS[i]).resize(size).convert('RGB'))
+        split = 'train' if i < 60 else 'val'
+        name = f'{i:03}.png' if i % 4 == 0 else f'{i:03}.JPEG'
+        write(root / split / f'class {DIGITS.target[i]}' / name, pixels)
+    return root
+
+
+def crops(folder, **fields):
+    return tiny_config(
+        **{
+            'dataset': f'folder:{folder}',
+            'batch_size': 8,
+            'eval_batch_size': 8,
+            'data__image_size': 8,
+            'data__eval_resize': 9,
+            'data__pad': 0,
+            'data__validation_fraction': 0.0,
+            'data__mean': (0.3,) * 3,
+            'data__std': (0.3,) * 3,
+        }
+        | fields
+    )
+
+
+def digits(**fields):
+    kept = {'batch_size': 8, 'data__placement': 'stream', 'data__train_examples': 100}
+    return tiny_config(**kept | fields)
+
+
+def read(config, first, last, workers):
+    """Returns (pixels, labels) of the steps first .. last - 1."""
+    dataset = sources.dataset(config)
+    order = batches.Order(config.seed, dataset.info.train, config.batch_size)
+    size = config.batch_size
+    made = stream.Batches(dataset, order.indices, last, size, np.arange(size), config.seed)
+    with stream.stream(made, first, workers) as rows:
+        return [(own.pixels.copy(), own.labels.copy()) for own in rows]
+
+
+def equal(one, two):
+    assert len(one) == len(two)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize('workers', [1, 3])
+def test_the_order_and_the_crops_are_the_same_whatever_the_number_of_workers(folder, workers):
+    config = crops(folder)
+    threads = read(config, 0, 9, 0)
+    equal(read(config, 0, 9, workers), threads)
+    equal(read(config, 4, 9, workers), threads[4:])  # from the middle of an epoch
+
+
+def test_every_image_comes_once_in_every_epoch():
+    config = digits()
+    order = batches.Order(config.seed, 100, 8)
+    images = np.concatenate([pixels for pixels, _ in read(config, 0, 25, 0)])  # two epochs
+    dataset = sources.dataset(config)
+    index = np.concatenate([order.indices(step) for step in range(25)])
+    for epoch in (index[:100], index[100:]):
+        assert sorted(epoch) == list(range(100))
+    assert (index[:100] != index[100:]).any()
+    for image, place in zip(images, index, strict=True):
+        np.testing.assert_array_equal(image, dataset[place][0])
+
+
+def test_crops_differ_between_epochs_and_seeds(folder):
+    config = crops(folder, batch_size=60)
+    order = batches.Order(config.seed, 60, 60)
+    epochs = [
+        pixels[np.argsort(order.indices(step))]
+        for step, (pixels, _) in enumerate(read(config, 0, 2, 0))
+    ]
+    assert (epochs[0] != epochs[1]).any(axis=(1, 2, 3)).mean() > 0.9
+    other = crops(folder, batch_size=60, seed=1)
+    ((pixels, _),) = read(other, 0, 1, 0)
+    pixels = pixels[np.argsort(batches.Order(1, 60, 60).indices(0))]
+    assert (epochs[0] != pixels).any(axis=(1, 2, 3)).mean() > 0.9
+
+
+def placed(config, count=4):
+    devices = parallel.Devices.take('shard_map', count)
+    told = []
+    return feeds.feed(config, sources.dataset(config), devices, told.append), told
+
+
+def evaluated(feed, split='test'):
+    """Returns (pixels, labels) of what the mask lets through."""
+    with feed.evaluation(feed.info.places(split)) as parts:
+        seen = [jax.device_get((*table.rows(index), mask)) for table, index, mask in parts]
+    pixels, labels, mask = (np.concatenate(part) for part in zip(*seen, strict=True))
+    return pixels[mask], labels[mask]
+
+
+@pytest.mark.parametrize('placement', ['host', 'stream'])
+@pytest.mark.parametrize('mapping', ['shard_map', 'pmap'])
+def test_all_placements_give_the_same_batches(placement, mapping):
+    devices = parallel.Devices.take(mapping, 4)
+
+    def tables(placement):
+        config = digits(data__validation_fraction=0.1)
+        config.data.placement = placement
+        feed = feeds.feed(config, sources.dataset(config), devices, lambda words: None)
+        assert feed.placement == placement
+        with feed.training(3) as steps:
+            batch, index = next(steps)
+        table = jax.device_get(batch)
+        index = jax.device_get(index)
+        rows = [part.reshape(8, *part.shape[index.ndim :]) for part in table.rows(index)]
+        assert table.mean.dtype == np.float32
+        return rows, (table.mean, table.std), index.ravel()
+
+    equal(tables(placement), tables('device'))
+
+
+def test_evaluation_sees_every_image_once():
+    for split, count in (('test', 359), ('train', 100)):
+        feed, _ = placed(digits(eval_batch_size=64))
+        streamed = evaluated(feed, split)
+        whole, _ = placed(digits(eval_batch_size=64, data__placement='device'))
+        assert len(streamed[0]) == count
+        equal(streamed, evaluated(whole, split))
+
+
+@pytest.mark.parametrize(('peers', 'shares'), [(1, 4), (2, 2), (2, 4)])
+def test_every_process_makes_its_own_rows(peers, shares, monkeypatch):
+    # As two processes would, each with every second half of the devices.
+    devices = parallel.Devices.take('shard_map', peers * shares, peers)
+    array = np.arange(16)[:, None] * np.ones((1, 3))
+    half = peers * shares // 2
+    rows = []
+    for own in (devices.mesh.devices.ravel()[:half], devices.mesh.devices.ravel()[half:]):
+        sharding = devices.sharding(parallel.SPLIT)
+        parts = {d: index for d, index in sharding.devices_indices_map((16,)).items() if d in own}
+        monkeypatch.setattr(
+            type(sharding), 'addressable_devices_indices_map', lambda self, shape, p=parts: p
+        )
+        rows.append(devices.rows(16))
+        monkeypatch.undo()
+    assert set(np.concatenate(rows)) == set(range(16))
+    if peers == 1:
+        assert len(np.concatenate(rows)) == 16
+    else:  # both have all shares of the batch, each for its networks
+        assert all(len(own) == 16 for own in rows)
+    np.testing.assert_array_equal(devices.split_rows(array, 16), array)
+
+
+def test_split_rows_puts_them_where_they_belong(monkeypatch):
+    # This process's devices are rows 4 .. 11 of 16; what callback is asked for must be of those.
+    devices = parallel.Devices.take('shard_map', 4)
+    array = np.arange(16)[:, None] * np.ones((1, 3))
+    monkeypatch.setattr(parallel.Devices, 'rows', lambda self, size: np.arange(4, 12))
+    asked = {}
+
+    def make(shape, sharding, part):
+        assert shape == (16, 3)
+        for start in (4, 8):
+            asked[start] = part((slice(start, start + 4), slice(None)))
+
+    monkeypatch.setattr(jax, 'make_array_from_callback', make)
+    devices.split_rows(array[4:12], 16)
+    for start, part in asked.items():
+        np.testing.assert_array_equal(part, array[start : start + 4])
+
+
+@pytest.fixture
+def broken(folder, tmp_path):
+    """Returns a copy of the folder in which two training images and a test image are broken."""
+    import shutil
+
+    root = shutil.copytree(folder, tmp_path / 'broken')
+    names = [
+        sorted(path for path in (root / split).rglob('*') if path.is_file())
+        for split in ('train', 'val')
+    ]
+    for path in (names[0][3], names[0][40], names[1][5]):
+        path.write_bytes(path.read_bytes()[:30])
+    return root, names[0][3], names[1][5]
+
+
+def test_a_broken_image_stops_the_run_by_default(broken):
+    root, *_ = broken
+    feed, _ = placed(crops(root))
+    words = r'^config.data.max_corrupt: 1 images cannot .*broken/train'
+    with feed.training(0) as steps, pytest.raises(UserError, match=words):
+        list(steps)
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_broken_images_are_counted_named_and_passed_over(broken, workers):
+    root, first, test = broken
+    feed, told = placed(crops(root, data__max_corrupt=3, data__workers=workers))
+    with feed.training(0) as steps:
+        seen = [jax.device_get(next(steps)) for _ in range(16)]  # twice through
+    assert len(told) == 2
+    assert any(f'{first}: ' in words for words in told)
+    assert told[1].startswith('warning: an image is passed over (2 of at most 3): ')
+    # What stands in for it is the next image of the order.
+    labels = np.concatenate([table.labels for table, _ in seen])
+    index = np.concatenate([index for _, index in seen])
+    dataset = feed.dataset
+    for place, label in zip(index.tolist(), labels.tolist(), strict=True):
+        expected = place if place not in feed.broken else (place + 1) % 60
+        assert label == dataset[expected][1]
+    # In evaluation it is left out.
+    assert len(evaluated(feed)[1]) == 19
+    assert (told[2], len(told)) == (
+        f'warning: an image is passed over (3 of at most 3): {test}: ' + told[2].rsplit(': ', 1)[1],
+        3,
+    )
+
+
+def test_an_image_of_another_size_is_broken_where_none_is_resized(tmp_path):
+    for split in ('train', 'val'):
+        for i in range(10):
+            write(tmp_path / split / str(i % 2) / f'{i}.png', PIXELS[i])
+    config = tiny_config(dataset=f'folder:{tmp_path}', batch_size=2, data__validation_fraction=0.0)
+    info = sources.dataset(config).info
+    assert info.image_shape == (8, 8, 1)
+    assert len(sources.load(config).train) == 10
+    write(tmp_path / 'train/0/2.png', PIXELS[2][:7])
+    with pytest.raises(UserError, match=r'train/0/2.png: it is \(7, 8, 1\), the first one \(8, 8'):
+        sources.load(config)
+    config.data.placement = 'stream'
+    with pytest.raises(UserError, match=r'max_corrupt: 1 .*2.png: it is \(7, 8, 1\), others'):
+        placed(config)  # it reads them all, for their mean
+
+
+@pytest.mark.parametrize(
+    ('fields', 'sentence'),
+    [
+        ({'data__placement': 'device'}, "placement: must be 'stream' or 'auto'"),
+        ({'data__mean': (), 'data__std': ()}, 'mean: must be given'),
+        ({'data__mean': (0.5,)}, 'mean: 1 numbers are given for images of 3 channels'),
+        ({'data__std': ()}, 'std: 0 numbers are given for images of 3 channels'),
+        ({'data__eval_resize': 7}, 'eval_resize: must be at least config.data.image_size, 8'),
+        ({'data__image_size': 0}, 'image_size: .* have many sizes|max_corrupt'),
+    ],
+)
+def test_what_does_not_fit_the_images_is_refused(folder, fields, sentence):
+    with pytest.raises(UserError, match=f'config.data.({sentence})'):
+        placed(crops(folder, **fields))
+
+
+def test_where_the_images_go_by_default(monkeypatch, folder):
+    devices = parallel.Devices.take('shard_map', 4)
+    info = sources.Info((100, 100, 1), 10, 80, 0, 20)  # 1 MB
+    for memory, expected in ((4_000_000 * 4, 'device'), (3_900_000 * 4, 'stream')):
+        monkeypatch.setattr(feeds.topology, 'memory_of', lambda device, m=memory: m)
+        assert feeds.placement(tiny_config(), info, devices) == expected
+    assert feeds.placement(crops(folder), info, devices) == 'stream'
+
+
+def test_a_streamed_run_prepares_like_any_other(folder):
+    run = run_lib.prepare(crops(folder, batch_size=8))
+    assert run.feed.placement == 'stream'
+    assert run.info == sources.Info((8, 8, 3), 10, 60, 0, 20)
+    assert pathlib.Path(run.feed.dataset.name(0)).is_file()
+    assert io.BytesIO(run.feed.dataset[0][0])
