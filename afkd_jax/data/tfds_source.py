@@ -12,6 +12,7 @@ import types
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
+from typing import Any
 from unittest import mock
 
 import filelock
@@ -151,12 +152,17 @@ def _without_tensorflow(builder: tfds.core.DatasetBuilder) -> Iterator[None]:
         yield
 
 
+def _archives(builder: tfds.core.DatasetBuilder) -> dict[str, Any]:
+    """Returns what a builder is known to download: {address: tfds.download.checksums.UrlInfo}."""
+    return builder.url_infos or {}
+
+
 def _missing_host(builder: tfds.core.DatasetBuilder, manual_dir: str) -> str | None:
     """Returns a host that is needed but unknown to DNS, so that TFDS need not retry for minutes."""
     downloaded = pathlib.Path(builder._data_dir_root) / 'downloads'
     if urllib.request.getproxies() or (downloaded.is_dir() and any(downloaded.iterdir())):
         return None  # TFDS may get, or have, it all the same
-    for url, file in builder.url_infos.items():
+    for url, file in _archives(builder).items():
         if manual_dir and (pathlib.Path(manual_dir).expanduser() / file.filename).exists():
             continue
         host = urllib.parse.urlparse(url).hostname
@@ -187,7 +193,7 @@ def _prepare(builder: tfds.core.DatasetBuilder, config: ConfigDict, name: str) -
 
 def _write(builder: tfds.core.DatasetBuilder, config: ConfigDict, name: str) -> None:
     manual_dir = config.data.manual_dir
-    archives = ', '.join(file.filename for file in builder.url_infos.values()) or 'its archives'
+    archives = ', '.join(file.filename for file in _archives(builder).values()) or 'its archives'
     remedy = (
         f'put {archives} into a directory and name it by --config.data.manual_dir, '
         'or copy a prepared set from elsewhere and name its directory by --config.data.data_dir'
