@@ -121,6 +121,8 @@ RULES = {
     'data.std': (_per_channel(1 / 255), 'one number in [1/255, 1] per channel, or ()'),
     'data.max_corrupt': (_not_negative, 'at least 0'),
     'data.workers': (lambda v: 0 <= v <= 512, 'in 0 .. 512'),
+    'data.train_split': (lambda v: True, ''),
+    'data.test_split': (lambda v: True, ''),
     'data.manual_dir': (lambda v: True, ''),
     'data.data_dir': (lambda v: True, ''),
     **_is_optimizer('logit'),

@@ -73,6 +73,10 @@ def get_config(networks: str = 'resnet32,resnet32') -> config_dict.ConfigDict:
     config.data.std = ()
     config.data.max_corrupt = 0  # 'stream': images that cannot be decoded and are passed over
     config.data.workers = 0  # 'stream': processes that decode; 0: threads of this process
+    # tfds only: which part of the set is which, as in 'train[:90%]'; '': train, and test (or, where
+    # there is none, validation).
+    config.data.train_split = ''
+    config.data.test_split = ''
     config.data.manual_dir = ''  # tfds only: where archives already lie; '': nowhere
     config.data.data_dir = ''  # tfds only: prepared sets; '': TFDS's own default
 

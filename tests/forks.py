@@ -13,8 +13,8 @@ import traceback
 ROOT = pathlib.Path(__file__).parent.parent
 TIMEOUT_S = 200  # a command that takes longer hangs
 
-_CONTEXT = multiprocessing.get_context('forkserver')
-_CONTEXT.set_forkserver_preload(
+CONTEXT = multiprocessing.get_context('forkserver')
+CONTEXT.set_forkserver_preload(
     ['afkd_jax.data.tfds_source', 'afkd_jax.describe', 'afkd_jax.train', 'sklearn.datasets']
 )
 
@@ -58,7 +58,7 @@ class Launch:
         names = [file.name for file in self._files]
         variables = environment() if variables is None else variables
         arguments = [str(argument) for argument in arguments]
-        self._process = _CONTEXT.Process(target=_run, args=(arguments, variables, names, timeout))
+        self._process = CONTEXT.Process(target=_run, args=(arguments, variables, names, timeout))
         self._process.start()
 
     def poll(self):

@@ -3,6 +3,7 @@
 import io
 import json
 
+import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -12,6 +13,7 @@ from sklearn.datasets import load_sample_image
 
 from afkd_jax import parallel, train
 from afkd_jax.data import sources
+from afkd_jax.errors import UserError
 from afkd_jax.interrupt import Interrupt
 from configs import imagenet
 
@@ -90,7 +92,7 @@ def shrunken(data_dir, **fields):
 def epoch(data_dir, tmp_path_factory):
     """Returns (workdir, summary) of an epoch of AFD."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parallel, 'available', lambda: __import__('jax').devices()[:2])
+        patch.setattr(parallel, 'available', lambda: jax.devices()[:2])
         workdir = tmp_path_factory.mktemp('epoch')
         with Interrupt() as interrupt:
             return workdir, train.train(shrunken(data_dir), workdir, None, interrupt)
@@ -103,6 +105,22 @@ def test_it_is_prepared_and_read_as_it_is_stored(epoch, data_dir):
     assert stored == sorted((picture(n), label(n)) for n in range(TRAIN + TEST))
     assert dataset.name(0).startswith('record ')
     assert dataset.name(0).endswith('array_record-00000-of-00001')
+
+
+def test_parts_of_splits_are_taken(epoch, data_dir):
+    fields = {'data__train_split': 'train[25%:75%]', 'data__test_split': 'train[:10]'}
+    dataset = sources.dataset(shrunken(data_dir, **fields))
+    assert dataset.info == sources.Info((8, 8, 3), CLASSES, TRAIN // 2, 0, 10)
+    whole = sources.dataset(shrunken(data_dir))
+    train = {whole.train[i] for i in range(24, 72)}
+    assert {dataset[place] for place in range(48)} == train
+    assert dataset.fingerprint() != whole.fingerprint()
+    where = dict(zip(dataset.order.tolist(), range(48), strict=True))
+    assert dataset.name(where[0]).startswith('record 24 of ')
+    with pytest.raises(
+        UserError, match=r'config.data.test_split: .* no split "dev", but train, val'
+    ):
+        sources.dataset(shrunken(data_dir, data__test_split='dev'))
 
 
 def test_an_epoch_of_afd_ends(epoch):
@@ -120,7 +138,7 @@ def test_an_epoch_of_afd_ends(epoch):
 def test_stopped_in_mid_epoch_it_continues_to_the_bit(
     epoch, data_dir, workers, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(parallel, 'available', lambda: __import__('jax').devices()[:2])
+    monkeypatch.setattr(parallel, 'available', lambda: jax.devices()[:2])
     config = shrunken(data_dir, data__workers=workers)
     config.checkpoint.every_steps = 5
     asked = []

@@ -26,6 +26,7 @@ RUN = [
     '--config.log_every=2',
     '--config.method=kd_ring',
     '--config.checkpoint.every_steps=3',
+    '--config.data.placement=stream',
 ]
 LOST_S = processes.LOST_AFTER_S
 LITTLE = '--xla_backend_optimization_level=0'  # what runs so little XLA need not optimise
@@ -82,7 +83,8 @@ def two(tmp_path_factory):
 def one(tmp_path_factory):
     """Returns (workdir, summary) of one process with four devices."""
     workdir = tmp_path_factory.mktemp('one') / 'run'
-    return workdir, finished(Group(1, 4, workdir).end(), workdir)
+    group = Group(1, 4, workdir, '--config.data.placement=device')
+    return workdir, finished(group.end(), workdir)
 
 
 def losses(workdir):

@@ -100,10 +100,10 @@ def describe(
 ) -> tuple[tuple[int | None, int | None, int], int, int, int]:
     """Returns shape as stored, classes, and the sizes of train and test; needs no data on disk."""
     builder = _builder(config, name)
-    keys, splits = _keys(builder, name), builder.info.splits
+    keys, splits, data = _keys(builder, name), builder.info.splits, config.data
     if splits:
-        train, test = (splits[split].num_examples for split in _split_names(builder, name))
-    elif builder.name in _PUBLISHED_SIZES:
+        train, test = (splits[split].num_examples for split in _split_names(builder, config, name))
+    elif builder.name in _PUBLISHED_SIZES and not (data.train_split or data.test_split):
         train, test = _PUBLISHED_SIZES[builder.name]
     else:
         raise UserError(
@@ -114,15 +114,24 @@ def describe(
     return _image_shape(builder, keys, name), classes, train, test
 
 
-def _split_names(builder: tfds.core.DatasetBuilder, name: str) -> tuple[str, str]:
-    splits = builder.info.splits
-    test = 'test' if 'test' in splits else 'validation'
-    if 'train' not in splits or test not in splits:
-        raise UserError(
-            f'config.dataset: tfds:{name} has the splits {", ".join(splits)}; '
-            'train, and test or validation, are needed'
-        )
-    return 'train', test
+def _split_names(
+    builder: tfds.core.DatasetBuilder, config: ConfigDict, name: str
+) -> tuple[str, str]:
+    """Returns the splits of a prepared set to train on and to test on."""
+    splits, names = builder.info.splits, []
+    for field, usual in (('train_split', ('train',)), ('test_split', ('test', 'validation'))):
+        wanted = config.data[field] or next((one for one in usual if one in splits), usual[0])
+        try:
+            count = splits[wanted].num_examples
+        except Exception as error:  # TFDS raises several kinds for what it cannot parse or find
+            raise UserError(
+                f'config.data.{field}: tfds:{name} has no split "{wanted}", but '
+                f'{", ".join(splits)} ({_first_line(error)})'
+            ) from error
+        if not count:
+            raise UserError(f'config.data.{field}: "{wanted}" of tfds:{name} holds no image')
+        names.append(wanted)
+    return tuple(names)
 
 
 @contextlib.contextmanager
@@ -253,17 +262,23 @@ class _Split(Examples):
 
     def name(self, index: int) -> str:
         """Returns file and record."""
-        info = self._builder.info.splits[self._split]
-        ends = np.cumsum(info.shard_lengths)
-        shard = int(np.searchsorted(ends, index, side='right'))
-        record = index - int(ends[shard] - info.shard_lengths[shard])
-        return f'record {record} of {info.filepaths[shard]}'
+        for file in self._files():
+            if index < file.take:
+                return f'record {file.skip + index} of {file.filename}'
+            index -= file.take
+        raise IndexError(index)
+
+    def _files(self) -> list[Any]:
+        """Returns which records of which files make the split: filename, skip, take."""
+        return self._builder.info.splits[self._split].file_instructions
 
     def fingerprint(self) -> str:
-        """Returns a hash of name, version and sizes of the files, which TFDS never rewrites."""
-        info = self._builder.info.splits[self._split]
-        sizes = [os.stat(path).st_size for path in info.filepaths]
-        whole = self._builder.info.full_name, self._split, list(info.shard_lengths), sizes
+        """Returns a hash of name, version and files with their sizes, which TFDS never rewrites."""
+        files = [
+            (os.path.basename(file.filename), file.skip, file.take, os.stat(file.filename).st_size)
+            for file in self._files()
+        ]
+        whole = self._builder.info.full_name, files
         return hashlib.sha256(repr(whole).encode()).hexdigest()
 
 
@@ -293,5 +308,7 @@ def examples(config: ConfigDict, name: str) -> tuple[Examples, Examples, int]:
     shape = _image_shape(builder, keys, name)
     if not builder.is_prepared():
         _prepare(builder, config, name)
-    train, test = (_Split(builder, split, keys, shape) for split in _split_names(builder, name))
+    train, test = (
+        _Split(builder, split, keys, shape) for split in _split_names(builder, config, name)
+    )
     return train, test, builder.info.features[keys.label].num_classes
