@@ -126,11 +126,9 @@ def benchmark(config: ConfigDict) -> dict[str, Any]:
     blocks = [block(steps) for _ in range(_BLOCKS)]
     step_s, quartiles = statistics.median(blocks), statistics.quantiles(blocks, n=4)
 
-    data = config.data
+    recipe = augment.Recipe.of(config)
     varied = devices.map(
-        lambda table, index_B, key: augment.training_batch(
-            table, index_B, key, data.pad, data.flip
-        ),
+        lambda table, index_B, key: augment.training_batch(table, index_B, key, recipe),
         (feeds.table_place(run.feed.placement), split, whole),
         split,
     )

@@ -1,7 +1,21 @@
 """The losses: pure functions of arrays, one value per example; the step takes the one mean."""
 
+import flax.struct
 import jax
 import jax.numpy as jnp
+
+
+@flax.struct.dataclass
+class Mixed:
+    """What an image is mixed with.
+
+    Attributes:
+      labels: int32 [B], of the other image.
+      share: float [B], of the image itself; its label weighs as much in the cross-entropy.
+    """
+
+    labels: jax.Array
+    share: jax.Array
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:

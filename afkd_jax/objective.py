@@ -63,15 +63,24 @@ class Objective:
         return names
 
     def of_logits(
-        self, logits_KxBxC: jax.Array, labels_B: jax.Array, step: jax.Array
+        self,
+        logits_KxBxC: jax.Array,
+        labels_B: jax.Array,
+        step: jax.Array,
+        mixed: losses.Mixed | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Returns the gradients of the networks' logit losses to their logits, and values [K].
 
         CE(y, z_k) + w mean over k's teachers p of T^2 KL(softmax(z_p / T) || softmax(z_k / T)).
+        Of images that are mixed, CE is s CE(y, z_k) + (1 - s) CE(other's y, z_k).
         """
 
         def loss(logits_KxBxC):
-            entropy_K = losses.cross_entropy(logits_KxBxC, labels_B, self.label_smoothing).mean(1)
+            entropy_KxB = losses.cross_entropy(logits_KxBxC, labels_B, self.label_smoothing)
+            if mixed is not None:
+                other_KxB = losses.cross_entropy(logits_KxBxC, mixed.labels, self.label_smoothing)
+                entropy_KxB = other_KxB + mixed.share[None] * (entropy_KxB - other_KxB)
+            entropy_K = entropy_KxB.mean(1)
             total_K, parts = entropy_K, {'cross_entropy': entropy_K}
             kls = [
                 losses.mimicry_kl(

@@ -160,13 +160,12 @@ class Run:
 
         Arrays, or their shapes with placement. It may be traced once.
         """
-        data, cohort, whole = self.config.data, self.cohort.here, parallel.WHOLE
+        recipe = augment.Recipe.of(self.config)
+        cohort, whole = self.cohort.here, parallel.WHOLE
 
         def train_step(state, sums, table, index_B, key):
             own = state_lib.unstacked(state) if self.spread else state
-            own, sums = step_lib.train_step(
-                cohort, data.pad, data.flip, own, sums, table, index_B, key
-            )
+            own, sums = step_lib.train_step(cohort, recipe, own, sums, table, index_B, key)
             return state_lib.stacked(own) if self.spread else own, sums
 
         chex.clear_trace_counter()

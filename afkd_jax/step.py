@@ -111,6 +111,7 @@ def update(
     images_BxHxWxC: jax.Array,
     labels_B: jax.Array,
     key: jax.Array,
+    mixed: losses.Mixed | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Returns the state after one step on this batch, and the step's values (value_shapes).
 
@@ -124,6 +125,7 @@ def update(
       images_BxHxWxC: standardised.
       labels_B: integers.
       key: of this step, for dropout.
+      mixed: with what the images are mixed; `accuracy` is of their own labels.
     """
     objective, used = cohort.objective, cohort.optimizers.used()
     ring, here = objective.ring, len(state.networks)
@@ -132,7 +134,7 @@ def update(
         for k, network in enumerate(state.networks)
     ]
     logits_KxBxC = jnp.stack([own.logits for own in passes])
-    to_logits, values = objective.of_logits(logits_KxBxC, labels_B, state.step)
+    to_logits, values = objective.of_logits(logits_KxBxC, labels_B, state.step, mixed)
     values['accuracy'] = 100.0 * (logits_KxBxC.argmax(-1) == labels_B[None]).mean(1)
 
     # What each optimizer pulls back, (to logits, to maps): entries of k, or zeros for all.
@@ -194,8 +196,7 @@ def _judge(module: nn.Module) -> Callable[[Any, jax.Array], jax.Array]:
 
 def train_step(
     cohort: Cohort,
-    pad: int,
-    flip: bool,
+    recipe: augment.Recipe,
     state: TrainState,
     sums: metrics.Sums,
     images: augment.Table,
@@ -210,8 +211,7 @@ def train_step(
 
     Args:
       cohort: what is trained.
-      pad: see augment.vary.
-      flip: see augment.vary.
+      recipe: how the images are varied.
       state: before the step.
       sums: of the steps since the last fetch.
       images: all images, or those of the batch.
@@ -219,8 +219,8 @@ def train_step(
       key: of the run; what is random in a step is a function of (key, step).
     """
     augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
-    batch = augment.training_batch(images, index_B, augment_key, pad, flip)
-    moved, values = update(cohort, state, *batch, dropout_key)
+    pixels, labels, mixed = augment.training_batch(images, index_B, augment_key, recipe)
+    moved, values = update(cohort, state, pixels, labels, dropout_key, mixed)
     ok = metrics.finite(values)
     kept = state.replace(step=moved.step)
     state = jax.tree.map(lambda new, old: jnp.where(ok, new, old), moved, kept)

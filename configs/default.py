@@ -68,6 +68,14 @@ def get_config(networks: str = 'resnet32,resnet32') -> config_dict.ConfigDict:
     config.data.eval_resize = 256  # then: shorter side, of which evaluation sees the centre
     config.data.pad = 4  # pixels of zeros on each side before a random crop; 0: no crop
     config.data.flip = True  # horizontal, with probability 1/2
+    config.data.color_jitter = 0.0  # brightness, contrast, saturation within 1 +- this; 0: none
+    # RandAugment: operations per image, of magnitude 0 .. 30, as it is streamed; 0: none.
+    config.data.randaugment_operations = 0
+    config.data.randaugment_magnitude = 9.0
+    # Alpha of the Beta distribution by which an image is mixed with another of its batch, all over
+    # (mixup) or in a box (cutmix); with both, each image by either. 0: not.
+    config.data.mixup = 0.0
+    config.data.cutmix = 0.0
     # Per channel, in 0 .. 1, to standardise by; (): those of the training images.
     config.data.mean = ()
     config.data.std = ()

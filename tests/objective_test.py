@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from conftest import softmax
 
+from afkd_jax import losses
 from afkd_jax.methods import Method
 from afkd_jax.objective import Objective
 from afkd_jax.ring import Ring
@@ -46,6 +47,18 @@ def test_learning_from_all_of_three_equals_numpy(order, logits, x64):
         np.testing.assert_allclose(values['mimicry_kl'][k], kl, rtol=1e-10)
         gradient = (p - np.eye(4)[LABELS] + 2.0 * np.mean([p_T - q for q in q_T], axis=0)) / 5
         np.testing.assert_allclose(to_logits[k], gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_of_mixed_images_both_labels_count_by_their_shares(logits, x64):
+    share, other = np.array([0.2, 1.0, 0.0, 0.7, 0.5]), LABELS[::-1].copy()
+    mixed = losses.Mixed(other, share)
+    to_logits, values = objective().of_logits(jnp.array(logits), LABELS, 0, mixed)
+    labels = share[:, None] * np.eye(4)[LABELS] + (1 - share)[:, None] * np.eye(4)[other]
+    for k in range(3):
+        p = softmax(logits[k])
+        entropy = -(labels * np.log(p)).sum(1).mean()
+        np.testing.assert_allclose(values['cross_entropy'][k], entropy, rtol=1e-10)
+        np.testing.assert_allclose(to_logits[k], (p - labels) / 5, rtol=1e-9, atol=1e-12)
 
 
 def test_the_ramp_weighs_the_kl_alone(logits, x64):

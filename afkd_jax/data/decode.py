@@ -12,6 +12,8 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
+from afkd_jax.data import randaugment
+
 _JPEG = b'\xff\xd8'
 _COLOURS = {1: ('GRAY', 'L'), 3: ('RGB', 'RGB')}
 _SPARE = 2  # as in Pillow's reducing_gap, "almost indistinguishable"
@@ -31,6 +33,8 @@ class View:
       scale: range of a training crop's share of the image's area, uniform.
       ratio: range of its width by its height, uniform in the logarithm.
       resize: the shorter side, of which evaluation takes the central S x S.
+      operations: of RandAugment, after the crop; 0: none.
+      magnitude: of those.
 
     Source: the usual ImageNet recipe (Szegedy et al., 2015): 224, (0.08, 1), (3/4, 4/3), 256.
     """
@@ -39,11 +43,13 @@ class View:
     scale: tuple[float, float]
     ratio: tuple[float, float]
     resize: int
+    operations: int = 0
+    magnitude: float = 0
 
     def training(
         self, image: np.ndarray | bytes, channels: int, rng: np.random.Generator
     ) -> np.ndarray:
-        """Returns a random crop, resized: uint8 [S, S, C]; the whole image if `size` is 0.
+        """Returns a random crop, resized and varied: uint8 [S, S, C]; the whole if `size` is 0.
 
         Args:
           image: uint8 [H, W, C], or an encoded file.
@@ -53,8 +59,14 @@ class View:
         Raises:
           Broken: it cannot be decoded.
         """
-        if not self.size:
-            return pixels(image, channels)
+        seen = self._crop(image, channels, rng) if self.size else pixels(image, channels)
+        if self.operations:
+            seen = randaugment.vary(seen, self.operations, self.magnitude, rng)
+        return seen
+
+    def _crop(
+        self, image: np.ndarray | bytes, channels: int, rng: np.random.Generator
+    ) -> np.ndarray:
         height, width = _sides(image)
         left, top, right, bottom = random_crop(height, width, self.scale, self.ratio, rng)
         # A JPEG can be decoded at n/8 of its size for less; the resize to S still halves it.

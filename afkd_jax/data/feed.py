@@ -33,12 +33,13 @@ def placement(config: ConfigDict, info: sources.Info, devices: parallel.Devices)
     Raises:
       UserError: images of many sizes, or to be cropped anew each time, cannot lie in memory.
     """
-    wanted, size = config.data.placement, config.data.image_size
-    if size and wanted in ('device', 'host'):
-        raise UserError(
-            f"config.data.placement: must be 'stream' or 'auto' where images are cropped to "
-            f'config.data.image_size, {size}, but is {wanted!r}'
-        )
+    wanted = config.data.placement
+    for field in ('image_size', 'randaugment_operations'):
+        if config.data[field] and wanted in ('device', 'host'):
+            raise UserError(
+                f"config.data.placement: must be 'stream' or 'auto' with config.data.{field}="
+                f'{config.data[field]}, but is {wanted!r}'
+            )
     if wanted != 'auto':
         return wanted
     memory = topology.memory_of(devices.mesh.devices.flat[0])
@@ -46,7 +47,8 @@ def placement(config: ConfigDict, info: sources.Info, devices: parallel.Devices)
         memory //= devices.mesh.size  # they share it
     needed = (info.train + info.validation + info.test) * int(np.prod(info.image_shape))
     large = memory is not None and needed > _MOST * memory
-    return 'stream' if size or large else 'device'
+    anew = config.data.image_size or config.data.randaugment_operations
+    return 'stream' if anew or large else 'device'
 
 
 def table_place(placement: str) -> Any:

@@ -207,7 +207,12 @@ def view(config: ConfigDict) -> decode.View:
             f'but is {data.eval_resize}'
         )
     return decode.View(
-        data.image_size, tuple(data.crop_scale), tuple(data.crop_ratio), data.eval_resize
+        data.image_size,
+        tuple(data.crop_scale),
+        tuple(data.crop_ratio),
+        data.eval_resize,
+        data.randaugment_operations,
+        data.randaugment_magnitude,
     )
 
 
