@@ -2,13 +2,15 @@
 
 import dataclasses
 import functools
+import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import PAIR, softmax, tiny_config
 
-from afkd_jax import evaluate, parallel
+from afkd_jax import evaluate, metrics, parallel, summary
 from afkd_jax import run as run_lib
 from afkd_jax.data import augment
 
@@ -85,3 +87,50 @@ def test_networks_on_several_devices_start_and_score_the_same():
     accuracy, entropy = plain()
     np.testing.assert_allclose(scores.accuracy, accuracy, rtol=1e-6)
     np.testing.assert_allclose(scores.cross_entropy, entropy, rtol=1e-4)
+
+
+def test_counts_of_predictions_equal_numpy():
+    rng = np.random.default_rng(0)
+    for classes in (10, 12, 101):
+        # Whole numbers, so that many are equal: then the first class is ahead.
+        log_p = rng.integers(0, 6, (3, 200, classes)).astype(np.float32)
+        labels = rng.integers(0, classes, 200)
+        mask = rng.random(200) < 0.8
+        counts = jax.device_get(metrics.prediction_counts(jnp.array(log_p), labels, mask))
+        order = np.argsort(-log_p, axis=-1, kind='stable')
+        correct = np.zeros((3, classes), int)
+        confusion = np.zeros((3, classes, classes), int)
+        for k in range(3):
+            for i in np.flatnonzero(mask):
+                correct[k, labels[i]] += order[k, i, 0] == labels[i]
+                confusion[k, labels[i], order[k, i, 0]] += 1
+        np.testing.assert_array_equal(counts['correct'], correct)
+        assert ('confusion' in counts) == (classes <= 100)
+        if classes <= 100:
+            np.testing.assert_array_equal(counts['confusion'], confusion)
+            np.testing.assert_array_equal(
+                np.diagonal(counts['confusion'], axis1=1, axis2=2), correct
+            )
+        assert ('top5' in counts) == (classes > 10)
+        if classes > 10:
+            five = (order[..., :5] == labels[None, :, None]).any(-1) & mask
+            np.testing.assert_array_equal(counts['top5'], five.sum(1))
+
+
+def test_by_class_the_images_and_the_accuracy_add_up(one_device):
+    run = run_lib.prepare(tiny_config(eval_batch_size=64))
+    scores = evaluate.Evaluator(run)(run.initial_state().networks, 'test')
+    found = summary.classes(run.cohort, scores)
+    json.dumps(found)
+    places = run.info.places('test')
+    labels = np.asarray(run.feed.table.labels)[places.start : places.stop]
+    assert found['images'] == np.bincount(labels, minlength=10).tolist()
+    for entry, accuracy in zip(
+        [*found['networks'], found['ensemble']], scores.accuracy, strict=True
+    ):
+        confusion = np.array(entry['confusion'])
+        assert confusion.sum(1).tolist() == found['images']
+        assert 100 * np.trace(confusion) / 359 == pytest.approx(accuracy)
+        weights = np.array(found['images']) / 359
+        assert np.dot(entry['accuracy'], weights) == pytest.approx(accuracy)
+    assert scores.top5 is None
