@@ -112,7 +112,8 @@ def train(
 
         by_class = None
         if not stopped:
-            by_class = summary.classes(run.cohort, evaluate(loop.state.networks, 'test'))
+            test = loop.test or evaluate(loop.state.networks, 'test')
+            by_class = summary.classes(run.cohort, test)
 
         def write() -> None:
             check_held()
@@ -138,6 +139,7 @@ class _Loop:
       state: of the last step.
       step: how many steps were taken; state.step, known without a fetch.
       stopped: whether a signal, to any of the processes, ended it early.
+      test: scores of the last step on test; None if this process has not evaluated them.
 
     Args:
       run: what is trained.
@@ -170,6 +172,7 @@ class _Loop:
         self._check_held, self._interrupt = check_held, interrupt
         self._agreed = processes.Agreement(run.devices.mesh)
         self.stopped = self._wished_to_save = False
+        self.test: summary.Scores | None = None
         self.state, self._sums, self._progress = point.state, point.sums, point.progress
         self.step = self._saved_step = int(point.state.step)
         self._started = started - self._progress.wall_s
@@ -327,5 +330,5 @@ class _Loop:
                 'test': test.accuracy[k],
                 'step': self.step,
             }
-        progress.evaluated = self.step
+        progress.evaluated, self.test = self.step, known.get('test')
         return True

@@ -32,6 +32,7 @@ def test_figures_agree_with_each_other_and_the_plan(quick):
     low, high = result['step_s_quartiles']
     assert 0 < low <= high
     assert 0 < result['host_s'] < result['step_s']
+    assert 0 < result['queued_step_s'] < 2 * result['step_s']
     assert 0 < result['augment_s'] < 1
     assert 0 < result['lower_s'] < result['compile_s']
     assert result['flops_per_s'] == pytest.approx(result['flops_per_step'] / result['step_s'])

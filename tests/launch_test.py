@@ -310,9 +310,13 @@ BAD_COMMANDS = {
         'config.loss: is a section, not a field; assign one of .*loss.temperature',
     ),
     'wrong ring': ([*SHORT, '--config.ring_order=(1,3)'], r'config.ring_order: .*but is \(1, 3\)'),
-    'images that cannot be trained on': (
-        ['--config=configs/imagenet.py'],
-        r'tfds:imagenet2012 are \(None, None, 3\)',
+    'images of many sizes': (
+        ['--config=configs/imagenet.py', '--config.data.image_size=0'],
+        'config.data.image_size: the images of tfds:imagenet2012 have many sizes; give the one',
+    ),
+    'no archives': (
+        ['--config=configs/imagenet.py', '--config.data.data_dir={small}'],
+        'imagenet2012 is not prepared in .* put ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar',
     ),
     'networks that cannot be spread': (
         ['--config=configs/digits.py:resnet8,resnet14,resnet8,resnet20', '--config.mesh.peer=2'],

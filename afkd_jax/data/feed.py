@@ -306,7 +306,7 @@ def feed(
     where, given = placement(config, info, devices), _standard(config, info.image_shape[-1])
     if where == 'stream':
         mean, std = devices.replicate(given or _measured(config, dataset, tell))
-        fingerprint = dataset.fingerprint()
+        fingerprint = f'stream {dataset.fingerprint()}'  # in memory the images themselves are known
         return Streamed(config, info, devices, fingerprint, dataset, mean, std, tell)
     splits = dataset.load()
     table = augment.table(splits, given)

@@ -129,6 +129,7 @@ def stream(batches: Batches, first: int, workers: int) -> Iterator[Iterator[Rows
     )
     source = grain.MapDataset.source(batches)[first:]
     iterable = source.to_iter_dataset(read)
+    workers = min(workers, len(source))
     if workers:
         options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=_AHEAD)
         iterable = iterable.mp_prefetch(options, worker_init_fn=_in_worker)

@@ -138,8 +138,9 @@ def _split_names(
 def _without_tensorflow(builder: tfds.core.DatasetBuilder) -> Iterator[None]:
     """Lets TFDS prepare a set where it uses TensorFlow to open files and to write PNG, no more.
 
-    That holds for the CIFAR and MNIST families. A builder that needs more of TensorFlow fails
-    with an error that _prepare() reports.
+    That holds for the CIFAR and MNIST families, and for ImageNet, whose few CMYK and PNG files
+    stay as they are: decode.pixels() reads them. A builder that needs more of TensorFlow fails with
+    an error that _write() reports.
     """
 
     def encode_png(encoder, pixels):
@@ -153,17 +154,22 @@ def _without_tensorflow(builder: tfds.core.DatasetBuilder) -> Iterator[None]:
         compat=types.SimpleNamespace(as_text=os.fsdecode),
     )
     with contextlib.ExitStack() as stack:
-        for module in (sys.modules[type(builder).__module__], extractor, shuffle):
+        package = type(builder).__module__.rpartition('.')[0]
+        own = [module for name, module in sys.modules.items() if name.rpartition('.')[0] == package]
+        for module in (*own, extractor, shuffle):
             if hasattr(module, 'tf'):
                 stack.enter_context(mock.patch.object(module, 'tf', stand_in))
+        for name in ('jpeg_cmyk_to_rgb', 'png_to_jpeg'):
+            stack.enter_context(mock.patch.object(tfds.core.utils, name, lambda image: image))
         encoder = image_feature._ImageEncoder
         stack.enter_context(mock.patch.object(encoder, '_encode_image', encode_png))
         yield
 
 
-def _archives(builder: tfds.core.DatasetBuilder) -> dict[str, Any]:
-    """Returns what a builder is known to download: {address: tfds.download.checksums.UrlInfo}."""
-    return builder.url_infos or {}
+def _archives(builder: tfds.core.DatasetBuilder) -> dict[str, str]:
+    """Returns the files that a builder is known to download: {address: name}."""
+    known = (builder.url_infos or {}).items()
+    return {url: file.filename or os.path.basename(url) for url, file in known}
 
 
 def _missing_host(builder: tfds.core.DatasetBuilder, manual_dir: str) -> str | None:
@@ -171,8 +177,8 @@ def _missing_host(builder: tfds.core.DatasetBuilder, manual_dir: str) -> str | N
     downloaded = pathlib.Path(builder._data_dir_root) / 'downloads'
     if urllib.request.getproxies() or (downloaded.is_dir() and any(downloaded.iterdir())):
         return None  # TFDS may get, or have, it all the same
-    for url, file in _archives(builder).items():
-        if manual_dir and (pathlib.Path(manual_dir).expanduser() / file.filename).exists():
+    for url, name in _archives(builder).items():
+        if manual_dir and (pathlib.Path(manual_dir).expanduser() / name).exists():
             continue
         host = urllib.parse.urlparse(url).hostname
         try:
@@ -180,6 +186,22 @@ def _missing_host(builder: tfds.core.DatasetBuilder, manual_dir: str) -> str | N
         except OSError:
             return host
     return None
+
+
+def _check_sizes(builder: tfds.core.DatasetBuilder, manual_dir: str) -> None:
+    """Refuses an archive in manual_dir of another size than the known one.
+
+    Sums are TFDS's business, which takes them of what it uses as a download; of ImageNet's 144 GB,
+    which it only reads, it takes none.
+    """
+    folder = pathlib.Path(manual_dir).expanduser()
+    for url, name in _archives(builder).items():
+        path, known = folder / name, int(builder.url_infos[url].size)
+        if manual_dir and path.is_file() and path.stat().st_size != known:
+            raise UserError(
+                f'config.data.manual_dir: {path} has {path.stat().st_size:,} bytes, but the '
+                f'archive has {known:,}; get it again'
+            )
 
 
 def _prepare(builder: tfds.core.DatasetBuilder, config: ConfigDict, name: str) -> None:
@@ -202,11 +224,12 @@ def _prepare(builder: tfds.core.DatasetBuilder, config: ConfigDict, name: str) -
 
 def _write(builder: tfds.core.DatasetBuilder, config: ConfigDict, name: str) -> None:
     manual_dir = config.data.manual_dir
-    archives = ', '.join(file.filename for file in _archives(builder).values()) or 'its archives'
+    archives = ', '.join(_archives(builder).values()) or 'its archives'
     remedy = (
         f'put {archives} into a directory and name it by --config.data.manual_dir, '
         'or copy a prepared set from elsewhere and name its directory by --config.data.data_dir'
     )
+    _check_sizes(builder, manual_dir)
     if host := _missing_host(builder, manual_dir):
         raise UserError(
             f'config.dataset: tfds:{name} is not prepared in {builder.data_path} and cannot be '
