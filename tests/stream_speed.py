@@ -14,6 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
+from concurrent import futures
 
 import numpy as np
 from PIL import Image
@@ -74,6 +75,20 @@ def cropped(files, view):
         number += 1
 
 
+def on_every_core(files, view):
+    """The same in as many threads as there are cores: decoding and resizing hold no lock."""
+
+    def crop(number):
+        view.training(files[number % len(files)], 3, np.random.default_rng((0, number)))
+
+    with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        number = 0
+        while True:
+            list(pool.map(crop, range(number, number + BATCH)))
+            yield BATCH
+            number += BATCH
+
+
 def piped(dataset, workers):
     order = batches.Order(0, dataset.info.train, BATCH)
     made = stream.Batches(dataset, order.indices, 10**6, BATCH, np.arange(BATCH), 0)
@@ -94,6 +109,7 @@ def main(seconds):
             'Pillow decodes': lambda: by_pillow(files),
             'decode': lambda: decoded(files),
             'decode, crop, resize': lambda: cropped(files, dataset.view),
+            'decode, crop, resize on every core': lambda: on_every_core(files, dataset.view),
             'pipeline, threads': lambda: piped(dataset, 0),
             'pipeline, 1 process': lambda: piped(dataset, 1),
             'pipeline, 2 processes': lambda: piped(dataset, 2),

@@ -103,7 +103,7 @@ def test_a_broken_archive_is_refused(tmp_path):
             '_download',
             side_effect=OSError('no network'),
         ),
-        pytest.raises(UserError, match='has [\d,]+ bytes, but the archive has'),
+        pytest.raises(UserError, match=r'has [\d,]+ bytes, but the archive has'),
     ):
         sources.load(config('cifar100', tmp_path, data__manual_dir=str(tmp_path)))
 

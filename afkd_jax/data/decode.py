@@ -4,6 +4,7 @@ JPEG is decoded by libjpeg-turbo (simplejpeg), what that refuses and other forma
 Resizing is Pillow's: bilinear, and antialiased, as its support grows with the reduction.
 """
 
+import contextlib
 import dataclasses
 import io
 import math
@@ -125,18 +126,16 @@ def pixels(image: np.ndarray | bytes, channels: int, scale: float = 1.0) -> np.n
         return image
     fast, slow = _COLOURS[channels]
     if image[:2] == _JPEG:
-        try:
-            least = {}
-            if scale <= 7 / 8:
-                height, width = _sides(image)
-                eighths = math.ceil(8 * scale)
-                least = {
-                    'min_height': math.ceil(height * eighths / 8),
-                    'min_width': math.ceil(width * eighths / 8),
-                }
+        least = {}
+        if scale <= 7 / 8:
+            height, width = _sides(image)
+            eighths = math.ceil(8 * scale)
+            least = {
+                'min_height': math.ceil(height * eighths / 8),
+                'min_width': math.ceil(width * eighths / 8),
+            }
+        with contextlib.suppress(ValueError):  # there are bytes that Pillow forgives
             return simplejpeg.decode_jpeg(image, fast, **least)
-        except ValueError:
-            pass  # bytes that Pillow may forgive
     try:
         with Image.open(io.BytesIO(image)) as file:
             whole = np.asarray(file.convert(slow))
@@ -150,6 +149,9 @@ def _sides(image: np.ndarray | bytes) -> tuple[int, int]:
     """Returns (height, width)."""
     if isinstance(image, np.ndarray):
         return image.shape[:2]
+    if image[:2] == _JPEG:
+        with contextlib.suppress(ValueError):
+            return simplejpeg.decode_jpeg_header(image)[:2]
     try:
         with Image.open(io.BytesIO(image)) as file:  # reads the header alone
             return file.size[::-1]

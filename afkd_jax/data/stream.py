@@ -64,13 +64,13 @@ class Batches:
     def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns the fields of Rows."""
         places, count = self.places(number)[self.rows], len(self.rows)
-        pixels = np.zeros((count, *self.dataset.info.image_shape), np.uint8)
+        pixels = np.empty((count, *self.dataset.info.image_shape), np.uint8)
         labels, broken = np.zeros(count, np.int32), np.full(count, _WHOLE, np.int32)
         for row, place in enumerate(places.tolist()):
             try:
                 pixels[row], labels[row] = self._example(number, place)
             except decode.Broken:
-                broken[row] = place
+                broken[row], pixels[row] = place, 0
                 if self.seed is not None:
                     pixels[row], labels[row] = self._next_example(number, place)
         return pixels, labels, broken
