@@ -1,7 +1,12 @@
 """Batches that are read and decoded ahead: which, in which order, and what of broken images."""
 
 import io
+import os
 import pathlib
+import subprocess
+import sys
+import time
+import types
 
 import jax
 import numpy as np
@@ -257,6 +262,54 @@ def test_an_image_of_another_size_is_broken_where_none_is_resized(tmp_path):
     config.data.placement = 'stream'
     with pytest.raises(UserError, match=r'max_corrupt: 1 .*2.png: it is \(7, 8, 1\), others'):
         placed(config)  # it reads them all, for their mean
+
+
+def test_workers_end_with_the_process_that_trains(folder):
+    # However that ends: it is killed while they wait for it to take a batch.
+    program = f"""
+import multiprocessing, sys, time
+sys.path[:0] = ['tests']
+import stream_test, numpy as np
+from afkd_jax.data import batches, sources, stream
+if __name__ == '__main__':
+    config = stream_test.crops({str(folder)!r})
+    dataset = sources.dataset(config)
+    order = batches.Order(0, 60, 8)
+    made = stream.Batches(dataset, order.indices, 10**6, 8, np.arange(8), 0)
+    with stream.stream(made, 0, 1) as rows:
+        next(rows)
+        print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+        time.sleep(600)
+"""
+    path = folder / 'program.py'
+    path.write_text(program)
+    root = pathlib.Path(__file__).parent.parent
+    process = subprocess.Popen(
+        [sys.executable, path],
+        cwd=root,
+        env=os.environ | {'PYTHONPATH': str(root)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    (worker,) = map(int, process.stdout.readline().split())
+    assert pathlib.Path(f'/proc/{worker}').exists()
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 20
+    while pathlib.Path(f'/proc/{worker}').exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_workers_for_which_shared_memory_has_no_room_are_refused(folder, monkeypatch):
+    monkeypatch.setattr(
+        stream.shutil, 'disk_usage', lambda path: types.SimpleNamespace(free=15_000)
+    )
+    assert len(read(crops(folder), 0, 9, 1)) == 9  # 7,680 bytes: 5 batches of 8 images of 192
+    with pytest.raises(
+        UserError, match=r'workers: 2 processes need 15,360 bytes of .* 15,000; use'
+    ):
+        read(crops(folder), 0, 9, 2)
 
 
 @pytest.mark.parametrize(

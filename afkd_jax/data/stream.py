@@ -6,8 +6,13 @@ and processes, and a run goes on at any step.
 
 import contextlib
 import dataclasses
+import math
+import multiprocessing
 import os
+import pathlib
+import shutil
 import signal
+import threading
 from collections.abc import Callable, Iterator
 
 import grain
@@ -16,9 +21,11 @@ from absl import flags
 
 from afkd_jax.data import decode
 from afkd_jax.data.sources import Dataset
+from afkd_jax.errors import UserError
 
 _AHEAD = 4  # batches that each thread or process may have ready
 _MOST_THREADS = 16
+_SHARED = pathlib.Path('/dev/shm')
 _WHOLE = -1  # in place of an image's place: it is not broken
 
 
@@ -106,9 +113,31 @@ class Batches:
 
 
 def _in_worker(index: int, count: int) -> None:
-    """Leaves signals to the process that trains: it ends its workers when it is ready."""
+    """Leaves signals to the process that trains, with which a worker ends, however that ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    def end():
+        multiprocessing.parent_process().join()
+        os._exit(0)
+
+    threading.Thread(target=end, daemon=True).start()
+
+
+def _check_room(batches: Batches, workers: int) -> None:
+    """Refuses workers whose batches do not fit into shared memory: there they would be killed."""
+    if not _SHARED.is_dir():  # no Linux
+        return
+    needed = (
+        workers * (_AHEAD + 1) * len(batches.rows) * math.prod(batches.dataset.info.image_shape)
+    )
+    free = shutil.disk_usage(_SHARED).free
+    if needed > free:
+        raise UserError(
+            f'config.data.workers: {workers} processes need {needed:,} bytes of shared memory for '
+            f'the batches they have ready, but {_SHARED} has {free:,}; use fewer, or 0 for '
+            'threads, or give it more room (docker run --shm-size)'
+        )
 
 
 @contextlib.contextmanager
@@ -131,6 +160,7 @@ def stream(batches: Batches, first: int, workers: int) -> Iterator[Iterator[Rows
     iterable = source.to_iter_dataset(read)
     workers = min(workers, len(source))
     if workers:
+        _check_room(batches, workers)
         options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=_AHEAD)
         iterable = iterable.mp_prefetch(options, worker_init_fn=_in_worker)
     iterator = iter(iterable)
