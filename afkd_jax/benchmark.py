@@ -26,7 +26,7 @@ from afkd_jax.data import augment, sources
 from afkd_jax.data import feed as feeds
 
 _BLOCKS = 7
-_BLOCK_S = 1.0  # of steps in a block, at least; one step if it takes longer
+_BLOCK_S = 0.5  # of steps in a block, at least; one step if it takes longer
 _MOST_BYTES = 1 << 30  # of random images
 _PRODUCT = 2048  # side of the matrices of the reference product
 

@@ -25,7 +25,7 @@ _SMALLEST, _LARGEST = 1e-37, 1e38
 # its rounding does, as on the number of devices. (Which images there are is checked by their
 # fingerprint.)
 _MAY_CHANGE = re.compile(
-    r'mesh\..*|checkpoint\..*|on_nonfinite|saturation_steps|data\.(manual_dir|data_dir|workers|placement)'
+    r'mesh\..*|checkpoint\..*|on_nonfinite|saturation_steps|data\.(manual_dir|data_dir|workers|placement|max_corrupt)'
 )
 
 

@@ -107,7 +107,7 @@ def evaluate(config: ConfigDict, workdir: pathlib.Path, step: int | None) -> dic
     """
     workdir_lib.check(workdir, config)
     workdir_lib.check_begun(workdir)
-    run = processes.in_turn(lambda: run_lib.prepare(config, writer.console.print))
+    run = processes.in_turn(lambda: run_lib.prepare(config, writer.tell_all))
     with Checkpoints(workdir, run.origin()) as checkpoints:
         restored = checkpoints.restore(run.abstract(), step)
     if restored is None:

@@ -86,6 +86,7 @@ def prediction_counts(
     own_KxBx1 = jnp.take_along_axis(log_p_KxBxC, labels_B[None, :, None], -1)
     before_C = jnp.arange(classes)[None, None] < labels_B[None, :, None]
     ahead = (log_p_KxBxC > own_KxBx1) | ((log_p_KxBxC == own_KxBx1) & before_C)
+    ahead |= jnp.isnan(own_KxBx1)  # what is no number is never right
     rank_KxB = ahead.sum(-1)
 
     def among(first):

@@ -9,6 +9,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from afkd_jax import config as config_lib
+from afkd_jax import methods
+from afkd_jax import run as run_lib
 from afkd_jax.errors import UserError
 
 # What may vary: fields of the config, and k, how many networks.
@@ -46,6 +48,8 @@ def configs(config: ConfigDict, words: str) -> list[ConfigDict]:
             else:
                 one[name] = int(value) if name == 'batch_size' else value
         config_lib.validate(one)
+        methods.named(one.method)
+        run_lib.devices_of(one)
         found.append(one)
     return found
 
@@ -53,19 +57,22 @@ def configs(config: ConfigDict, words: str) -> list[ConfigDict]:
 def append(result: dict[str, Any], path: pathlib.Path) -> None:
     """Appends a result to a CSV file, whose first line names the columns.
 
-    Raises:
-      UserError: the file there has other columns.
+    A file with other columns, as of another version, is set aside under a name of its own.
     """
     row = {
         name: value if isinstance(value, (str, int, float)) else json.dumps(value)
         for name, value in result.items()
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open('a+', newline='') as file:
-        file.seek(0)
-        there = next(csv.reader(file), None)
+    there = None
+    if path.exists():
+        with path.open(newline='') as file:
+            there = next(csv.reader(file), None)
         if there not in (None, list(row)):
-            raise UserError(f'{path}: holds other columns than a benchmark; move it away')
+            names = (path.with_name(f'{path.stem}-{n}{path.suffix}') for n in itertools.count(1))
+            path.rename(next(name for name in names if not name.exists()))
+            there = None
+    with path.open('a', newline='') as file:
         out = csv.DictWriter(file, list(row))
         if there is None:
             out.writeheader()

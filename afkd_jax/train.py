@@ -46,7 +46,7 @@ def train(
     if finished:
         _tell(f'{workdir}: this run is finished; its summary:')
         return finished
-    run = processes.in_turn(lambda: run_lib.prepare(config, _tell))
+    run = processes.in_turn(lambda: run_lib.prepare(config, writer.tell_all))
     processes.same({'images': run.feed.fingerprint})
     if any(processes.share(interrupt.requested)):
         _tell(f'{workdir}: stopped by a signal before it began; the same command continues')

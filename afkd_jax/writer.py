@@ -15,6 +15,7 @@ from typing import Any
 import rich.console
 import rich.progress
 
+from afkd_jax import processes
 from afkd_jax.errors import UserError
 from afkd_jax.summary import Scores
 from afkd_jax.workdir import write_whole
@@ -29,6 +30,14 @@ class _Console(rich.console.Console):
     def on_broken_pipe(self) -> None:
         """Lets training go on when nobody reads its words any more, as after `| head -1`."""
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def tell_all(words: str) -> None:
+    """Tells the reader what concerns the machine of this process, whichever it is."""
+    if console.quiet:
+        print(f'process {processes.index()}: {words}', file=sys.stderr, flush=True)
+    else:
+        console.print(words)
 
 
 console = _Console(highlight=False, markup=False, soft_wrap=True)

@@ -110,8 +110,8 @@ def get_config(networks: str = 'resnet32,resnet32') -> config_dict.ConfigDict:
     config.discriminator = config.feature.copy_and_resolve_references()
 
     # What is written, and how often. These do not change what is computed, nor do data.manual_dir,
-    # data.data_dir, data.workers and data.placement: of a run that continues they may be changed,
-    # but for log_every.
+    # data.data_dir, data.workers, data.max_corrupt and data.placement (but to or from 'stream'): of
+    # a run that continues they may be changed, but for log_every.
     config.log_every = 50  # steps per line of metrics.jsonl
     config.checkpoint = config_dict.ConfigDict()  # besides those at the end of each epoch:
     config.checkpoint.every_steps = 0  # one each time so many steps are taken; 0: none

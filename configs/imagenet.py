@@ -23,6 +23,7 @@ def get_config(networks: str = 'resnet18,resnet18') -> config_dict.ConfigDict:
     config.dataset = 'tfds:imagenet2012'
     config.epochs = 90
     config.batch_size = 256
+    config.data.test_split = 'validation'  # of its test images the labels are not public
     config.data.image_size = 224
     config.data.pad = 0
     # The training images' own, as everyone rounds them.

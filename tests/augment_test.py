@@ -199,3 +199,20 @@ def test_with_both_each_image_goes_by_either():
         own = RAMP / 255
         kinds += np.isclose(images, own, atol=1e-6).all(-1).any((1, 2)).tolist()
     assert 5 < sum(kinds) < 35
+
+
+def test_what_is_mirrored_is_neither_darker_nor_brighter():
+    # A grey image with one bright half: by its place one sees the flip, by its height the factor.
+    image = np.full((1, 8, 8, 1), 100, np.uint8)
+    image[:, :, 4:] = 120
+    table = augment.Table(image, np.zeros(1, np.int32), np.float32([0]), np.float32([1]))
+    recipe = augment.Recipe(0, True, 0.5)
+    batch = jax.jit(
+        jax.vmap(lambda key: augment.training_batch(table, np.zeros(1, np.int32), key, recipe)[0])
+    )
+    seen = np.asarray(batch(jax.random.split(jax.random.key(0), 800)))[:, 0]
+    left, right = seen[:, 0, 0, 0], seen[:, 0, -1, 0]
+    flipped, bright = left > right, (left + right) / 2
+    assert 300 < flipped.sum() < 500
+    assert bright.min() < 0.3 < 0.55 < bright.max()
+    assert abs(bright[flipped].mean() - bright[~flipped].mean()) < 0.03

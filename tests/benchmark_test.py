@@ -75,6 +75,8 @@ def test_a_sweep_is_every_combination():
         ('k=1', 'networks'),
         ('dtype=float16', 'dtype'),
         ('batch_size=0', 'batch_size'),
+        ('method=afd,typo', 'typo'),
+        ('batch_size=16,17', 'config.batch_size: must be a multiple'),
     ],
 )
 def test_a_sweep_that_cannot_be_is_refused(words, named):
@@ -90,8 +92,11 @@ def test_results_are_appended_to_a_csv(tmp_path):
         rows = list(csv.DictReader(lines))
     assert [row['k'] for row in rows] == ['2', '3']
     assert json.loads(rows[0]['versions']) == {'jax': '1'}
-    with pytest.raises(UserError, match='other columns'):
+    # Of another version: it is set aside.
+    for _ in range(2):
         sweep.append({'batch': 1}, file)
+    assert file.read_text().split() == ['batch', '1', '1']
+    assert 'versions' in file.with_name('benchmark-1.csv').read_text()
 
 
 def test_a_sweep_is_for_benchmarks_alone(forked):

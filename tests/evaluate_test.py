@@ -96,21 +96,22 @@ def test_counts_of_predictions_equal_numpy():
         log_p = rng.integers(0, 6, (3, 200, classes)).astype(np.float32)
         labels = rng.integers(0, classes, 200)
         mask = rng.random(200) < 0.8
-        counts = jax.device_get(metrics.prediction_counts(jnp.array(log_p), labels, mask))
+        log_p[2, :9] = np.nan  # as of a network that has diverged: never right
         order = np.argsort(-log_p, axis=-1, kind='stable')
+        order[2, :9] = -1
+        counts = jax.device_get(metrics.prediction_counts(jnp.array(log_p), labels, mask))
         correct = np.zeros((3, classes), int)
         confusion = np.zeros((3, classes, classes), int)
         for k in range(3):
             for i in np.flatnonzero(mask):
                 correct[k, labels[i]] += order[k, i, 0] == labels[i]
-                confusion[k, labels[i], order[k, i, 0]] += 1
+                confusion[k, labels[i], max(order[k, i, 0], 0)] += 1
         np.testing.assert_array_equal(counts['correct'], correct)
         assert ('confusion' in counts) == (classes <= 100)
         if classes <= 100:
             np.testing.assert_array_equal(counts['confusion'], confusion)
-            np.testing.assert_array_equal(
-                np.diagonal(counts['confusion'], axis1=1, axis2=2), correct
-            )
+            diagonal = np.diagonal(counts['confusion'], axis1=1, axis2=2)
+            np.testing.assert_array_equal(diagonal[:2], correct[:2])
         assert ('top5' in counts) == (classes > 10)
         if classes > 10:
             five = (order[..., :5] == labels[None, :, None]).any(-1) & mask

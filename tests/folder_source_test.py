@@ -102,6 +102,7 @@ def test_the_first_image_tells_shape_and_colours(tmp_path):
         (('train/a/0.png', 'train/b/1.png', 'val/c/2.png'), "val has the class 'c', which"),
         (('train/a/x.txt', 'train/b/x.txt', 'val/a/2.png'), 'no image files below .*train'),
         (('train/a/0.png', 'train/b/1.png', 'val/a/x.txt'), 'no image files below .*val'),
+        (('train/a/0.png', 'train/b/x.txt', 'val/a/1.png'), 'no image files below .*train/b; ev'),
     ],
 )
 def test_other_folders_are_refused(names, sentence, tmp_path):

@@ -13,7 +13,9 @@ import struct
 import subprocess
 import sys
 import time
+import types
 
+import forks
 import kills
 import pytest
 
@@ -25,15 +27,9 @@ SHORT = kills.RUN
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key != 'XLA_FLAGS'}
 
 
-def launch(*arguments, **environment):
-    return subprocess.run(
-        kills.command(*arguments),
-        cwd=ROOT,
-        env=ENVIRONMENT | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+def launch(*arguments):
+    code, output, errors = forks.Launch(arguments, ENVIRONMENT).end()
+    return types.SimpleNamespace(returncode=code, stdout=output, stderr=errors)
 
 
 @pytest.fixture(scope='module')
@@ -77,25 +73,16 @@ def start(workdir, **environment):
     return kills.start(workdir, ENVIRONMENT | environment)
 
 
-@pytest.fixture(scope='module')
-def cache(tmp_path_factory):
-    """Lets processes that stop and start the same run compile it once."""
-    return {
-        'JAX_COMPILATION_CACHE_DIR': str(tmp_path_factory.mktemp('cache')),
-        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-    }
-
-
 def wait_for(process, condition):
     while process.poll() is None and not condition():
         time.sleep(0.01)
 
 
-def test_stopped_by_signals_and_started_again_is_the_same_run(trained, cache, tmp_path):
+def test_stopped_by_signals_and_started_again_is_the_same_run(trained, tmp_path):
     config, metrics = tmp_path / 'config.json', tmp_path / 'metrics.jsonl'
     # While it compiles, and among the steps.
     for condition in (config.exists, lambda: '"train"' in metrics.read_text()):
-        process = start(tmp_path, **cache)
+        process = start(tmp_path)
         wait_for(process, condition)
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=120)
@@ -105,15 +92,15 @@ def test_stopped_by_signals_and_started_again_is_the_same_run(trained, cache, tm
         so_far = json.loads((tmp_path / 'summary.json').read_text())
         assert not so_far['finished']
     assert so_far['steps'] > 0
-    again = launch(*SHORT, f'--workdir={tmp_path}', **cache)
+    again = launch(*SHORT, f'--workdir={tmp_path}')
     assert again.returncode == 0, again.stderr
     assert 'continues from step' in again.stdout
     assert kills.fingerprint(tmp_path) == kills.fingerprint(trained[0])
     assert kills.logged(tmp_path) == kills.logged(trained[0])
 
 
-def test_killed_three_times_also_while_it_saves_it_is_the_same_run(trained, cache, tmp_path):
-    counts = kills.kill_until_it_ends(tmp_path / 'run', 3, random.Random(1), ENVIRONMENT | cache)
+def test_killed_three_times_also_while_it_saves_it_is_the_same_run(trained, tmp_path):
+    counts = kills.kill_until_it_ends(tmp_path / 'run', 3, random.Random(1), ENVIRONMENT)
     assert counts['kills'] == 3
     assert counts['during_a_save'] >= 1
     assert kills.fingerprint(tmp_path / 'run') == kills.fingerprint(trained[0])
@@ -584,9 +571,11 @@ def test_there_are_enough_bad_commands():
 
 
 def test_a_platform_that_is_not_there_is_refused():
-    process = launch(*SHORT, '--workdir=/nonexistent/run', JAX_PLATFORMS='quantum')
+    # Not forked: JAX reads this variable when it is imported.
+    process = start('/nonexistent/run', JAX_PLATFORMS='quantum')
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert re.fullmatch('error: .*quantum.*JAX_PLATFORMS.*\n', process.stderr), process.stderr
+    assert re.fullmatch('error: .*quantum.*JAX_PLATFORMS.*\n', errors), errors
 
 
 def test_a_disk_without_room_is_told_before_any_step(small_disk, forked):

@@ -183,7 +183,8 @@ def test_a_tpu_that_is_not_there():
 
 
 def test_the_command_ends_with_one_json_line(forked):
-    environment = {'XLA_FLAGS': '--xla_force_host_platform_device_count=2'}
+    flags = '--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0'
+    environment = {'XLA_FLAGS': flags}
     command = ['--config=configs/digits.py', '--config.method=vanilla', '--mode=plan']
     code, output, errors = forked(command, environment)
     assert (code, errors) == (0, '')

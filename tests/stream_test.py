@@ -1,10 +1,15 @@
 """Batches that are read and decoded ahead: which, in which order, and what of broken images."""
 
+import dataclasses
 import io
+import multiprocessing
 import os
 import pathlib
+import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 
@@ -19,6 +24,7 @@ from afkd_jax import parallel
 from afkd_jax import run as run_lib
 from afkd_jax.data import batches, sources, stream
 from afkd_jax.data import feed as feeds
+from afkd_jax.data.examples import Images
 from afkd_jax.errors import UserError
 
 DIGITS = load_digits()
@@ -204,8 +210,6 @@ def test_split_rows_puts_them_where_they_belong(monkeypatch):
 @pytest.fixture
 def broken(folder, tmp_path):
     """Returns a copy of the folder in which two training images and a test image are broken."""
-    import shutil
-
     root = shutil.copytree(folder, tmp_path / 'broken')
     names = [
         sorted(path for path in (root / split).rglob('*') if path.is_file())
@@ -257,11 +261,11 @@ def test_an_image_of_another_size_is_broken_where_none_is_resized(tmp_path):
     assert info.image_shape == (8, 8, 1)
     assert len(sources.load(config).train) == 10
     write(tmp_path / 'train/0/2.png', PIXELS[2][:7])
-    with pytest.raises(UserError, match=r'train/0/2.png: it is \(7, 8, 1\), the first one \(8, 8'):
+    with pytest.raises(UserError, match=r'train/0/2.png: it is \(7, 8, 1\), others \(8, 8'):
         sources.load(config)
     config.data.placement = 'stream'
     with pytest.raises(UserError, match=r'max_corrupt: 1 .*2.png: it is \(7, 8, 1\), others'):
-        placed(config)  # it reads them all, for their mean
+        placed(config, 1)  # it reads them all, for their mean
 
 
 def test_workers_end_with_the_process_that_trains(folder):
@@ -301,15 +305,82 @@ if __name__ == '__main__':
         time.sleep(0.05)
 
 
+def test_a_signal_to_the_whole_group_does_not_reach_workers_that_start(folder):
+    # As Ctrl-C in a terminal does. It comes to this process alone, once they are started.
+    config, came = crops(folder), []
+    dataset = sources.dataset(config)
+    order = batches.Order(config.seed, 60, 8)
+    made = stream.Batches(dataset, order.indices, 20, 8, np.arange(8), config.seed)
+    group, own = os.getpgrp(), os.getpid()
+    old = signal.signal(signal.SIGINT, lambda *_: came.append(1))
+
+    def interrupt():
+        while not multiprocessing.active_children():
+            time.sleep(0.001)
+        for _ in range(20):
+            for child in multiprocessing.active_children():
+                os.kill(child.pid, signal.SIGINT)
+            time.sleep(0.05)
+        os.kill(own, signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        with stream.stream(made, 0, 1) as rows:
+            assert len(list(rows)) == 20
+    finally:
+        thread.join()
+        signal.signal(signal.SIGINT, old)
+    assert came == [1]
+    assert os.getpgrp() == group
+
+
 def test_workers_for_which_shared_memory_has_no_room_are_refused(folder, monkeypatch):
     monkeypatch.setattr(
-        stream.shutil, 'disk_usage', lambda path: types.SimpleNamespace(free=15_000)
+        stream.shutil, 'disk_usage', lambda path: types.SimpleNamespace(free=30_000)
     )
-    assert len(read(crops(folder), 0, 9, 1)) == 9  # 7,680 bytes: 5 batches of 8 images of 192
+    # 15,360 bytes a worker: 5 batches, of 8 images to train and of 8 to evaluate, of 192 bytes.
+    placed(crops(folder, data__workers=1))
     with pytest.raises(
-        UserError, match=r'workers: 2 processes need 15,360 bytes of .* 15,000; use'
+        UserError, match=r'workers: 2 processes need 30,720 bytes of .* 30,000; use'
     ):
-        read(crops(folder), 0, 9, 2)
+        placed(crops(folder, data__workers=2))
+
+
+def test_where_all_images_are_broken_one_sentence_ends_it(tmp_path):
+    for name in ('train/a/0.png', 'train/a/1.png', 'train/b/2.png', 'val/a/3.png'):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b'')
+    for most, words in ((0, '1 images cannot be decoded'), (1, 'nor can the next 1 images of the')):
+        feed, _ = placed(crops(tmp_path, batch_size=2, data__max_corrupt=most), 1)
+        with feed.training(0) as steps, pytest.raises(UserError, match=words):
+            list(steps)
+
+
+def test_a_label_that_is_no_class_is_refused(monkeypatch):
+    class Wrong(Images):
+        def __getitem__(self, index):
+            return self.pixels[index], -1
+
+    config = digits()
+    dataset = sources.dataset(config)
+    bad = dataclasses.replace(dataset, test=Wrong(dataset.test.pixels, dataset.test.labels - 20))
+    with pytest.raises(
+        UserError, match=r'image 0 has the label -\d+, but there are 10 classes; ch'
+    ):
+        bad.load()
+    devices = parallel.Devices.take('shard_map', 1)
+    feed = feeds.feed(config, bad, devices, lambda words: None)
+    with feed.evaluation(feed.info.places('test')) as parts, pytest.raises(UserError, match='-1'):
+        list(parts)
+
+
+def test_images_of_more_than_a_byte_are_broken(tmp_path):
+    for name in ('train/a/0.png', 'train/b/1.png', 'val/a/2.png'):
+        write(tmp_path / name, PIXELS[0].astype(np.uint16) * 255)
+    feed, _ = placed(crops(tmp_path, batch_size=1), 1)
+    with feed.training(0) as steps, pytest.raises(UserError, match='no bytes .mode I;16'):
+        list(steps)
 
 
 @pytest.mark.parametrize(

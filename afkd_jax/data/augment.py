@@ -223,14 +223,15 @@ def training_batch(
     seen = unit(pixels, images.mean.dtype)
 
     def keys(number):
+        # 0 and 1 may be those that vary() splits off: fold_in and split agree there.
         return jax.vmap(lambda k: jax.random.fold_in(k, number))(keys_B)
 
     if recipe.jitter:
-        seen = jax.vmap(lambda k, x: jittered(k, x, recipe.jitter))(keys(1), seen)
+        seen = jax.vmap(lambda k, x: jittered(k, x, recipe.jitter))(keys(2), seen)
     seen = standardise(seen, images.mean, images.std)
     if not (recipe.mixup or recipe.cutmix):
         return seen, labels, None
-    seen, other = mixed(keys(2), seen, labels, recipe.mixup, recipe.cutmix)
+    seen, other = mixed(keys(3), seen, labels, recipe.mixup, recipe.cutmix)
     return seen, labels, other
 
 

@@ -138,9 +138,12 @@ def pixels(image: np.ndarray | bytes, channels: int, scale: float = 1.0) -> np.n
             return simplejpeg.decode_jpeg(image, fast, **least)
     try:
         with Image.open(io.BytesIO(image)) as file:
+            if file.mode[0] in 'IF':  # Pillow would cut them off at 255
+                raise Broken(f'its pixels are no bytes (mode {file.mode})')
             whole = np.asarray(file.convert(slow))
-    # Of a broken file Pillow raises whatever its decoders do.
-    except Exception as error:
+    except Broken:
+        raise
+    except Exception as error:  # of a broken file Pillow raises whatever its decoders do
         raise Broken(' '.join(str(error).split()) or type(error).__name__) from error
     return whole if channels > 1 else whole[..., None]
 

@@ -5,8 +5,22 @@ import dataclasses
 import hashlib
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from afkd_jax.data import decode
+from afkd_jax.errors import UserError
+
+
+def seen_shape(config: ConfigDict, image_shape: tuple[int | None, ...]) -> tuple[int, int, int]:
+    """Returns the shape in which the networks see images of this stored shape."""
+    if size := config.data.image_size:
+        return size, size, image_shape[2]
+    if None in image_shape:
+        raise UserError(
+            f'config.data.image_size: the images of {config.dataset} have many sizes; give the '
+            'one to which they are cropped, e.g. --config.data.image_size=224'
+        )
+    return image_shape
 
 
 class Examples(abc.ABC):
@@ -39,20 +53,19 @@ class Examples(abc.ABC):
         """Returns what tells these images from others without reading them, as hex."""
 
     def load(self) -> 'Images':
-        """Returns all of them in memory, as they are stored.
+        """Returns all of them in memory, as they are stored; they must be of one size.
 
         Raises:
           decode.Broken: an image cannot be decoded, or is of another size.
         """
-        pixels, labels = None, np.empty(len(self), np.int32)
+        pixels = np.empty((len(self), *self.image_shape), np.uint8)
+        labels = np.empty(len(self), np.int32)
         for i in range(len(self)):
             image, labels[i] = self[i]
             try:
                 one = decode.pixels(image, self.image_shape[2])
-                if pixels is None:
-                    pixels = np.empty((len(self), *one.shape), np.uint8)
-                if one.shape != pixels.shape[1:]:
-                    raise decode.Broken(f'it is {one.shape}, the first one {pixels.shape[1:]}')
+                if one.shape != self.image_shape:
+                    raise decode.Broken(f'it is {one.shape}, others {self.image_shape}')
             except decode.Broken as error:
                 raise decode.Broken(f'{self.name(i)}: {error}') from error
             pixels[i] = one

@@ -8,6 +8,7 @@ import abc
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -42,8 +43,10 @@ def placement(config: ConfigDict, info: sources.Info, devices: parallel.Devices)
             )
     if wanted != 'auto':
         return wanted
-    memory = topology.memory_of(devices.mesh.devices.flat[0])
-    if memory is not None and devices.mesh.devices.flat[0].platform == 'cpu':
+    # Of this process's own: others tell nothing of their memory. A plan's need not be there.
+    device = next(iter(devices.mesh.local_devices), devices.mesh.devices.flat[0])
+    memory = topology.memory_of(device)
+    if memory is not None and device.platform == 'cpu':
         memory //= devices.mesh.size  # they share it
     needed = (info.train + info.validation + info.test) * int(np.prod(info.image_shape))
     large = memory is not None and needed > _MOST * memory
@@ -204,7 +207,9 @@ class Streamed(Feed):
         config, order, put = self.config, self.order, self.devices.split
         last, size = order.end_of(config.epochs), config.batch_size
         rows = self.devices.rows(size)
-        made = stream.Batches(self.dataset, order.indices, last, size, rows, config.seed)
+        made = stream.Batches(
+            self.dataset, order.indices, last, size, rows, config.seed, config.data.max_corrupt
+        )
         with stream.stream(made, first_step, config.data.workers) as batch:
             steps = range(first_step, last)
             yield ((self._table(made, next(batch)), put(order.indices(step))) for step in steps)
@@ -305,6 +310,8 @@ def feed(
     info = dataset.info
     where, given = placement(config, info, devices), _standard(config, info.image_shape[-1])
     if where == 'stream':
+        rows = sum(len(devices.rows(n)) for n in (config.batch_size, config.eval_batch_size))
+        stream.check_room(config.data.workers, rows * math.prod(info.image_shape))
         mean, std = devices.replicate(given or _measured(config, dataset, tell))
         fingerprint = f'stream {dataset.fingerprint()}'  # in memory the images themselves are known
         return Streamed(config, info, devices, fingerprint, dataset, mean, std, tell)

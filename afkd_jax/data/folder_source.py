@@ -2,8 +2,9 @@
 
 DIR/train/<class>/... and one of DIR/test, DIR/val, DIR/validation, likewise: the first of these
 that has class folders. Every file below a class folder whose name ends like an image's is one, at
-any depth; hidden files and folders are passed over. Classes are numbered in the order of their
-names, compared as bytes, and so are the images of a split.
+any depth; hidden files and folders are passed over, and links to folders below a class folder.
+Classes are numbered in the order of their names, compared as bytes, and so are the images of a
+split.
 """
 
 import hashlib
@@ -90,7 +91,7 @@ class _Files(Examples):
         try:
             with Image.open(self.name(0)) as file:
                 width, height = file.size
-                return height, width, 1 if file.mode in ('1', 'L') else 3
+                return height, width, 1 if file.mode in ('1', 'L', 'LA') else 3
         except Exception as error:  # of a broken file Pillow raises whatever its decoders do
             raise UserError(
                 f'config.dataset: {self.name(0)} is no image ({error}); mend or remove it'
@@ -137,6 +138,12 @@ def examples(directory: str, resized: bool) -> tuple[Examples, Examples, int]:
     for split, folder in ((train, 'train'), (test, name)):
         if not len(split):
             raise UserError(f'config.dataset: there are no image files below {root / folder}')
+    if empty := set(range(len(classes))) - set(train.read_labels().tolist()):
+        folder = os.fsdecode(classes[min(empty)])
+        raise UserError(
+            f'config.dataset: there are no image files below {root / "train" / folder}; every '
+            'class needs some'
+        )
     shape = (None, None, 3) if resized else train.first_shape()
     train.image_shape = test.image_shape = shape
     return train, test, len(classes)

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from afkd_jax import config as config_lib
 from afkd_jax.data import decode
-from afkd_jax.data.examples import Examples, Images
+from afkd_jax.data.examples import Examples, Images, seen_shape
 from afkd_jax.errors import UserError
 
 # The splits are the same in every run: they never depend on config.seed. NumPy promises that
@@ -101,6 +101,17 @@ class Dataset:
         examples, index = self._at(place)
         return examples[index]
 
+    def labelled(self, place: int) -> tuple[np.ndarray | bytes, int]:
+        """Returns (image as it is stored, label), of a label that there is.
+
+        Raises:
+          UserError: the label is none of the classes.
+        """
+        image, label = self[place]
+        if not 0 <= label < self.info.num_classes:
+            raise UserError(_wrong_label(self.name(place), label, self.info))
+        return image, label
+
     def name(self, place: int) -> str:
         """Returns where the image is stored."""
         examples, index = self._at(place)
@@ -124,8 +135,21 @@ class Dataset:
                 f'config.dataset: {error}; mend or remove it, or let config.data.placement=stream '
                 'pass over config.data.max_corrupt such images'
             ) from None
+        for split in (train, test):
+            wrong = np.flatnonzero((split.labels < 0) | (split.labels >= self.info.num_classes))
+            if len(wrong):
+                raise UserError(
+                    _wrong_label(split.name(wrong[0]), split.labels[wrong[0]], self.info)
+                )
         kept, held = np.split(self.order, [self.info.train])
         return Splits(train.take(kept), train.take(held), test, self.info.num_classes)
+
+
+def _wrong_label(name: str, label: int, info: Info) -> str:
+    return (
+        f'config.dataset: {name} has the label {label}, but there are {info.num_classes} classes; '
+        'choose splits with labels by config.data.train_split and config.data.test_split'
+    )
 
 
 def _held_out(train: Examples, fraction: float) -> tuple[np.ndarray, np.ndarray]:
@@ -216,18 +240,6 @@ def view(config: ConfigDict) -> decode.View:
     )
 
 
-def _seen(config: ConfigDict, image_shape: tuple[int | None, ...]) -> tuple[int, int, int]:
-    """Returns the shape in which the networks see images of this stored shape."""
-    if size := config.data.image_size:
-        return size, size, image_shape[2]
-    if None in image_shape:
-        raise UserError(
-            f'config.data.image_size: the images of {config.dataset} have many sizes; give the '
-            'one to which they are cropped, e.g. --config.data.image_size=224'
-        )
-    return image_shape
-
-
 def dataset(config: ConfigDict) -> Dataset:
     """Returns the images of a config's data set, by random access.
 
@@ -253,7 +265,7 @@ def dataset(config: ConfigDict) -> Dataset:
         from afkd_jax.data import tfds_source
 
         train, test, num_classes = tfds_source.examples(config, name)
-    shape = _seen(config, train.image_shape)
+    shape = seen_shape(config, train.image_shape)
     kept, held = _held_out(train, config.data.validation_fraction)
     kept = kept[: _train_size(config, shape, len(train), len(held))]
     info = Info(shape, num_classes, len(kept), len(held), len(test))
@@ -273,6 +285,6 @@ def info(config: ConfigDict) -> Info:
     from afkd_jax.data import tfds_source
 
     stored, num_classes, available, test = tfds_source.describe(config, name)
-    shape, held = _seen(config, stored), round(config.data.validation_fraction * available)
+    shape, held = seen_shape(config, stored), round(config.data.validation_fraction * available)
     train = _train_size(config, shape, available, held)
     return Info(shape, num_classes, train, held, test)

@@ -6,7 +6,7 @@ and processes, and a run goes on at any step.
 
 import contextlib
 import dataclasses
-import math
+import itertools
 import multiprocessing
 import os
 import pathlib
@@ -56,6 +56,7 @@ class Batches:
       size: B.
       rows: int [R], those of a batch that this process makes.
       seed: of the random crops of training; None: the centre, for evaluation.
+      max_corrupt: see configs/default.py.
     """
 
     dataset: Dataset
@@ -64,6 +65,7 @@ class Batches:
     size: int
     rows: np.ndarray
     seed: int | None
+    max_corrupt: int = 0
 
     def __len__(self) -> int:
         return self.count
@@ -78,18 +80,20 @@ class Batches:
                 pixels[row], labels[row] = self._example(number, place)
             except decode.Broken:
                 broken[row], pixels[row] = place, 0
-                if self.seed is not None:
+                if self.seed is not None and self.max_corrupt:
                     pixels[row], labels[row] = self._next_example(number, place)
         return pixels, labels, broken
 
     def _example(self, number: int, place: int) -> tuple[np.ndarray, int]:
         """Returns the image as the networks see it, and its label."""
-        image, label = self.dataset[place]
+        image, label = self.dataset.labelled(place)
         view, shape = self.dataset.view, self.dataset.info.image_shape
         if self.seed is None:
             seen = view.evaluation(image, shape[2])
         else:
-            rng = np.random.default_rng((self.seed, number, place))
+            rng = np.random.default_rng(
+                (self.seed, number, place, 1)
+            )  # (s, n) and (s, n, 0) are one
             seen = view.training(image, shape[2], rng)
         if seen.shape != shape:
             raise decode.Broken(f'it is {seen.shape}, others {shape}')
@@ -98,10 +102,14 @@ class Batches:
     def _next_example(self, number: int, place: int) -> tuple[np.ndarray, int]:
         """Returns the next training image that can be decoded."""
         train = self.dataset.info.train
-        for after in range(1, train):
+        for after in range(1, self.max_corrupt + 1):
             with contextlib.suppress(decode.Broken):
                 return self._example(number, (place + after) % train)
-        raise decode.Broken('no image of the set can be decoded')
+        raise UserError(
+            f'config.data.max_corrupt: {self.why(place)}; nor can the next {self.max_corrupt} '
+            f'images of the training order be decoded, and {self.max_corrupt} may be passed over; '
+            'mend or remove them'
+        )
 
     def why(self, place: int) -> str:
         """Returns what is wrong with an image that is broken, and where it is stored."""
@@ -113,9 +121,7 @@ class Batches:
 
 
 def _in_worker(index: int, count: int) -> None:
-    """Leaves signals to the process that trains, with which a worker ends, however that ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Lets a worker end with the process that trains, however that ends."""
 
     def end():
         multiprocessing.parent_process().join()
@@ -124,13 +130,29 @@ def _in_worker(index: int, count: int) -> None:
     threading.Thread(target=end, daemon=True).start()
 
 
-def _check_room(batches: Batches, workers: int) -> None:
-    """Refuses workers whose batches do not fit into shared memory: there they would be killed."""
-    if not _SHARED.is_dir():  # no Linux
+@contextlib.contextmanager
+def _without_signals() -> Iterator[None]:
+    """Lets processes be started that never see a signal to stop, which a terminal sends to all.
+
+    They inherit the mask of the thread that starts them; who trains ends them when it is ready.
+    """
+    old = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, old)
+
+
+def check_room(workers: int, batch_bytes: int) -> None:
+    """Refuses workers whose batches do not fit into shared memory: there they would be killed.
+
+    Args:
+      workers: processes.
+      batch_bytes: of a batch of every stream that is open at one time.
+    """
+    needed = workers * (_AHEAD + 1) * batch_bytes
+    if not needed or not _SHARED.is_dir():  # no Linux
         return
-    needed = (
-        workers * (_AHEAD + 1) * len(batches.rows) * math.prod(batches.dataset.info.image_shape)
-    )
     free = shutil.disk_usage(_SHARED).free
     if needed > free:
         raise UserError(
@@ -159,12 +181,16 @@ def stream(batches: Batches, first: int, workers: int) -> Iterator[Iterator[Rows
     source = grain.MapDataset.source(batches)[first:]
     iterable = source.to_iter_dataset(read)
     workers = min(workers, len(source))
-    if workers:
-        _check_room(batches, workers)
-        options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=_AHEAD)
-        iterable = iterable.mp_prefetch(options, worker_init_fn=_in_worker)
-    iterator = iter(iterable)
-    try:
-        yield (Rows(*fields) for fields in iterator)
-    finally:
-        iterator.close()
+    with contextlib.ExitStack() as stack:
+        begun = []
+        if workers:
+            options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=_AHEAD)
+            iterable = iterable.mp_prefetch(options, worker_init_fn=_in_worker)
+            with _without_signals():
+                iterator = iter(iterable)
+                stack.callback(iterator.close)
+                begun = [next(iterator)]  # they are started by it
+        else:
+            iterator = iter(iterable)
+            stack.callback(iterator.close)
+        yield (Rows(*fields) for fields in itertools.chain(begun, iterator))

@@ -24,7 +24,7 @@ from tensorflow_datasets.core import shuffle
 from tensorflow_datasets.core.download import extractor
 from tensorflow_datasets.core.features import image_feature
 
-from afkd_jax.data.examples import Examples
+from afkd_jax.data.examples import Examples, seen_shape
 from afkd_jax.errors import UserError, nearest
 
 # TFDS learns a set's size only when it prepares it; these are published (train, test), so that
@@ -103,7 +103,11 @@ def describe(
     keys, splits, data = _keys(builder, name), builder.info.splits, config.data
     if splits:
         train, test = (splits[split].num_examples for split in _split_names(builder, config, name))
-    elif builder.name in _PUBLISHED_SIZES and not (data.train_split or data.test_split):
+    elif (
+        builder.name in _PUBLISHED_SIZES
+        and data.train_split in ('', 'train')
+        and data.test_split in ('', 'test', 'validation')
+    ):
         train, test = _PUBLISHED_SIZES[builder.name]
     else:
         raise UserError(
@@ -329,6 +333,7 @@ def examples(config: ConfigDict, name: str) -> tuple[Examples, Examples, int]:
     builder = _builder(config, name)
     keys = _keys(builder, name)
     shape = _image_shape(builder, keys, name)
+    seen_shape(config, shape)  # before a long download
     if not builder.is_prepared():
         _prepare(builder, config, name)
     train, test = (
