@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pathlib
 import runpy
+import shutil
 import signal
 import sys
 import tempfile
@@ -54,11 +55,15 @@ class Launch:
     """
 
     def __init__(self, arguments, variables=None, timeout=TIMEOUT_S):
-        self._files = [tempfile.NamedTemporaryFile() for _ in range(2)]  # noqa: SIM115
-        names = [file.name for file in self._files]
+        self._folder = pathlib.Path(tempfile.mkdtemp())
+        self._files = [self._folder / 'output', self._folder / 'errors']
+        for file in self._files:
+            file.touch()
         variables = environment() if variables is None else variables
         arguments = [str(argument) for argument in arguments]
-        self._process = CONTEXT.Process(target=_run, args=(arguments, variables, names, timeout))
+        self._process = CONTEXT.Process(
+            target=_run, args=(arguments, variables, self._files, timeout)
+        )
         self._process.start()
 
     def poll(self):
@@ -73,7 +78,8 @@ class Launch:
     def end(self):
         """Returns [exit code, output, errors] once it has ended."""
         self._process.join()
-        texts = [pathlib.Path(file.name).read_text() for file in self._files]
+        texts = [file.read_text() for file in self._files]
+        shutil.rmtree(self._folder)
         return [self._process.exitcode, *texts]
 
 

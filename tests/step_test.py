@@ -451,7 +451,7 @@ def test_the_same_images_are_varied_anew_in_every_step(pad, flip, differs):
     cohort = dataclasses.replace(cohort, optimizers=optim.Optimizers(still, None, None))
     devices = parallel.Devices.take('shard_map', 1)
     step = devices.map(
-        functools.partial(step_lib.train_step, cohort, pad, flip),
+        functools.partial(step_lib.train_step, cohort, augment.Recipe(pad, flip)),
         places=(WHOLE, WHOLE, WHOLE, SPLIT, WHOLE),
     )
     pixels = np.random.default_rng(0).integers(0, 256, (BATCH, 8, 8, 1), np.uint8)
