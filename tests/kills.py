@@ -29,19 +29,33 @@ RUN = [
 OFTEN = ['--config.checkpoint.every_steps=2', '--config.checkpoint.keep=2']
 
 
-def command(*arguments):
-    return [sys.executable, 'launch.py', *arguments]
+class Process:
+    """launch.py as a process of its own; forks.Launch is the same, sooner."""
+
+    def __init__(self, arguments, environment):
+        self.popen = subprocess.Popen(
+            [sys.executable, 'launch.py', *arguments],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.poll, self.send_signal = self.popen.poll, self.popen.send_signal
+
+    def end(self):
+        """Returns [exit code, output, errors] once it has ended."""
+        output, errors = self.popen.communicate()
+        return [self.popen.returncode, output, errors]
 
 
-def start(workdir, environment, *arguments):
-    return subprocess.Popen(
-        command(*RUN, *arguments, f'--workdir={workdir}'),
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def arguments(workdir, *more):
+    return [*RUN, *more, f'--workdir={workdir}']
+
+
+def start(workdir, environment, *more):
+    """Returns the process as subprocess has it."""
+    return Process(arguments(workdir, *more), environment).popen
 
 
 def fingerprint(workdir):
@@ -61,7 +75,7 @@ def unfinished(workdir):
     return found
 
 
-def kill_until_it_ends(workdir, kills, rng, environment):
+def kill_until_it_ends(workdir, kills, rng, environment, launch=Process):
     """Kills a run so often, or until it ends before its kill, and lets it end; returns counts.
 
     Every second kill waits for a save and comes within 0.1 s of its beginning; the others come at
@@ -70,7 +84,7 @@ def kill_until_it_ends(workdir, kills, rng, environment):
     counts = {'kills': 0, 'during_a_save': 0, 'resumes': 0}
     while True:
         old = unfinished(workdir)  # what the process before has left
-        process = start(workdir, environment, *OFTEN)
+        process = launch(arguments(workdir, *OFTEN), environment)
         if counts['kills'] < kills:
             if counts['kills'] % 2 == 0:
                 while process.poll() is None and not unfinished(workdir) - old:
@@ -79,13 +93,13 @@ def kill_until_it_ends(workdir, kills, rng, environment):
             else:
                 time.sleep(rng.uniform(0, 5))
             process.send_signal(signal.SIGKILL)
-        output, errors = process.communicate()
+        code, output, errors = process.end()
         counts['resumes'] += 'continues from step' in output
-        if process.returncode == -signal.SIGKILL:
+        if code == -signal.SIGKILL:
             counts['kills'] += 1
             counts['during_a_save'] += bool(unfinished(workdir) - old)
             continue
-        assert (process.returncode, errors) == (0, ''), output + errors
+        assert (code, errors) == (0, ''), output + errors
         assert not unfinished(workdir)
         return counts
 

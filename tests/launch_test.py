@@ -82,11 +82,11 @@ def test_stopped_by_signals_and_started_again_is_the_same_run(trained, tmp_path)
     config, metrics = tmp_path / 'config.json', tmp_path / 'metrics.jsonl'
     # While it compiles, and among the steps.
     for condition in (config.exists, lambda: '"train"' in metrics.read_text()):
-        process = start(tmp_path)
+        process = forks.Launch([*SHORT, f'--workdir={tmp_path}'], ENVIRONMENT)
         wait_for(process, condition)
         process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=120)
-        assert process.returncode == 75
+        code, output, errors = process.end()
+        assert code == 75
         assert errors == 'stopping after this step, with a checkpoint; once more ends at once\n'
         assert 'the same command continues' in output
         so_far = json.loads((tmp_path / 'summary.json').read_text())
@@ -100,7 +100,9 @@ def test_stopped_by_signals_and_started_again_is_the_same_run(trained, tmp_path)
 
 
 def test_killed_three_times_also_while_it_saves_it_is_the_same_run(trained, tmp_path):
-    counts = kills.kill_until_it_ends(tmp_path / 'run', 3, random.Random(1), ENVIRONMENT)
+    counts = kills.kill_until_it_ends(
+        tmp_path / 'run', 3, random.Random(1), ENVIRONMENT, forks.Launch
+    )
     assert counts['kills'] == 3
     assert counts['during_a_save'] >= 1
     assert kills.fingerprint(tmp_path / 'run') == kills.fingerprint(trained[0])
