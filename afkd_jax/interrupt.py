@@ -1,12 +1,15 @@
 """SIGINT and SIGTERM: the first asks the loop to stop after its step, the second ends at once."""
 
 import contextlib
+import math
 import os
 import signal
 import threading
+import time
 from types import FrameType
 
 KILLED = 130  # exit code of a second signal
+_ONE_S = 1.0  # SIGTERMs that are so close are one
 _SHOW_CURSOR = b'\x1b[?25h\n'
 _WORDS = (
     b'stopping after this step, with a checkpoint; once more ends at once\n',
@@ -42,9 +45,16 @@ class Interrupt:
         self.requested = True
 
     def _count(self) -> None:
-        count = 0
+        count, terminated_at = 0, -math.inf
         while numbers := os.read(self._read, 1):
             if numbers[0] in self.SIGNALS:
+                # Schedulers, and timeout(1), send SIGTERM to a process and at once to its group.
+                now = time.monotonic()
+                again = numbers[0] == signal.SIGTERM and now - terminated_at < _ONE_S
+                if numbers[0] == signal.SIGTERM:
+                    terminated_at = now
+                if again:
+                    continue
                 count += 1
                 words = _WORDS[count - 1]
                 if count == len(_WORDS) and os.isatty(2):

@@ -14,8 +14,8 @@ from afkd_jax.errors import UserError
 def prepare(config: ConfigDict, tell: Callable[[str], None]) -> dict[str, Any]:
     """Returns where a config's images are and how many, as JSON, once they are there.
 
-    The first and the last image of each split are decoded: so a directory that was copied from
-    another machine is tried before a run needs it.
+    The first and the last image of each split, in its shuffled order, are decoded: so a directory
+    that was copied from another machine is tried before a run needs it.
 
     Args:
       config: valid.
@@ -40,8 +40,8 @@ def prepare(config: ConfigDict, tell: Callable[[str], None]) -> dict[str, Any]:
                 dataset.view.evaluation(dataset.labelled(place)[0], dataset.info.image_shape[2])
             except decode.Broken as error:
                 raise UserError(
-                    f'config.dataset: {dataset.name(place)} cannot be decoded ({error}); mend it, '
-                    'or prepare the set anew'
+                    f'config.dataset: {dataset.name(place)} cannot be decoded ({error}); mend '
+                    'or remove it, or prepare the set anew elsewhere'
                 ) from None
     return {
         'dataset': config.dataset,

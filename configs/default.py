@@ -61,11 +61,13 @@ def get_config(networks: str = 'resnet32,resnet32') -> config_dict.ConfigDict:
     # time on the devices; 'stream', on disk, read and decoded when they are needed; 'auto': on the
     # devices if they need at most a quarter of their memory, as they are stored, else 'stream'.
     config.data.placement = 'auto'
-    # Side of the square to which images are cropped and resized; 0: as they are stored.
+    # Side of the square to which images are cropped and resized; 0: as they are stored. Otherwise
+    # they are streamed, and mean and std must be given; pad and flip come after it.
     config.data.image_size = 0
     config.data.crop_scale = (0.08, 1.0)  # then: share of the area of a random training crop
     config.data.crop_ratio = (3 / 4, 4 / 3)  # then: its width by its height
-    config.data.eval_resize = 256  # then: shorter side, of which evaluation sees the centre
+    # Then: shorter side, of whose centre evaluation sees image_size; usually 8/7 of that.
+    config.data.eval_resize = 256
     config.data.pad = 4  # pixels of zeros on each side before a random crop; 0: no crop
     config.data.flip = True  # horizontal, with probability 1/2
     config.data.color_jitter = 0.0  # brightness, contrast, saturation within 1 +- this; 0: none

@@ -25,7 +25,7 @@ def get_config(networks: str = 'resnet18,resnet18') -> config_dict.ConfigDict:
     config.batch_size = 256
     config.data.test_split = 'validation'  # of its test images the labels are not public
     config.data.image_size = 224
-    config.data.pad = 0
+    config.data.pad = 0  # the random crop comes first
     # The training images' own, as everyone rounds them.
     config.data.mean = (0.485, 0.456, 0.406)
     config.data.std = (0.229, 0.224, 0.225)

@@ -97,7 +97,10 @@ def test_the_first_image_tells_shape_and_colours(tmp_path):
     ('names', 'sentence'),
     [
         (('val/a/0.png',), 'there is no directory .*train; .*train/CLASS'),
-        (('train/a/0.png', 'val/a/1.png'), 'has 1 class folders; two are needed'),
+        (
+            ('train/a/0.png', 'val/a/1.png'),
+            'two class folders are needed in .*train, but there are 1;',
+        ),
         (('train/a/0.png', 'train/b/1.png'), 'none of test, val, validation in .* has class'),
         (('train/a/0.png', 'train/b/1.png', 'val/c/2.png'), "val has the class 'c', which"),
         (('train/a/x.txt', 'train/b/x.txt', 'val/a/2.png'), 'no image files below .*train'),

@@ -54,6 +54,12 @@ def test_the_second_signal_ends_the_process_at_once(numbers):
     assert errors.splitlines()[1] == 'error: interrupted; what was written before is intact'
 
 
+def test_a_scheduler_that_terminates_process_and_group_asks_once():
+    code, output, errors = run([signal.SIGTERM] * 2, naps=3)
+    assert (code, output) == (0, 'requested\n')
+    assert errors.count('\n') == 1
+
+
 def test_it_ends_also_where_nobody_reads_its_words():
     read, write = os.pipe()
     os.close(read)

@@ -303,6 +303,30 @@ BAD_COMMANDS = {
         ['--config=configs/imagenet.py', '--config.data.image_size=0'],
         'config.data.image_size: the images of tfds:imagenet2012 have many sizes; give the one',
     ),
+    'a mean that is missing': (
+        ['--config=configs/digits.py', '--config.data.image_size=8', '--mode=prepare'],
+        'config.data.mean: must be given, like config.data.std, where images are cropped',
+    ),
+    'a mean of other channels': (
+        ['--config=configs/imagenet.py', '--config.data.mean=(0.5,)', '--mode=describe'],
+        'config.data.mean: 1 numbers are given for images of 3 channels; give mean and std',
+    ),
+    'crops that cannot lie on the device': (
+        ['--config=configs/imagenet.py', '--config.data.placement=device', '--mode=describe'],
+        "config.data.placement: must be 'stream' or 'auto' with config.data.image_size=224",
+    ),
+    'a split that is misspelt': (
+        ['--config=configs/imagenet.py', '--config.data.train_split=train[:90%', '--mode=prepare'],
+        "config.data.train_split: 'train.:90%' is not understood .*; write e.g. 'train",
+    ),
+    'a size that is not known yet': (
+        ['--config=configs/imagenet.py', '--config.data.test_split=foo', '--mode=describe'],
+        'imagenet2012, or of the splits that config.data.train_split and test_split name',
+    ),
+    'no manual_dir': (
+        ['--config=configs/imagenet.py', '--config.data.manual_dir=/nope', '--mode=prepare'],
+        'config.data.manual_dir: there is no directory /nope',
+    ),
     'no archives': (
         ['--config=configs/imagenet.py', '--config.data.data_dir={small}'],
         'imagenet2012 is not prepared in .* put ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar',

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import io
 import math
+import re
 
 import numpy as np
 import simplejpeg
@@ -144,8 +145,14 @@ def pixels(image: np.ndarray | bytes, channels: int, scale: float = 1.0) -> np.n
     except Broken:
         raise
     except Exception as error:  # of a broken file Pillow raises whatever its decoders do
-        raise Broken(' '.join(str(error).split()) or type(error).__name__) from error
+        raise Broken(_words(error)) from error
     return whole if channels > 1 else whole[..., None]
+
+
+def _words(error: Exception) -> str:
+    """Returns an error's words on one line, the same in every run."""
+    words = ' '.join(str(error).split())
+    return re.sub(r'<_io\.BytesIO object at \w+>', 'it', words) or type(error).__name__
 
 
 def _sides(image: np.ndarray | bytes) -> tuple[int, int]:
@@ -159,7 +166,7 @@ def _sides(image: np.ndarray | bytes) -> tuple[int, int]:
         with Image.open(io.BytesIO(image)) as file:  # reads the header alone
             return file.size[::-1]
     except Exception as error:
-        raise Broken(' '.join(str(error).split()) or type(error).__name__) from error
+        raise Broken(_words(error)) from error
 
 
 def _resized(

@@ -29,18 +29,8 @@ Evaluation = Iterator[tuple[augment.Table, jax.Array, jax.Array]]
 
 
 def placement(config: ConfigDict, info: sources.Info, devices: parallel.Devices) -> str:
-    """Returns 'device', 'host' or 'stream'; see configs/default.py.
-
-    Raises:
-      UserError: images of many sizes, or to be cropped anew each time, cannot lie in memory.
-    """
+    """Returns 'device', 'host' or 'stream'; see configs/default.py."""
     wanted = config.data.placement
-    for field in ('image_size', 'randaugment_operations'):
-        if config.data[field] and wanted in ('device', 'host'):
-            raise UserError(
-                f"config.data.placement: must be 'stream' or 'auto' with config.data.{field}="
-                f'{config.data[field]}, but is {wanted!r}'
-            )
     if wanted != 'auto':
         return wanted
     # Of this process's own: others tell nothing of their memory. A plan's need not be there.
@@ -260,30 +250,10 @@ def _count_broken(
         tell(f'warning: an image is passed over ({len(broken)} of at most {most}): {why}')
 
 
-def _standard(config: ConfigDict, channels: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """Returns the config's mean and std, if it gives them."""
-    mean, std = (np.array(value, np.float32) for value in (config.data.mean, config.data.std))
-    if not len(mean) and not len(std):
-        return None
-    for name, values in (('mean', mean), ('std', std)):
-        if len(values) != channels:
-            raise UserError(
-                f'config.data.{name}: {len(values)} numbers are given for images of {channels} '
-                'channels; give mean and std one number per channel, or () for both'
-            )
-    return mean, std
-
-
 def _measured(
     config: ConfigDict, dataset: sources.Dataset, tell: Callable[[str], None]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns mean and std of the training images, which are all read for it."""
-    if config.data.image_size:
-        raise UserError(
-            'config.data.mean: must be given, like config.data.std, where images are cropped to '
-            'config.data.image_size, e.g. those of ImageNet: '
-            '--config.data.mean="(0.485,0.456,0.406)" --config.data.std="(0.229,0.224,0.225)"'
-        )
     tell('reading the training images once, for their mean and standard deviation')
     size = min(256, dataset.info.train)
     padded = batches.padded(dataset.info.places('train'), size)
@@ -305,10 +275,12 @@ def feed(
     """Returns the batches of a config's images, of which some kinds are read into memory now.
 
     Raises:
-      UserError: config.data does not fit the images, or some cannot be decoded.
+      UserError: some images cannot be decoded, or the workers have no room.
     """
     info = dataset.info
-    where, given = placement(config, info, devices), _standard(config, info.image_shape[-1])
+    where, given = placement(config, info, devices), None
+    if len(config.data.mean):
+        given = tuple(np.array(value, np.float32) for value in (config.data.mean, config.data.std))
     if where == 'stream':
         rows = sum(len(devices.rows(n)) for n in (config.batch_size, config.eval_batch_size))
         stream.check_room(config.data.workers, rows * math.prod(info.image_shape))

@@ -116,8 +116,8 @@ def examples(directory: str, resized: bool) -> tuple[Examples, Examples, int]:
     classes = _folders(root / 'train')
     if len(classes) < 2:
         raise UserError(
-            f'config.dataset: {root / "train"} has {len(classes)} class folders; two are needed, '
-            f'as {expected}'
+            f'config.dataset: two class folders are needed in {root / "train"}, but there '
+            f'are {len(classes)}; {expected}'
         )
     for name in _TEST_NAMES:
         if (root / name).is_dir() and (there := _folders(root / name)):
@@ -137,7 +137,10 @@ def examples(directory: str, resized: bool) -> tuple[Examples, Examples, int]:
     test = _Files(root / name, {folder: labels[folder] for folder in there})
     for split, folder in ((train, 'train'), (test, name)):
         if not len(split):
-            raise UserError(f'config.dataset: there are no image files below {root / folder}')
+            raise UserError(
+                f'config.dataset: there are no image files below {root / folder}; remove that '
+                f'folder if another is meant: {expected}'
+            )
     if empty := set(range(len(classes))) - set(train.read_labels().tolist()):
         folder = os.fsdecode(classes[min(empty)])
         raise UserError(

@@ -132,8 +132,9 @@ class Dataset:
             train, test = self.train.load(), self.test.load()
         except decode.Broken as error:
             raise UserError(
-                f'config.dataset: {error}; mend or remove it, or let config.data.placement=stream '
-                'pass over config.data.max_corrupt such images'
+                f'config.dataset: {error}; mend or remove it, let config.data.placement=stream '
+                'pass over config.data.max_corrupt such images, or resize images of many sizes by '
+                'config.data.image_size'
             ) from None
         for split in (train, test):
             wrong = np.flatnonzero((split.labels < 0) | (split.labels >= self.info.num_classes))
@@ -240,6 +241,30 @@ def view(config: ConfigDict) -> decode.View:
     )
 
 
+def _check_seen(config: ConfigDict, image_shape: tuple[int, int, int]) -> None:
+    """Refuses what of config.data does not fit how the images are seen; needs no images."""
+    data, channels = config.data, image_shape[2]
+    for field in ('image_size', 'randaugment_operations'):
+        if data[field] and data.placement in ('device', 'host'):
+            raise UserError(
+                f"config.data.placement: must be 'stream' or 'auto' with config.data.{field}="
+                f'{data[field]}, but is {data.placement!r}'
+            )
+    given = len(data.mean), len(data.std)
+    if given == (0, 0) and data.image_size:
+        raise UserError(
+            'config.data.mean: must be given, like config.data.std, where images are cropped to '
+            'config.data.image_size, e.g. those of ImageNet: '
+            '--config.data.mean="(0.485,0.456,0.406)" --config.data.std="(0.229,0.224,0.225)"'
+        )
+    for field, count in zip(('mean', 'std'), given, strict=True):
+        if given != (0, 0) and count != channels:
+            raise UserError(
+                f'config.data.{field}: {count} numbers are given for images of {channels} '
+                'channels; give mean and std one number per channel, or () for both'
+            )
+
+
 def dataset(config: ConfigDict) -> Dataset:
     """Returns the images of a config's data set, by random access.
 
@@ -266,6 +291,7 @@ def dataset(config: ConfigDict) -> Dataset:
 
         train, test, num_classes = tfds_source.examples(config, name)
     shape = seen_shape(config, train.image_shape)
+    _check_seen(config, shape)
     kept, held = _held_out(train, config.data.validation_fraction)
     kept = kept[: _train_size(config, shape, len(train), len(held))]
     info = Info(shape, num_classes, len(kept), len(held), len(test))
@@ -286,5 +312,7 @@ def info(config: ConfigDict) -> Info:
 
     stored, num_classes, available, test = tfds_source.describe(config, name)
     shape, held = seen_shape(config, stored), round(config.data.validation_fraction * available)
+    view(config)
+    _check_seen(config, shape)
     train = _train_size(config, shape, available, held)
     return Info(shape, num_classes, train, held, test)

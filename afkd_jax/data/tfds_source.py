@@ -28,7 +28,8 @@ from afkd_jax.data.examples import Examples, seen_shape
 from afkd_jax.errors import UserError, nearest
 
 # TFDS learns a set's size only when it prepares it; these are published (train, test), so that
-# `describe` works before that. Training counts what it has read.
+# `describe` works before that. Training counts what it has read. Of ImageNet the second is the
+# validation split: its test images have no public labels.
 _PUBLISHED_SIZES = {
     'cifar10': (50_000, 10_000),
     'cifar100': (50_000, 10_000),
@@ -48,6 +49,7 @@ class _Keys:
 
 
 def _builder(config: ConfigDict, name: str) -> tfds.core.DatasetBuilder:
+    _check_spelling(config)
     data_dir = config.data.data_dir or None
     try:
         return tfds.builder(name, data_dir=data_dir, file_format='array_record')
@@ -66,6 +68,18 @@ def _builder(config: ConfigDict, name: str) -> tfds.core.DatasetBuilder:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _check_spelling(config: ConfigDict) -> None:
+    """Refuses splits that TFDS cannot read; which there are it knows only of what is prepared."""
+    for field in ('train_split', 'test_split'):
+        try:
+            tfds.core.ReadInstruction.from_spec(config.data[field] or 'train')
+        except Exception as error:  # of several kinds
+            raise UserError(
+                f'config.data.{field}: {config.data[field]!r} is not understood '
+                f"({_first_line(error)}); write e.g. 'train[:90%]'"
+            ) from error
 
 
 def _keys(builder: tfds.core.DatasetBuilder, name: str) -> _Keys:
@@ -106,13 +120,14 @@ def describe(
     elif (
         builder.name in _PUBLISHED_SIZES
         and data.train_split in ('', 'train')
-        and data.test_split in ('', 'test', 'validation')
+        and data.test_split in ('', 'validation' if builder.name == 'imagenet2012' else 'test')
     ):
         train, test = _PUBLISHED_SIZES[builder.name]
     else:
         raise UserError(
-            f'config.dataset: the size of tfds:{name} is not known before it is prepared; '
-            'run --mode prepare once, where it can be downloaded'
+            f'config.dataset: the size of tfds:{name}, or of the splits that '
+            'config.data.train_split and test_split name, is not known before it is prepared; run '
+            '--mode prepare first'
         )
     classes = builder.info.features[keys.label].num_classes
     return _image_shape(builder, keys, name), classes, train, test
@@ -192,13 +207,15 @@ def _missing_host(builder: tfds.core.DatasetBuilder, manual_dir: str) -> str | N
     return None
 
 
-def _check_sizes(builder: tfds.core.DatasetBuilder, manual_dir: str) -> None:
-    """Refuses an archive in manual_dir of another size than the known one.
+def _check_manual(builder: tfds.core.DatasetBuilder, manual_dir: str) -> None:
+    """Refuses a manual_dir that is not there, and an archive in it of another than its known size.
 
     Sums are TFDS's business, which takes them of what it uses as a download; of ImageNet's 144 GB,
     which it only reads, it takes none.
     """
     folder = pathlib.Path(manual_dir).expanduser()
+    if manual_dir and not folder.is_dir():
+        raise UserError(f'config.data.manual_dir: there is no directory {folder}')
     for url, name in _archives(builder).items():
         path, known = folder / name, int(builder.url_infos[url].size)
         if manual_dir and path.is_file() and path.stat().st_size != known:
@@ -233,11 +250,12 @@ def _write(builder: tfds.core.DatasetBuilder, config: ConfigDict, name: str) -> 
         f'put {archives} into a directory and name it by --config.data.manual_dir, '
         'or copy a prepared set from elsewhere and name its directory by --config.data.data_dir'
     )
-    _check_sizes(builder, manual_dir)
+    _check_manual(builder, manual_dir)
     if host := _missing_host(builder, manual_dir):
         raise UserError(
-            f'config.dataset: tfds:{name} is not prepared in {builder.data_path} and cannot be '
-            f'downloaded ({host} is not reachable); {remedy}'
+            f'config.dataset: tfds:{name} is not prepared in {builder.data_path}, not all of its '
+            f'archives are in config.data.manual_dir={manual_dir!r}, and they cannot be downloaded '
+            f'({host} is not reachable); {remedy}'
         )
     try:
         with _without_tensorflow(builder):
@@ -312,7 +330,7 @@ class _Split(Examples):
 def prepare(config: ConfigDict, name: str, tell: Callable[[str], None]) -> pathlib.Path:
     """Prepares a set if it is not prepared yet, and returns where it lies."""
     builder = _builder(config, name)
-    _image_shape(builder, _keys(builder, name), name)
+    seen_shape(config, _image_shape(builder, _keys(builder, name), name))
     path = pathlib.Path(builder.data_path)
     if builder.is_prepared():
         tell(f'{path}: is prepared already')
