@@ -80,7 +80,7 @@ def test_a_broken_first_image_is_told(monkeypatch):
         raise decode.Broken('half a file')
 
     monkeypatch.setattr(decode.View, 'evaluation', broken)
-    with pytest.raises(UserError, match=r'image \d+ cannot be decoded .half a file.; mend it'):
+    with pytest.raises(UserError, match=r'image \d+ cannot be decoded .half a file.; mend or'):
         prepare.prepare(tiny_config(), lambda words: None)
 
 

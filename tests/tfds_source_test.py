@@ -126,6 +126,7 @@ def test_sets_that_do_not_fit_are_refused(name, sentence, tmp_path):
 
 def test_images_of_many_sizes_are_seen_in_the_size_that_is_given(tmp_path):
     fields = {'data__validation_fraction': 0.0, 'data__image_size': 224}
+    fields |= {'data__mean': (0.5,) * 3, 'data__std': (0.2,) * 3}
     known = sources.info(config('imagenet2012', tmp_path, **fields))
     assert known == sources.Info((224, 224, 3), 1000, 1_281_167, 0, 50_000)
     with pytest.raises(UserError, match=r'config.data.image_size: .* many sizes; give the one'):
