@@ -39,6 +39,25 @@ jax.config.update('jax_compilation_cache_dir', _CACHE)
 jax.config.update('jax_persistent_cache_min_compile_time_secs', float(_LEAST_S))
 
 
+# Whole files go to the processes: the longest first, so that none is left alone with one at the end.
+_LONGEST = (
+    'processes',
+    'launch',
+    'step',
+    'train',
+    'parallel',
+    'describe',
+    'dtype',
+    'plan',
+    'models',
+)
+
+
+def pytest_collection_modifyitems(items):
+    place = {f'{name}_test.py': n for n, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(_LONGEST)))
+
+
 def pytest_unconfigure():
     if not _WORKER:
         shutil.rmtree(_CACHE, ignore_errors=True)
