@@ -39,7 +39,7 @@ jax.config.update('jax_compilation_cache_dir', _CACHE)
 jax.config.update('jax_persistent_cache_min_compile_time_secs', float(_LEAST_S))
 
 
-# Whole files go to the processes: the longest first, so that none is left alone with one at the end.
+# Whole files go to the processes: the longest first, so that no process is alone at the end.
 _LONGEST = (
     'processes',
     'launch',
