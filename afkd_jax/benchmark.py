@@ -96,10 +96,6 @@ class _Loop:
         order = self._run.order
         return self._run.feed.batch(order.indices(step % order.end_of(1)))
 
-    def _take(self, batch: tuple[augment.Table, jax.Array]) -> None:
-        self._state, self._sums = self._step(self._state, self._sums, *batch, self._key)
-        self._taken += 1
-
     def block(self, steps: int, queued: bool = False) -> float:
         """Returns the seconds per step of some steps.
 
@@ -111,7 +107,9 @@ class _Loop:
         begin = time.perf_counter()
         for n in range(steps):
             before, start = self._sums, time.perf_counter()
-            self._take(ready[n] if ready else self.batch(self._taken))
+            batch = ready[n] if ready else self.batch(self._taken)
+            self._state, self._sums = self._step(self._state, before, *batch, self._key)
+            self._taken += 1
             if not queued:
                 self.dispatch_s.append(time.perf_counter() - start)
                 before.steps.block_until_ready()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -283,3 +284,25 @@ def varying(tree: Any) -> Any:
     would be too large by their number.
     """
     return jax.tree.map(lambda x: jax.lax.pcast(x, DATA, to='varying'), tree)
+
+
+def rolled(own_L: jax.Array, places: int, axis: str) -> jax.Array:
+    """Returns this device's part of jnp.roll(whole, places) over the leading axis.
+
+    Inside a mapped function, where the whole is split over the devices along the mesh axis. Only
+    what leaves its device is sent: for a roll by one, the last of the L entries.
+    """
+    count = jax.lax.axis_size(axis)
+    devices, rest = divmod(places, len(own_L))
+    parts = [
+        (own_L[len(own_L) - rest :], devices + 1),
+        (own_L[: len(own_L) - rest], devices),
+    ]
+    return jnp.concatenate([_sent(part, by, axis, count) for part, by in parts if len(part)])
+
+
+def _sent(part: jax.Array, places: int, axis: str, count: int) -> jax.Array:
+    """Returns what the device `places` before this one has; its own where that is itself."""
+    if places % count == 0:
+        return part
+    return jax.lax.ppermute(part, axis, [(p, (p + places) % count) for p in range(count)])

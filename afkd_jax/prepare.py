@@ -37,7 +37,7 @@ def prepare(config: ConfigDict, tell: Callable[[str], None]) -> dict[str, Any]:
         places = dataset.info.places(split)
         for place in (places[0], places[-1]):
             try:
-                dataset.view.evaluation(dataset.labelled(place)[0], dataset.info.image_shape[2])
+                dataset.view.evaluation(dataset[place][0], dataset.info.image_shape[2])
             except decode.Broken as error:
                 raise UserError(
                     f'config.dataset: {dataset.name(place)} cannot be decoded ({error}); mend '

@@ -12,13 +12,12 @@ is the only room that knows of it.
 """  # noqa: E501 - the drawing
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from afkd_jax.parallel import PEER
+from afkd_jax.parallel import PEER, rolled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,25 +50,13 @@ class Ring:
           hops: how many places along the ring they travel, in 1 .. K - 1.
         """
         if self.peers > 1:
-            moved_Lx = self._hop(own_Lx, hops)
+            moved_Lx = rolled(own_Lx, hops, PEER)
         elif self.order == tuple(range(len(self.order))):
             moved_Lx = jnp.roll(own_Lx, shift=hops, axis=0)
         else:
             place_K = np.argsort(self.order)
             moved_Lx = jnp.roll(own_Lx[np.array(self.order)], shift=hops, axis=0)[place_K]
         return jax.lax.stop_gradient(moved_Lx)
-
-    def _hop(self, own_Lx: jax.Array, hops: int) -> jax.Array:
-        """Returns this device's part of jnp.roll(own_Kx, hops), K being spread over devices.
-
-        Only what leaves its device is sent: for a roll by one the last of the L networks.
-        """
-        devices, rest = divmod(hops, len(own_Lx))
-        parts = [
-            (own_Lx[len(own_Lx) - rest :], devices + 1),
-            (own_Lx[: len(own_Lx) - rest], devices),
-        ]
-        return jnp.concatenate([_sent(part, by, self.peers) for part, by in parts if len(part)])
 
     def first(self, here: int) -> jax.Array | int:
         """Returns the number, counted from 0, of the first of the `here` networks of a device."""
@@ -105,10 +92,3 @@ class Ring:
             return result
         largest = jax.lax.pmax(result, PEER)
         return jnp.log(jax.lax.psum(jnp.exp(result - largest), PEER)) + largest
-
-
-def _sent(part: Any, places: int, peers: int) -> jax.Array:
-    """Returns what the device `places` before this one has; its own where that is itself."""
-    if places % peers == 0:
-        return part
-    return jax.lax.ppermute(part, PEER, [(p, (p + places) % peers) for p in range(peers)])

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from afkd_jax.data.sources import Splits
 from afkd_jax.losses import Mixed
-from afkd_jax.parallel import DATA
+from afkd_jax.parallel import DATA, rolled
 
 
 @flax.struct.dataclass
@@ -153,13 +153,6 @@ def jittered(key: jax.Array, image_HxWxC: jax.Array, strength: float) -> jax.Arr
     return image_HxWxC
 
 
-def _before(x_B: jax.Array) -> jax.Array:
-    """Returns jnp.roll(x, 1) over the global batch, of which this device has a share."""
-    count = jax.lax.axis_size(DATA)
-    last = jax.lax.ppermute(x_B[-1:], DATA, [(p, (p + 1) % count) for p in range(count)])
-    return jnp.concatenate([last, x_B[:-1]])
-
-
 def _box(key: jax.Array, shape: tuple[int, int], share: jax.Array) -> jax.Array:
     """Returns bool [H, W, 1]: a box of about 1 - share of the image, clipped to it."""
     cut = jnp.sqrt(1 - share)
@@ -198,9 +191,9 @@ def mixed(
         return jnp.where(jax.random.bernoulli(which), over_all, box.astype(dtype))
 
     own = jax.vmap(mask)(keys_B)
-    others = _before(images_BxHxWxC)
+    others = rolled(images_BxHxWxC, 1, DATA)
     share_B = own.mean((1, 2, 3))
-    return others + own * (images_BxHxWxC - others), Mixed(_before(labels_B), share_B)
+    return others + own * (images_BxHxWxC - others), Mixed(rolled(labels_B, 1, DATA), share_B)
 
 
 def training_batch(

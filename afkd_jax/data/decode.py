@@ -9,6 +9,7 @@ import dataclasses
 import io
 import math
 import re
+from collections.abc import Iterator
 
 import numpy as np
 import simplejpeg
@@ -74,7 +75,7 @@ class View:
         # A JPEG can be decoded at n/8 of its size for less; the resize to S still halves it.
         whole = pixels(image, channels, _SPARE * self.size / min(right - left, bottom - top))
         y, x = whole.shape[0] / height, whole.shape[1] / width
-        return _resized(whole, self.size, self.size, (left * x, top * y, right * x, bottom * y))
+        return _resized(whole, self.size, (left * x, top * y, right * x, bottom * y))
 
     def evaluation(self, image: np.ndarray | bytes, channels: int) -> np.ndarray:
         """Returns the centre of the image, resized: uint8 [S, S, C]; see training()."""
@@ -85,7 +86,7 @@ class View:
         # The central square of the resized image, cut out before it is resized: the same pixels.
         side = self.size / self.resize * min(height, width)
         left, top = (width - side) / 2, (height - side) / 2
-        return _resized(whole, self.size, self.size, (left, top, left + side, top + side))
+        return _resized(whole, self.size, (left, top, left + side, top + side))
 
 
 def random_crop(
@@ -137,22 +138,24 @@ def pixels(image: np.ndarray | bytes, channels: int, scale: float = 1.0) -> np.n
             }
         with contextlib.suppress(ValueError):  # there are bytes that Pillow forgives
             return simplejpeg.decode_jpeg(image, fast, **least)
-    try:
-        with Image.open(io.BytesIO(image)) as file:
-            if file.mode[0] in 'IF':  # Pillow would cut them off at 255
-                raise Broken(f'its pixels are no bytes (mode {file.mode})')
-            whole = np.asarray(file.convert(slow))
-    except Broken:
-        raise
-    except Exception as error:  # of a broken file Pillow raises whatever its decoders do
-        raise Broken(_words(error)) from error
+    with _opened(image) as file:
+        if file.mode[0] in 'IF':  # Pillow would cut them off at 255
+            raise Broken(f'its pixels are no bytes (mode {file.mode})')
+        whole = np.asarray(file.convert(slow))
     return whole if channels > 1 else whole[..., None]
 
 
-def _words(error: Exception) -> str:
-    """Returns an error's words on one line, the same in every run."""
-    words = ' '.join(str(error).split())
-    return re.sub(r'<_io\.BytesIO object at \w+>', 'it', words) or type(error).__name__
+@contextlib.contextmanager
+def _opened(image: bytes) -> Iterator[Image.Image]:
+    """Gives a file to Pillow; what goes wrong with it is Broken, in the same words in every run."""
+    try:
+        with Image.open(io.BytesIO(image)) as file:  # reads the header alone
+            yield file
+    except Broken:
+        raise
+    except Exception as error:  # of a broken file Pillow raises whatever its decoders do
+        words = re.sub(r'<_io\.BytesIO object at \w+>', 'it', ' '.join(str(error).split()))
+        raise Broken(words or type(error).__name__) from error
 
 
 def _sides(image: np.ndarray | bytes) -> tuple[int, int]:
@@ -162,17 +165,13 @@ def _sides(image: np.ndarray | bytes) -> tuple[int, int]:
     if image[:2] == _JPEG:
         with contextlib.suppress(ValueError):
             return simplejpeg.decode_jpeg_header(image)[:2]
-    try:
-        with Image.open(io.BytesIO(image)) as file:  # reads the header alone
-            return file.size[::-1]
-    except Exception as error:
-        raise Broken(_words(error)) from error
+    with _opened(image) as file:
+        return file.size[::-1]
 
 
-def _resized(
-    whole: np.ndarray, height: int, width: int, box: tuple[float, float, float, float]
-) -> np.ndarray:
+def _resized(whole: np.ndarray, size: int, box: tuple[float, float, float, float]) -> np.ndarray:
+    """Returns a box of an image as a square."""
     grey = whole.shape[2] == 1
     image = Image.fromarray(whole[..., 0] if grey else whole)
-    out = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR, box=box))
+    out = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box))
     return out[..., None] if grey else out

@@ -97,17 +97,13 @@ class Dataset:
         return self.test, place - len(self.order)
 
     def __getitem__(self, place: int) -> tuple[np.ndarray | bytes, int]:
-        """Returns (image as it is stored, label); see Info.places."""
-        examples, index = self._at(place)
-        return examples[index]
-
-    def labelled(self, place: int) -> tuple[np.ndarray | bytes, int]:
-        """Returns (image as it is stored, label), of a label that there is.
+        """Returns (image as it is stored, label); see Info.places.
 
         Raises:
           UserError: the label is none of the classes.
         """
-        image, label = self[place]
+        examples, index = self._at(place)
+        image, label = examples[index]
         if not 0 <= label < self.info.num_classes:
             raise UserError(_wrong_label(self.name(place), label, self.info))
         return image, label
@@ -226,11 +222,6 @@ def _train_size(
 def view(config: ConfigDict) -> decode.View:
     """Returns how the networks see the images of a config."""
     data = config.data
-    if data.image_size > data.eval_resize:
-        raise UserError(
-            f'config.data.eval_resize: must be at least config.data.image_size, {data.image_size}, '
-            f'but is {data.eval_resize}'
-        )
     return decode.View(
         data.image_size,
         tuple(data.crop_scale),
@@ -244,6 +235,11 @@ def view(config: ConfigDict) -> decode.View:
 def _check_seen(config: ConfigDict, image_shape: tuple[int, int, int]) -> None:
     """Refuses what of config.data does not fit how the images are seen; needs no images."""
     data, channels = config.data, image_shape[2]
+    if data.image_size > data.eval_resize:
+        raise UserError(
+            f'config.data.eval_resize: must be at least config.data.image_size, {data.image_size}, '
+            f'but is {data.eval_resize}'
+        )
     for field in ('image_size', 'randaugment_operations'):
         if data[field] and data.placement in ('device', 'host'):
             raise UserError(
@@ -263,6 +259,20 @@ def _check_seen(config: ConfigDict, image_shape: tuple[int, int, int]) -> None:
                 f'config.data.{field}: {count} numbers are given for images of {channels} '
                 'channels; give mean and std one number per channel, or () for both'
             )
+
+
+def _info(
+    config: ConfigDict,
+    image_shape: tuple[int | None, int | None, int],
+    num_classes: int,
+    train: int,
+    test: int,
+) -> Info:
+    """Returns what a config makes of a set of this stored shape and these sizes, if they fit."""
+    shape = seen_shape(config, image_shape)
+    _check_seen(config, shape)
+    held = round(config.data.validation_fraction * train)
+    return Info(shape, num_classes, _train_size(config, shape, train, held), held, test)
 
 
 def dataset(config: ConfigDict) -> Dataset:
@@ -290,12 +300,10 @@ def dataset(config: ConfigDict) -> Dataset:
         from afkd_jax.data import tfds_source
 
         train, test, num_classes = tfds_source.examples(config, name)
-    shape = seen_shape(config, train.image_shape)
-    _check_seen(config, shape)
+    info = _info(config, train.image_shape, num_classes, len(train), len(test))
     kept, held = _held_out(train, config.data.validation_fraction)
-    kept = kept[: _train_size(config, shape, len(train), len(held))]
-    info = Info(shape, num_classes, len(kept), len(held), len(test))
-    return Dataset(info, view(config), train, test, np.concatenate([kept, held]))
+    order = np.concatenate([kept[: info.train], held])
+    return Dataset(info, view(config), train, test, order)
 
 
 def load(config: ConfigDict) -> Splits:
@@ -310,9 +318,4 @@ def info(config: ConfigDict) -> Info:
         return dataset(config).info
     from afkd_jax.data import tfds_source
 
-    stored, num_classes, available, test = tfds_source.describe(config, name)
-    shape, held = seen_shape(config, stored), round(config.data.validation_fraction * available)
-    view(config)
-    _check_seen(config, shape)
-    train = _train_size(config, shape, available, held)
-    return Info(shape, num_classes, train, held, test)
+    return _info(config, *tfds_source.describe(config, name))

@@ -86,14 +86,13 @@ class Batches:
 
     def _example(self, number: int, place: int) -> tuple[np.ndarray, int]:
         """Returns the image as the networks see it, and its label."""
-        image, label = self.dataset.labelled(place)
+        image, label = self.dataset[place]
         view, shape = self.dataset.view, self.dataset.info.image_shape
         if self.seed is None:
             seen = view.evaluation(image, shape[2])
         else:
-            rng = np.random.default_rng(
-                (self.seed, number, place, 1)
-            )  # (s, n) and (s, n, 0) are one
+            # The 1: (seed, n, 0) would be (seed, n), of which the order of epoch n is drawn.
+            rng = np.random.default_rng((self.seed, number, place, 1))
             seen = view.training(image, shape[2], rng)
         if seen.shape != shape:
             raise decode.Broken(f'it is {seen.shape}, others {shape}')

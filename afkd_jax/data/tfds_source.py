@@ -191,13 +191,13 @@ def _archives(builder: tfds.core.DatasetBuilder) -> dict[str, str]:
     return {url: file.filename or os.path.basename(url) for url, file in known}
 
 
-def _missing_host(builder: tfds.core.DatasetBuilder, manual_dir: str) -> str | None:
+def _missing_host(builder: tfds.core.DatasetBuilder, manual: pathlib.Path | None) -> str | None:
     """Returns a host that is needed but unknown to DNS, so that TFDS need not retry for minutes."""
     downloaded = pathlib.Path(builder._data_dir_root) / 'downloads'
     if urllib.request.getproxies() or (downloaded.is_dir() and any(downloaded.iterdir())):
         return None  # TFDS may get, or have, it all the same
     for url, name in _archives(builder).items():
-        if manual_dir and (pathlib.Path(manual_dir).expanduser() / name).exists():
+        if manual and (manual / name).exists():
             continue
         host = urllib.parse.urlparse(url).hostname
         try:
@@ -207,18 +207,17 @@ def _missing_host(builder: tfds.core.DatasetBuilder, manual_dir: str) -> str | N
     return None
 
 
-def _check_manual(builder: tfds.core.DatasetBuilder, manual_dir: str) -> None:
+def _check_manual(builder: tfds.core.DatasetBuilder, manual: pathlib.Path) -> None:
     """Refuses a manual_dir that is not there, and an archive in it of another than its known size.
 
     Sums are TFDS's business, which takes them of what it uses as a download; of ImageNet's 144 GB,
     which it only reads, it takes none.
     """
-    folder = pathlib.Path(manual_dir).expanduser()
-    if manual_dir and not folder.is_dir():
-        raise UserError(f'config.data.manual_dir: there is no directory {folder}')
+    if not manual.is_dir():
+        raise UserError(f'config.data.manual_dir: there is no directory {manual}')
     for url, name in _archives(builder).items():
-        path, known = folder / name, int(builder.url_infos[url].size)
-        if manual_dir and path.is_file() and path.stat().st_size != known:
+        path, known = manual / name, int(builder.url_infos[url].size)
+        if path.is_file() and path.stat().st_size != known:
             raise UserError(
                 f'config.data.manual_dir: {path} has {path.stat().st_size:,} bytes, but the '
                 f'archive has {known:,}; get it again'
@@ -244,25 +243,26 @@ def _prepare(builder: tfds.core.DatasetBuilder, config: ConfigDict, name: str) -
 
 
 def _write(builder: tfds.core.DatasetBuilder, config: ConfigDict, name: str) -> None:
-    manual_dir = config.data.manual_dir
+    wanted = config.data.manual_dir
+    manual = pathlib.Path(wanted).expanduser() if wanted else None
     archives = ', '.join(_archives(builder).values()) or 'its archives'
     remedy = (
         f'put {archives} into a directory and name it by --config.data.manual_dir, '
         'or copy a prepared set from elsewhere and name its directory by --config.data.data_dir'
     )
-    _check_manual(builder, manual_dir)
-    if host := _missing_host(builder, manual_dir):
+    if manual:
+        _check_manual(builder, manual)
+    if host := _missing_host(builder, manual):
         raise UserError(
             f'config.dataset: tfds:{name} is not prepared in {builder.data_path}, not all of its '
-            f'archives are in config.data.manual_dir={manual_dir!r}, and they cannot be downloaded '
+            f'archives are in config.data.manual_dir={wanted!r}, and they cannot be downloaded '
             f'({host} is not reachable); {remedy}'
         )
     try:
         with _without_tensorflow(builder):
             builder.download_and_prepare(
                 download_config=tfds.download.DownloadConfig(
-                    manual_dir=pathlib.Path(manual_dir).expanduser() if manual_dir else None,
-                    try_download_gcs=False,
+                    manual_dir=manual, try_download_gcs=False
                 )
             )
     except Exception as error:  # TFDS raises whatever its builders and their libraries raise
@@ -329,15 +329,25 @@ class _Split(Examples):
 
 def prepare(config: ConfigDict, name: str, tell: Callable[[str], None]) -> pathlib.Path:
     """Prepares a set if it is not prepared yet, and returns where it lies."""
+    builder, *_ = _prepared(config, name, tell)
+    return pathlib.Path(builder.data_path)
+
+
+def _prepared(
+    config: ConfigDict, name: str, tell: Callable[[str], None]
+) -> tuple[tfds.core.DatasetBuilder, _Keys, tuple[int | None, int | None, int]]:
+    """Returns a set's builder, keys and stored shape of images, once it is prepared."""
     builder = _builder(config, name)
-    seen_shape(config, _image_shape(builder, _keys(builder, name), name))
+    keys = _keys(builder, name)
+    shape = _image_shape(builder, keys, name)
+    seen_shape(config, shape)  # before a long download
     path = pathlib.Path(builder.data_path)
     if builder.is_prepared():
         tell(f'{path}: is prepared already')
     else:
         tell(f'{path}: is being prepared; what is downloaded stays in {path.parents[1]}/downloads')
         _prepare(builder, config, name)
-    return path
+    return builder, keys, shape
 
 
 def examples(config: ConfigDict, name: str) -> tuple[Examples, Examples, int]:
@@ -348,12 +358,7 @@ def examples(config: ConfigDict, name: str) -> tuple[Examples, Examples, int]:
     Raises:
       UserError: no such set, not image classification, or not to be had; with the remedy.
     """
-    builder = _builder(config, name)
-    keys = _keys(builder, name)
-    shape = _image_shape(builder, keys, name)
-    seen_shape(config, shape)  # before a long download
-    if not builder.is_prepared():
-        _prepare(builder, config, name)
+    builder, keys, shape = _prepared(config, name, lambda words: None)
     train, test = (
         _Split(builder, split, keys, shape) for split in _split_names(builder, config, name)
     )
