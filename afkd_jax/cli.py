@@ -16,10 +16,10 @@ from typing import Any
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from afkd_jax import compile_cache
 from afkd_jax import config as config_lib
+from afkd_jax.devices import compile_cache
+from afkd_jax.devices.signals import KILLED, Interrupt
 from afkd_jax.errors import UserError
-from afkd_jax.interrupt import KILLED, Interrupt
 
 # Exit codes: finished; an input to be corrected, or a run that has diverged; a fault of this
 # program; stopped by a signal with a checkpoint, so that the same command continues. KILLED:
@@ -185,7 +185,7 @@ def _sentence(error: Exception) -> tuple[str, int]:
 
 def _others() -> ModuleType | None:
     """Returns the module through which other processes are told, if there are any."""
-    processes = sys.modules.get('afkd_jax.processes')
+    processes = sys.modules.get('afkd_jax.devices.processes')
     return processes if processes and processes.count() > 1 else None
 
 
@@ -225,7 +225,9 @@ def _run(config_flag: flags.FlagHolder, options: Options) -> int:
     train = options.mode == 'train'
     # From here on a signal asks, also while JAX is imported.
     with Interrupt() if train else contextlib.nullcontext() as interrupt:
-        from afkd_jax import parallel, processes, writer
+        from afkd_jax.devices import mesh as parallel
+        from afkd_jax.devices import processes
+        from afkd_jax.report import metrics_log as writer
 
         where = options.coordinator_address, options.num_processes, options.process_id
         processes.start(*where, unmet=WRONG, lost=CONTINUE)
@@ -258,7 +260,9 @@ def _run_name(config: str, argument: str, overrides: dict[str, Any]) -> str:
 def _train(
     config: ConfigDict, workdir: pathlib.Path, step: int | None, interrupt: Interrupt
 ) -> int:
-    from afkd_jax import summary, train, writer
+    from afkd_jax.report import metrics_log as writer
+    from afkd_jax.report import summary
+    from afkd_jax.training import loop as train
 
     result = train.train(config, workdir, step, interrupt)
     if result is None:
@@ -273,7 +277,10 @@ def _train(
 
 
 def _eval(config: ConfigDict, workdir: pathlib.Path, step: int | None) -> int:
-    from afkd_jax import evaluate, processes, summary, writer
+    from afkd_jax.devices import processes
+    from afkd_jax.report import metrics_log as writer
+    from afkd_jax.report import summary
+    from afkd_jax.training import evaluate
 
     result = evaluate.evaluate(config, workdir, step)
     writer.console.print(*summary.tables(result))
@@ -283,7 +290,7 @@ def _eval(config: ConfigDict, workdir: pathlib.Path, step: int | None) -> int:
 
 
 def _describe(config: ConfigDict) -> int:
-    from afkd_jax import describe
+    from afkd_jax.tools import describe
 
     facts = describe.describe(config)
     print(describe.text(facts))
@@ -292,7 +299,7 @@ def _describe(config: ConfigDict) -> int:
 
 
 def _prepare(config: ConfigDict) -> int:
-    from afkd_jax import prepare
+    from afkd_jax.tools import prepare
 
     result = prepare.prepare(config, lambda words: print(words, flush=True))
     print(
@@ -306,7 +313,8 @@ def _prepare(config: ConfigDict) -> int:
 def _plan(config: ConfigDict, options: Options) -> int:
     if options.topology:
         os.environ['JAX_PLATFORMS'] = 'cpu'  # the TPU need not be there; one that is stays free
-    from afkd_jax import plan, writer
+    from afkd_jax.report import metrics_log as writer
+    from afkd_jax.tools import plan
 
     tell = writer.console.print
     result = plan.plan(config, options.topology, options.largest_batch, tell)
@@ -316,8 +324,9 @@ def _plan(config: ConfigDict, options: Options) -> int:
 
 
 def _benchmark(config: ConfigDict, sweep: str | None) -> int:
-    from afkd_jax import benchmark, writer
-    from afkd_jax import sweep as sweeps
+    from afkd_jax.report import metrics_log as writer
+    from afkd_jax.tools import benchmark
+    from afkd_jax.tools import sweep as sweeps
 
     file = pathlib.Path('runs/benchmark.csv')
     for one in sweeps.configs(config, sweep) if sweep else (config,):

@@ -20,11 +20,12 @@ import jax
 import numpy as np
 import pytest
 
-from afkd_jax import cohort as cohort_lib
-from afkd_jax import models, parallel
-from afkd_jax import state as state_lib
-from afkd_jax import step as step_lib
-from afkd_jax.parallel import SPLIT, WHOLE
+from afkd_jax import models
+from afkd_jax.devices import mesh as parallel
+from afkd_jax.devices.mesh import SPLIT, WHOLE
+from afkd_jax.method import cohort as cohort_lib
+from afkd_jax.method import state as state_lib
+from afkd_jax.method import step as step_lib
 from configs import digits
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
@@ -44,8 +45,8 @@ _LONGEST = (
     'processes',
     'launch',
     'step',
-    'train',
-    'parallel',
+    'loop',
+    'mesh',
     'describe',
     'dtype',
     'plan',

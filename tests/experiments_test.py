@@ -12,7 +12,7 @@ import re
 import pytest
 
 from afkd_jax import config as config_lib
-from afkd_jax import describe
+from afkd_jax.tools import describe
 from configs import default
 
 ROOT = pathlib.Path(__file__).parent.parent

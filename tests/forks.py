@@ -16,7 +16,12 @@ TIMEOUT_S = 200  # a command that takes longer hangs
 
 CONTEXT = multiprocessing.get_context('forkserver')
 CONTEXT.set_forkserver_preload(
-    ['afkd_jax.data.tfds_source', 'afkd_jax.describe', 'afkd_jax.train', 'sklearn.datasets']
+    [
+        'afkd_jax.data.sources.tfds',
+        'afkd_jax.tools.describe',
+        'afkd_jax.training.loop',
+        'sklearn.datasets',
+    ]
 )
 
 

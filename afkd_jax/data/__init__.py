@@ -1,1 +1,1 @@
-"""The images: which there are (sources), in which order (batches), how varied (augment)."""
+"""Data: data sets, the order of images, decoding, augmentation and pipelines."""

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from afkd_jax.data.sources import Splits
-from afkd_jax.losses import Mixed
-from afkd_jax.parallel import DATA, rolled
+from afkd_jax.data.dataset import Splits
+from afkd_jax.devices.mesh import DATA, rolled
+from afkd_jax.method.losses import Mixed
 
 
 @flax.struct.dataclass

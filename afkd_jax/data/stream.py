@@ -20,7 +20,7 @@ import numpy as np
 from absl import flags
 
 from afkd_jax.data import decode
-from afkd_jax.data.sources import Dataset
+from afkd_jax.data.dataset import Dataset
 from afkd_jax.errors import UserError
 
 _AHEAD = 4  # batches that each thread or process may have ready

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from afkd_jax import cpu
+from afkd_jax.devices import xla_cpu as cpu
 
 Conv = Callable[..., nn.Module]
 Norm = Callable[..., nn.Module]

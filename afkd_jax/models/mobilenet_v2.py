@@ -11,7 +11,7 @@ import re
 import flax.linen as nn
 import jax
 
-from afkd_jax import cpu
+from afkd_jax.devices import xla_cpu as cpu
 from afkd_jax.errors import UserError
 from afkd_jax.models.layers import Conv, ConvNorm, Layers, Norm, relu6
 

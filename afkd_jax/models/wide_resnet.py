@@ -12,7 +12,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 
-from afkd_jax import cpu
+from afkd_jax.devices import xla_cpu as cpu
 from afkd_jax.errors import UserError
 from afkd_jax.models import names
 from afkd_jax.models.layers import Conv, Dropout, Layers, Norm, relu

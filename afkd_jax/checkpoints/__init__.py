@@ -1,0 +1,1 @@
+"""Checkpoints: one run at one step on disk, and the workdir they lie in."""

@@ -1,0 +1,1 @@
+"""AFD and its relatives: ring, losses, discriminators, optimizers, state and step."""

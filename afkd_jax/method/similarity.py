@@ -1,0 +1,194 @@
+"""How alike the networks of a ring are: their maps, and their predictions, edge by edge.
+
+An edge is a network and its teacher. Device side: sums over a batch. Host side: the figures.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from afkd_jax.devices.mesh import DATA
+from afkd_jax.method.cohort import Cohort
+from afkd_jax.method.state import NetworkState
+from afkd_jax.models.layers import at_least_float32
+
+
+def sums(
+    cohort: Cohort,
+    networks: tuple[NetworkState, ...],
+    pixels_BxHxWxC: jax.Array,
+    labels_B: jax.Array,
+    mask_B: jax.Array,
+) -> dict[str, jax.Array]:
+    """Returns sums over the masked global batch, one per edge: [K], entry k of k and its teacher.
+
+    Runs on one device, inside a mapped function, in evaluation mode: B is this device's share.
+
+    Args:
+      cohort: whose ring, as this device has it (Cohort.here).
+      networks: their states.
+      pixels_BxHxWxC: standardised images.
+      labels_B: integers.
+      mask_B: bool; False leaves an image out of every sum.
+
+    Returns:
+      images (a scalar); same, only_network_correct and only_teacher_correct, which count
+      predictions; hsic_own and hsic_cross, see _hsic(). Where the maps have one shape, after the
+      transfer layers if there are any: l1, l2 and cosine, see figures().
+    """
+    ring = cohort.objective.ring
+    logits, own_maps = zip(
+        *(
+            module.apply(state.variables(), pixels_BxHxWxC, False)
+            for module, state in zip(cohort.networks, networks, strict=True)
+        ),
+        strict=True,
+    )
+    predicted_KxB = jnp.stack(logits).argmax(-1)
+    teacher_KxB = ring.teachers(predicted_KxB)
+    correct_KxB, teacher_correct_KxB = (
+        predictions == labels_B[None] for predictions in (predicted_KxB, teacher_KxB)
+    )
+    per_image = {
+        'same': predicted_KxB == teacher_KxB,
+        'only_network_correct': correct_KxB & ~teacher_correct_KxB,
+        'only_teacher_correct': ~correct_KxB & teacher_correct_KxB,
+    }
+    maps = _in_one_shape(cohort, networks, own_maps)
+    if maps is not None:
+        per_image |= _distances(maps, ring.teachers(maps))
+    totals = {name: jnp.where(mask_B[None], values, 0).sum(1) for name, values in per_image.items()}
+    totals = jax.lax.psum(totals, DATA) | _hsic(cohort, own_maps, mask_B)
+    return ring.gathered(totals) | {'images': jax.lax.psum(mask_B.sum(), DATA)}
+
+
+def _in_one_shape(
+    cohort: Cohort, networks: tuple[NetworkState, ...], maps: tuple[jax.Array, ...]
+) -> jax.Array | None:
+    """Returns the maps as the method compares them, [K, B, H, W, C]; None if it cannot."""
+    if cohort.maps_teach:
+        maps = [
+            module.apply(state.transfer_variables(), own, False) if module else own
+            for own, module, state in zip(maps, cohort.transfers, networks, strict=True)
+        ]
+    elif len(set(cohort.map_shapes)) > 1:
+        return None
+    return at_least_float32(jnp.stack(maps))
+
+
+def _distances(maps_KxBxHxWxC: jax.Array, teacher_maps: jax.Array) -> dict[str, jax.Array]:
+    """Returns per image, [K, B]: mean |a - b|, mean (a - b)^2, and the cosine of the whole maps."""
+    axes, difference = (2, 3, 4), maps_KxBxHxWxC - teacher_maps
+    lengths = jnp.sqrt(jnp.square(maps_KxBxHxWxC).sum(axes) * jnp.square(teacher_maps).sum(axes))
+    return {
+        'l1': jnp.abs(difference).mean(axes),
+        'l2': jnp.square(difference).mean(axes),
+        'cosine': (maps_KxBxHxWxC * teacher_maps).sum(axes) / jnp.maximum(lengths, 1e-12),
+    }
+
+
+def _hsic(cohort: Cohort, maps: tuple[jax.Array, ...], mask_B: jax.Array) -> dict[str, jax.Array]:
+    """Returns n HSIC_1(K_k, K_k) and n HSIC_1(K_k, K_p) of the global batch, n its images: [K].
+
+    And `power`, the sum over the images of a map's squares, which tells HSIC from rounding.
+
+    K_k is the matrix of inner products between the images' own maps, and HSIC_1 the unbiased
+    estimator: its mean over random batches tends to that of the whole split, whatever their size;
+    fewer than four images have none. Inner products have no need of a common shape.
+
+    Source: Kornblith et al. 2019 (linear CKA); Nguyen, Raghu and Kornblith 2021, equation 3.
+    """
+    images = jax.lax.psum(mask_B.sum(), DATA).astype(at_least_float32(maps[0]).dtype)
+    mask_all = jax.lax.all_gather(mask_B, DATA, tiled=True)
+    place = jax.lax.axis_index(DATA) * len(mask_B) + jnp.arange(len(mask_B))
+    pairs = mask_B[:, None] & mask_all[None] & (place[:, None] != jnp.arange(len(mask_all))[None])
+
+    def inner_products(map_BxHxWxC):
+        flat = map_BxHxWxC.reshape(len(map_BxHxWxC), -1)
+        # HSIC does not change when the maps are centred, but its rounding errors do.
+        total = jax.lax.psum(jnp.where(mask_B[:, None], flat, 0).sum(0), DATA)
+        flat = flat - total[None] / images
+        return jnp.where(pairs, flat @ jax.lax.all_gather(flat, DATA, tiled=True).T, 0)
+
+    # This device's rows of the symmetric matrices; the sums over rows are completed by psum.
+    rows = [inner_products(at_least_float32(own)) for own in maps]
+    teachers = cohort.objective.ring.teachers(jnp.stack(rows))
+
+    def hsic(own, other):
+        trace, by_own, by_other, by_both = jax.lax.psum(
+            (
+                (own * other).sum(),
+                own.sum(),
+                other.sum(),
+                (own.sum(1) * other.sum(1)).sum(),
+            ),
+            DATA,
+        )
+        n = jnp.maximum(images, 4)
+        value = trace + by_own * by_other / ((n - 1) * (n - 2)) - 2 / (n - 2) * by_both
+        return jnp.where(images >= 4, value / (n - 3), 0)  # n HSIC_1 = value / (n - 3)
+
+    squares = [
+        jnp.where(mask_B, jnp.square(at_least_float32(own)).sum((1, 2, 3)), 0).sum() for own in maps
+    ]
+    return {
+        'power': jax.lax.psum(jnp.stack(squares), DATA),
+        'hsic_own': jnp.stack([hsic(own, own) for own in rows]),
+        'hsic_cross': jnp.stack(
+            [hsic(own, other) for own, other in zip(rows, teachers, strict=True)]
+        ),
+    }
+
+
+def figures(cohort: Cohort, parts: list[dict[str, np.ndarray]]) -> list[dict[str, Any]]:
+    """Returns the figures of each edge, of network 1, 2, ... K; what is not defined is None.
+
+    network, teacher: counted from 1.
+    l1: mean |a - b| over images and elements of the maps as the method compares them (after the
+      transfer layers, or None where shapes differ without them); l2: root of the mean (a - b)^2;
+      cosine: mean over the images of the angle's cosine between whole maps, 0 for a map of zeros.
+    cka: linear CKA of the networks' own maps, 1 for equal up to rotation and scale, near 0 for
+      unrelated.
+    agreement, disagreement, and of this only_network_correct and only_teacher_correct: percent of
+      the images.
+
+    Source: the paper shows cosine, L1 and L2 (told by a third party; means as here are our
+    choice).
+
+    Args:
+      cohort: whose ring.
+      parts: sums() of every batch, on the host.
+    """
+    total = {
+        name: np.sum([part[name] for part in parts], axis=0, dtype=np.float64) for name in parts[0]
+    }
+    images, edges = total['images'], []
+    for k in range(len(cohort.names)):
+        teacher = cohort.objective.ring.teacher_of(k)
+        edge = {'network': k + 1, 'teacher': teacher + 1}
+        for name in ('l1', 'l2', 'cosine'):
+            edge[name] = float(total[name][k] / images) if name in total else None
+        if edge['l2'] is not None:
+            edge['l2'] = math.sqrt(edge['l2'])
+        # A map that is the same for all images has no variance to compare, but for rounding.
+        pair = [k, teacher]
+        floor = 1e-12 * (total['power'][pair] / images) ** 2
+        edge['cka'] = None
+        if (total['hsic_own'][pair] / images > floor).all():
+            scale = math.sqrt(np.prod(total['hsic_own'][pair]))
+            edge['cka'] = float(total['hsic_cross'][k] / scale)
+        edge['agreement'] = float(100 * total['same'][k] / images)
+        edge['disagreement'] = 100 - edge['agreement']
+        for name in ('only_network_correct', 'only_teacher_correct'):
+            edge[name] = float(100 * total[name][k] / images)
+        # The maps of a network that has diverged may not be finite; JSON has no number for that.
+        edges.append(
+            {
+                name: value if value is None or math.isfinite(value) else None
+                for name, value in edge.items()
+            }
+        )
+    return edges

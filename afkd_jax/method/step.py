@@ -1,0 +1,267 @@
+"""Who updates what: the training step and the evaluation step of one device, pure.
+
+One forward pass of every network gives (logits, map). The losses (objective.py) are pulled back
+through that one pass, once per optimizer, and all gradients are taken at the step's starting
+parameters; then the updates are applied in the order logit, feature, discriminator. So the step
+is a pure function of (state, batch, key).
+Source: separate optimizers and the single pass are told by a third party; the discriminator's
+place in the order is our choice.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from afkd_jax.data import augment
+from afkd_jax.devices.mesh import DATA, varying
+from afkd_jax.method import losses, metrics
+from afkd_jax.method.cohort import Cohort
+from afkd_jax.method.state import DiscriminatorState, NetworkState, TrainState
+
+
+def value_shapes(cohort: Cohort) -> dict[str, tuple[int, ...]]:
+    """Returns the names and shapes of the values that a step of this cohort reports.
+
+    One per network, [K]: the losses (Objective.value_names); accuracy, in percent; grad_norm_*,
+    the L2 norms of the gradients. One per step: learning_rate_*, of each optimizer.
+    """
+    used = cohort.optimizers.used()
+    names = [*cohort.objective.value_names(), 'accuracy', *(f'grad_norm_{name}' for name in used)]
+    shapes = dict.fromkeys(names, (len(cohort.names),))
+    return shapes | {f'learning_rate_{name}': () for name in used}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pass:
+    """What one network's forward pass, in training mode, leaves behind.
+
+    Attributes:
+      logits: [B, C].
+      maps: its feature map; after the transfer layer if there is one.
+      batch_stats: the new running statistics, as in NetworkState.
+      pull: (cotangent of logits, cotangent of maps) -> gradients of trunk, head and transfer.
+    """
+
+    logits: jax.Array
+    maps: jax.Array
+    batch_stats: dict[str, Any]
+    pull: Callable[[jax.Array, jax.Array], dict[str, Any]]
+
+
+def _forward(
+    module: nn.Module, variables: dict, inputs: jax.Array, key: jax.Array
+) -> tuple[Any, Callable, Any]:
+    """Returns (outputs, pullback to (params, inputs), new batch statistics)."""
+
+    def apply(params, inputs):
+        all_variables = {'params': params, 'batch_stats': variables['batch_stats']}
+        return module.apply(
+            all_variables, inputs, True, mutable=['batch_stats'], rngs={'dropout': key}
+        )
+
+    outputs, pullback, updated = jax.vjp(apply, varying(variables['params']), inputs, has_aux=True)
+    return outputs, pullback, updated.get('batch_stats', {})
+
+
+def _pass(
+    cohort: Cohort, k: int, state: NetworkState, images_BxHxWxC: jax.Array, key: jax.Array
+) -> _Pass:
+    """Runs network k, and its transfer layer if there is one."""
+    (logits, maps), pull_network, stats = _forward(
+        cohort.networks[k], state.variables(), images_BxHxWxC, key
+    )
+    batch_stats, pull_transfer = {'network': stats, 'transfer': None}, None
+    if cohort.maps_teach and cohort.transfers[k]:
+        maps, pull_transfer, batch_stats['transfer'] = _forward(
+            cohort.transfers[k], state.transfer_variables(), maps, key
+        )
+
+    def pull(to_logits, to_maps):
+        to_transfer = None
+        if pull_transfer:
+            to_transfer, to_maps = pull_transfer(to_maps)
+        to_network, _ = pull_network((to_logits, to_maps))
+        return {**to_network, 'transfer': to_transfer}
+
+    return _Pass(logits, maps, batch_stats, pull)
+
+
+def _updated_network(
+    cohort: Cohort, state: NetworkState, gradients: dict, batch_stats: dict, step: jax.Array
+) -> NetworkState:
+    """Returns the network after its logit update and then, if there is one, its feature update."""
+    params, opt = state.params, {}
+    rules = cohort.optimizers.used()
+    for name, parts in cohort.moves().items():
+        moved, opt[name] = rules[name].apply(
+            gradients[name], state.opt[name], {part: params[part] for part in parts}, step
+        )
+        params = {**params, **moved}
+    return NetworkState(params, batch_stats, opt)
+
+
+def update(
+    cohort: Cohort,
+    state: TrainState,
+    images_BxHxWxC: jax.Array,
+    labels_B: jax.Array,
+    key: jax.Array,
+    mixed: losses.Mixed | None = None,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Returns the state after one step on this batch, and the step's values (value_shapes).
+
+    Runs on one device, inside a mapped function: B is this device's share of the batch. Batch
+    statistics (unless they are local), losses and gradients are over the global batch. The
+    networks are those of this device; where they are spread, the ring brings what others teach.
+
+    Args:
+      cohort: what is trained, as this device has it (Cohort.here).
+      state: before the step.
+      images_BxHxWxC: standardised.
+      labels_B: integers.
+      key: of this step, for dropout.
+      mixed: with what the images are mixed; `accuracy` is of their own labels.
+    """
+    objective, used = cohort.objective, cohort.optimizers.used()
+    ring, here = objective.ring, len(state.networks)
+    passes = [
+        _pass(cohort, k, network, images_BxHxWxC, jax.random.fold_in(key, ring.first(here) + k))
+        for k, network in enumerate(state.networks)
+    ]
+    logits_KxBxC = jnp.stack([own.logits for own in passes])
+    to_logits, values = objective.of_logits(logits_KxBxC, labels_B, state.step, mixed)
+    values['accuracy'] = 100.0 * (logits_KxBxC.argmax(-1) == labels_B[None]).mean(1)
+
+    # What each optimizer pulls back, (to logits, to maps): entries of k, or zeros for all.
+    no_logits = [jnp.zeros_like(own.logits) for own in passes]
+    no_maps = [jnp.zeros_like(own.maps) for own in passes]
+    cotangents, gradients = {'logit': (to_logits, no_maps)}, {}
+    if cohort.maps_teach:
+        maps_KxBxHxWxC = jnp.stack([own.maps for own in passes])
+        if cohort.adversarial:
+            judges = [_judge(module) for module in cohort.discriminators]
+            params = [varying(judge.params) for judge in state.discriminators]
+            to_maps, gradients['discriminator'], more = objective.of_adversaries(
+                judges, params, maps_KxBxHxWxC
+            )
+            cotangents['feature'] = (no_logits, to_maps)
+        else:
+            to_maps, more = objective.of_maps(maps_KxBxHxWxC)
+            cotangents['logit'] = (to_logits, to_maps)
+        values |= more
+    for name, (to_logits, to_maps) in cotangents.items():
+        pulled = [own.pull(to_logits[k], to_maps[k]) for k, own in enumerate(passes)]
+        parts = cohort.moves()[name]
+        gradients[name] = [{part: own[part] for part in parts} for own in pulled]
+
+    batch_stats = [own.batch_stats for own in passes]
+    if cohort.local_statistics:
+        gradients, values, batch_stats = jax.lax.pmean((gradients, values, batch_stats), DATA)
+    else:
+        gradients, values = jax.lax.pmean((gradients, values), DATA)
+    for name in used:
+        values[f'grad_norm_{name}'] = jnp.stack([optax.tree.norm(own) for own in gradients[name]])
+    values = ring.gathered(values)
+    for name, optimizer in used.items():
+        values[f'learning_rate_{name}'] = optimizer.schedule(state.step)
+
+    networks = tuple(
+        _updated_network(
+            cohort,
+            network,
+            {name: gradients[name][k] for name in cohort.moves()},
+            batch_stats[k],
+            state.step,
+        )
+        for k, network in enumerate(state.networks)
+    )
+    discriminators = tuple(
+        DiscriminatorState(*used['discriminator'].apply(gradient, old.opt, old.params, state.step))
+        for gradient, old in zip(
+            gradients.get('discriminator', ()), state.discriminators, strict=True
+        )
+    )
+    return TrainState(state.step + 1, networks, discriminators), values
+
+
+def _judge(module: nn.Module) -> Callable[[Any, jax.Array], jax.Array]:
+    """Returns a discriminator as a function of its parameters; it keeps no running statistics."""
+    return lambda params, maps: module.apply({'params': params}, maps, mutable=['batch_stats'])[0]
+
+
+def train_step(
+    cohort: Cohort,
+    recipe: augment.Recipe,
+    state: TrainState,
+    sums: metrics.Sums,
+    images: augment.Table,
+    index_B: jax.Array,
+    key: jax.Array,
+) -> tuple[TrainState, metrics.Sums]:
+    """Returns (state, sums) after gathering, varying and learning this device's batch.
+
+    Where a loss, another reported value or the norm of a gradient is no finite number, nothing of
+    the step remains but its number: parameters, statistics and optimizers stay as they were, and
+    the sums count it as skipped. Whether the run goes on after that is for the host to say.
+
+    Args:
+      cohort: what is trained.
+      recipe: how the images are varied.
+      state: before the step.
+      sums: of the steps since the last fetch.
+      images: all images, or those of the batch.
+      index_B: this device's share of the batch's indices.
+      key: of the run; what is random in a step is a function of (key, step).
+    """
+    augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
+    pixels, labels, mixed = augment.training_batch(images, index_B, augment_key, recipe)
+    moved, values = update(cohort, state, pixels, labels, dropout_key, mixed)
+    ok = metrics.finite(values)
+    kept = state.replace(step=moved.step)
+    state = jax.tree.map(lambda new, old: jnp.where(ok, new, old), moved, kept)
+    return state, metrics.add(sums, values, ok, moved.step)
+
+
+def eval_step(
+    cohort: Cohort,
+    networks: tuple[NetworkState, ...],
+    pixels_BxHxWxC: jax.Array,
+    labels_B: jax.Array,
+    mask_B: jax.Array,
+) -> dict[str, jax.Array]:
+    """Returns sums over the masked global batch, each network's and, last, the ensemble's.
+
+    Args:
+      cohort: what is evaluated.
+      networks: their states; the running batch statistics are used.
+      pixels_BxHxWxC: standardised images, this device's share of the batch.
+      labels_B: integers.
+      mask_B: bool; False leaves an entry out of every sum.
+
+    Returns:
+      cross_entropy [K + 1], metrics.prediction_counts of K + 1, and images, int32 [C]: how many of
+      each class were counted. The ensemble is the mean of the probabilities.
+    """
+    ring = cohort.objective.ring
+    log_p_KxBxC = jnp.stack(
+        [
+            jax.nn.log_softmax(module.apply(state.variables(), pixels_BxHxWxC, False)[0])
+            for module, state in zip(cohort.networks, networks, strict=True)
+        ]
+    )
+    ensemble_BxC = ring.logsumexp(log_p_KxBxC) - jnp.log(len(ring.order))
+
+    def sums(log_p_KxBxC):
+        entropy_KxB = jnp.where(mask_B[None], losses.cross_entropy(log_p_KxBxC, labels_B), 0.0)
+        counts = metrics.prediction_counts(log_p_KxBxC, labels_B, mask_B)
+        return counts | {'cross_entropy': entropy_KxB.sum(1)}
+
+    own, ensemble = ring.gathered(sums(log_p_KxBxC)), sums(ensemble_BxC[None])
+    total = {name: jnp.concatenate([own[name], ensemble[name]]) for name in own}
+    images_C = jnp.zeros(log_p_KxBxC.shape[-1], jnp.int32).at[labels_B].add(mask_B)
+    return jax.lax.psum(total | {'images': images_C}, DATA)

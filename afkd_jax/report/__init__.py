@@ -1,0 +1,1 @@
+"""Reports: console, metrics log, summary, tables and figures."""

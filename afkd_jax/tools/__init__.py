@@ -1,0 +1,1 @@
+"""Tools: one module per mode other than training."""

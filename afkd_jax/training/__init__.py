@@ -1,0 +1,1 @@
+"""Training: a config on its devices, the loop, evaluation, resuming, health checks."""

@@ -1,0 +1,122 @@
+"""Image files in folders."""
+
+import os
+
+import numpy as np
+import pytest
+from conftest import tiny_config
+from PIL import Image
+
+from afkd_jax.data import dataset as sources
+from afkd_jax.data.sources import folder as folder_source
+from afkd_jax.errors import UserError
+
+
+def write(root, *names):
+    """Writes small grey PNG files, whatever they are called; the n-th is n all over."""
+    for value, name in enumerate(names):
+        path = os.path.join(os.fsencode(root), os.fsencode(name))
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, 'wb') as file:
+            Image.fromarray(np.full((4, 6), value, np.uint8)).save(file, 'PNG')
+
+
+def found(root, resized=False):
+    """Returns ({name: label} of train, of test, the number of classes)."""
+    train, test, classes = folder_source.examples(str(root), resized)
+    return *({s.name(i): s[i][1] for i in range(len(s))} for s in (train, test)), classes
+
+
+NAMES = (
+    'train/a class/0.png',
+    'train/a class/nested/deeper/1.JPG',
+    'train/ünï\'code "x"/2 3.jpeg',
+    'train/ünï\'code "x"/.hidden.png',
+    'train/.hidden/4.png',
+    'train/-rf/5.WEBP',
+    'train/-rf/readme.txt',
+    'val/-rf/6.png',
+    'val/a class/7.png',
+)
+
+
+def test_unusual_names_and_nested_files_are_found(tmp_path):
+    write(tmp_path, *NAMES)
+    train, test, classes = found(tmp_path)
+    assert classes == 3
+    expected = {NAMES[5]: 0, NAMES[0]: 1, NAMES[1]: 1, NAMES[2]: 2}
+    assert train == {str(tmp_path / name): label for name, label in expected.items()}
+    # A class without test images keeps its number.
+    assert test == {str(tmp_path / NAMES[7]): 0, str(tmp_path / NAMES[8]): 1}
+
+
+def test_names_that_are_no_unicode_are_read(tmp_path):
+    write(tmp_path, b'train/\xff\xfe/0.png', b'train/b/\xc3.png', b'val/b/2.png')
+    train, *_ = folder_source.examples(str(tmp_path), False)
+    assert [label for _, label in (train[0], train[1])] == [0, 1]
+    train.fingerprint()
+
+
+def test_labels_and_order_are_the_same_wherever_the_folder_lies(tmp_path):
+    for root, names in (('one', NAMES), ('two', NAMES[::-1])):
+        write(tmp_path / root, *names)
+    one, two = (folder_source.examples(str(tmp_path / root), False) for root in ('one', 'two'))
+    for a, b in zip(one[:2], two[:2], strict=True):
+        assert a.fingerprint() == b.fingerprint()
+        np.testing.assert_array_equal(a.read_labels(), b.read_labels())
+        assert a.read_labels().dtype == np.int32
+    os.rename(tmp_path / 'two' / NAMES[0], tmp_path / 'two/train/a class/other.png')
+    assert folder_source.examples(str(tmp_path / 'two'), False)[0].fingerprint() != (
+        one[0].fingerprint()
+    )
+
+
+def test_the_first_test_folder_with_classes_is_taken(tmp_path):
+    write(tmp_path, 'train/a/0.png', 'train/b/1.png', 'test/unlabelled.png', 'val/a/2.png')
+    assert found(tmp_path)[1] == {str(tmp_path / 'val/a/2.png'): 0}
+    write(tmp_path, 'test/b/3.png')
+    assert found(tmp_path)[1] == {str(tmp_path / 'test/b/3.png'): 1}
+
+
+def test_the_first_image_tells_shape_and_colours(tmp_path):
+    write(tmp_path, 'train/a/0.png', 'train/b/1.png', 'val/a/2.png')
+    assert folder_source.examples(str(tmp_path), False)[0].image_shape == (4, 6, 1)
+    assert folder_source.examples(str(tmp_path), True)[0].image_shape == (None, None, 3)
+    config = tiny_config(
+        dataset=f'folder:{tmp_path}',
+        batch_size=2,
+        data__pad=0,
+        data__validation_fraction=0.0,
+    )
+    splits = sources.load(config)
+    assert splits.info == sources.Info((4, 6, 1), 2, 2, 0, 1)
+    assert {int(image.max()) for image in splits.train.pixels} == {0, 1}
+    assert sources.info(config) == splits.info
+
+
+@pytest.mark.parametrize(
+    ('names', 'sentence'),
+    [
+        (('val/a/0.png',), 'there is no directory .*train; .*train/CLASS'),
+        (
+            ('train/a/0.png', 'val/a/1.png'),
+            'two class folders are needed in .*train, but there are 1;',
+        ),
+        (('train/a/0.png', 'train/b/1.png'), 'none of test, val, validation in .* has class'),
+        (('train/a/0.png', 'train/b/1.png', 'val/c/2.png'), "val has the class 'c', which"),
+        (('train/a/x.txt', 'train/b/x.txt', 'val/a/2.png'), 'no image files below .*train'),
+        (('train/a/0.png', 'train/b/1.png', 'val/a/x.txt'), 'no image files below .*val'),
+        (('train/a/0.png', 'train/b/x.txt', 'val/a/1.png'), 'no image files below .*train/b; ev'),
+    ],
+)
+def test_other_folders_are_refused(names, sentence, tmp_path):
+    write(tmp_path, *names)
+    with pytest.raises(UserError, match=f'^config.dataset: .*{sentence}'):
+        folder_source.examples(str(tmp_path), False)
+
+
+def test_a_first_file_that_is_no_image_is_named(tmp_path):
+    write(tmp_path, 'train/a/0.png', 'train/b/1.png', 'val/a/2.png')
+    (tmp_path / 'train/a/0.png').write_text('no image')
+    with pytest.raises(UserError, match=r'train/a/0.png is no image .*; mend or remove it'):
+        folder_source.examples(str(tmp_path), False)

@@ -1,0 +1,237 @@
+"""Devices: their number and the mapping change nothing; one trace per run."""
+
+import functools
+
+import chex
+import jax
+import numpy as np
+import pytest
+from conftest import (
+    PAIR,
+    as_float64,
+    initial_state,
+    mapped_update,
+    random_batch,
+    relative_difference,
+    tiny_cohort,
+    tiny_config,
+)
+
+from afkd_jax.data import augment
+from afkd_jax.data import dataset as sources
+from afkd_jax.data import pipelines as feeds
+from afkd_jax.devices import mesh as parallel
+from afkd_jax.devices.mesh import SPLIT, WHOLE
+from afkd_jax.errors import UserError
+from afkd_jax.method import metrics
+from afkd_jax.method import state as state_lib
+from afkd_jax.method import step as step_lib
+from afkd_jax.tools import hlo as collectives
+from afkd_jax.tools import plan
+from afkd_jax.training import run as run_lib
+
+BATCH = 16
+MIXED = ('tiny-4-2', 'tiny-6-1-drop')  # maps of two sizes, and dropout
+FOUR = ('tiny-8-2-drop',) * 4
+INFO = sources.Info((8, 8, 1), 10, 64, 0, 16)
+
+
+@functools.cache
+def after_three_steps(mapping, count, peers=1, networks=MIXED, method='afd'):
+    """Returns (state, sums) after three whole steps: gather, augment, learn, sum."""
+    config = tiny_config(networks, batch_size=BATCH, method=method)
+    devices = parallel.Devices.take(mapping, count, peers)
+    rng = np.random.default_rng(0)
+    images = augment.Table(
+        pixels=rng.integers(0, 256, (64, 8, 8, 1), np.uint8),
+        labels=rng.integers(0, 10, 64).astype(np.int32),
+        mean=np.array([0.4]),
+        std=np.array([0.3]),
+    )
+    run = run_lib.Run(config, INFO, devices, feeds.Absent(config, INFO, devices, ''))
+    state = as_float64(initial_state(config))
+    if peers > 1:
+        state = jax.device_put(state_lib.stacked(state), devices.shardings(run.places))
+    else:
+        state = devices.replicate(state)
+    sums, images, key = devices.replicate(
+        (
+            as_float64(metrics.zeros(step_lib.value_shapes(run.cohort))),
+            images,
+            jax.random.key(1),
+        )
+    )
+    for t in range(3):
+        index = devices.split(np.arange(t * BATCH, (t + 1) * BATCH, dtype=np.int32))
+        if t == 0:
+            step = run.lowered_step(state, sums, images, index, key).compile()
+        state, sums = step(state, sums, images, index, key)
+    if peers > 1:
+        check_each_device_has_its_own_networks(state, len(networks) // peers)
+        state = state_lib.unstacked(jax.device_get(state))
+    return jax.device_get((state, sums))
+
+
+def check_each_device_has_its_own_networks(state, count):
+    for leaf in jax.tree.leaves((state.networks, state.discriminators)):
+        assert all(len(shard.data) == count for shard in leaf.addressable_shards)
+
+
+@pytest.mark.parametrize(
+    ('mapping', 'count'), [('shard_map', 2), ('shard_map', 8), ('pmap', 1), ('pmap', 2)]
+)
+def test_devices_and_mapping_change_nothing(mapping, count, x64):
+    # In float32 rounding alone would differ by 2e-5 after one step, and grow from there.
+    difference, where = relative_difference(
+        after_three_steps(mapping, count), after_three_steps('shard_map', 1)
+    )
+    assert difference < 1e-9, where
+
+
+@pytest.mark.parametrize(
+    ('peers', 'count', 'method'),
+    [
+        (2, 2, 'afd'),  # two networks a device
+        (4, 4, 'afd'),
+        (2, 8, 'afd'),  # 2 x 4
+        (4, 8, 'l1_kd'),  # 4 x 2
+        (2, 4, 'dml'),  # one, two and three hops
+    ],
+)
+def test_where_the_networks_live_changes_nothing(peers, count, method, x64):
+    difference, where = relative_difference(
+        after_three_steps('shard_map', count, peers, FOUR, method),
+        after_three_steps('shard_map', 1, 1, FOUR, method),
+    )
+    assert difference < 1e-9, where
+
+
+def sent(method='afd', peers=1, count=8, networks=FOUR, **fields):
+    """Returns {(operation, axis): Collective} of the compiled step, and the cohort."""
+    config = tiny_config(networks, batch_size=BATCH, method=method, **fields)
+    devices = parallel.Devices.take('shard_map', count, peers)
+    it = plan.Plan(config, INFO, devices)
+    compiled = it.compile(BATCH)[0]
+    rows = collectives.of(compiled, (devices.peers, devices.shares))
+    return {(row.operation, row.axis): row for row in rows}, it.run(BATCH).cohort
+
+
+def gradient_bytes(cohort, peers):
+    state = state_lib.abstract(cohort)
+    moved = sum(
+        state_lib.parameter_count([network.params[part] for part in parts])
+        for network in state.networks
+        for parts in cohort.moves().values()
+    )
+    judges = state_lib.parameter_count([judge.params for judge in state.discriminators])
+    return 4 * (moved + judges) // peers
+
+
+@pytest.mark.parametrize(('method', 'hops', 'maps'), [('afd', 1, 1), ('dml', 3, 0)])
+def test_between_devices_go_gradients_and_one_hop_of_the_ring_alone(method, hops, maps):
+    # Without the norms' sums the whole program is known to the byte.
+    found, cohort = sent(method, peers=4, batch_statistics='local')
+    assert found.keys() == {
+        ('all-reduce', 'data'),
+        ('all-reduce', 'peer'),
+        ('collective-permute', 'peer'),
+    }
+    gradients = found['all-reduce', 'data']
+    statistics = 4 * 2 * 8  # running mean and variance of one norm of 8 channels
+    # value_names and the accuracy; the norms of the gradients are of the sums.
+    losses = 4 * (len(cohort.objective.value_names()) + 1)
+    assert gradients.bytes == gradient_bytes(cohort, 4) + statistics + losses
+    assert gradients.count == 1
+    ring, share = found['collective-permute', 'peer'], BATCH // 2
+    assert ring.bytes == 4 * share * (hops * 10 + maps * 4 * 4 * 8)  # logits, and maps of 4x4x8
+    assert ring.count == hops + maps
+    # The values to log, so that every device has those of all networks: a few numbers.
+    values = len(step_lib.value_shapes(cohort)) - len(cohort.optimizers.used())
+    assert found['all-reduce', 'peer'].bytes == 4 * 4 * values
+
+
+def test_networks_on_every_device_send_their_gradients_alone():
+    found, cohort = sent(batch_statistics='local')
+    assert found.keys() == {('all-reduce', 'data')}
+    assert found['all-reduce', 'data'].bytes >= gradient_bytes(cohort, 1)
+    assert found['all-reduce', 'data'].bytes < 1.1 * gradient_bytes(cohort, 1) + 1000
+
+
+def test_the_global_statistics_cost_two_small_sums_per_norm():
+    rows, _ = sent('vanilla', networks=PAIR)
+    local, _ = sent('vanilla', networks=PAIR, batch_statistics='local')
+    found, alone = rows['all-reduce', 'data'], local['all-reduce', 'data']
+    # Forward mean and mean of squares, backward their cotangents, of one norm of 8 channels each;
+    # but no running statistics.
+    norms = 2
+    assert found.bytes - alone.bytes == norms * 4 * 8 * (2 + 2 - 2)
+    assert found.count <= alone.count + 2 * norms
+
+
+def test_local_statistics_are_those_of_each_share():
+    # In the first step of plain SGD the mean over the shares' gradients is the mean over the
+    # networks that each share alone makes.
+    config = tiny_config(method='vanilla', batch_size=BATCH, batch_statistics='local')
+    images, labels = random_batch(BATCH)
+    state = initial_state(config)
+
+    def updated(count, *batch):
+        devices = parallel.Devices.take('shard_map', count)
+        batch = [devices.split(part) for part in batch]
+        return jax.device_get(mapped_update(config, devices)(devices.replicate(state), *batch)[0])
+
+    two, half = updated(2, images, labels), BATCH // 2
+    parts = [updated(1, images[i : i + half], labels[i : i + half]) for i in (0, half)]
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, *[part.networks for part in parts])
+    difference, where = relative_difference(two.networks, mean)
+    assert difference < 1e-5, where
+    other, _ = relative_difference(two.networks, updated(1, images, labels).networks)
+    assert other > 1e-3
+
+
+@pytest.mark.parametrize('mapping', ['shard_map', 'pmap'])
+def test_a_run_traces_its_step_once(mapping):
+    config = tiny_config(batch_size=BATCH)
+    devices = parallel.Devices.take(mapping, 2)
+    cohort = tiny_cohort(config, parallel.DATA)
+
+    @chex.assert_max_traces(n=1)
+    def update(state, images, labels):
+        return step_lib.update(cohort, state, images, labels, jax.random.key(0))
+
+    chex.clear_trace_counter()
+    mapped = devices.map(update, (WHOLE, SPLIT, SPLIT), donate=(0,))
+    state = devices.replicate(initial_state(config))
+    for step in range(3):
+        batch = (devices.split(part) for part in random_batch(BATCH, seed=step))
+        state, _ = mapped(state, *batch)
+    assert int(state.step) == 3
+    larger = [devices.split(part) for part in random_batch(2 * BATCH)]
+    with pytest.raises(AssertionError, match='traced > 1 times'):
+        mapped(state, *larger)
+
+
+def test_the_compiled_step_reuses_the_memory_of_its_state():
+    config = tiny_config(method='vanilla', batch_size=BATCH)
+    devices = parallel.Devices.take('shard_map', 1)
+    state = devices.replicate(initial_state(config))
+    batch = (devices.split(part) for part in random_batch(BATCH))
+    mapped_update(config, devices, donate=(0,))(state, *batch)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.networks))
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    devices = parallel.Devices.take('shard_map', 8)
+    devices.check_divides('batch_size', 64)
+    with pytest.raises(UserError, match=r'config\.batch_size: .* multiple of 8.* 60.*nearest: 64'):
+        devices.check_divides('batch_size', 60)
+
+
+@pytest.mark.parametrize('statistics', ['global', 'local'])
+def test_only_with_local_statistics_are_other_shares_another_run(statistics):
+    config = tiny_config(batch_size=BATCH, batch_statistics=statistics)
+    origins = [
+        run_lib.Run(config, INFO, devices, feeds.Absent(config, INFO, devices, '')).origin()
+        for devices in (parallel.Devices.take('shard_map', count) for count in (2, 4))
+    ]
+    assert (origins[0] != origins[1]) == (statistics == 'local')

@@ -1,0 +1,235 @@
+"""Several processes on one machine, as on several: gloo collectives, a few CPU devices each."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import forks
+import jax
+import kills
+import numpy as np
+import pytest
+
+from afkd_jax.devices import processes
+
+ROOT = pathlib.Path(__file__).parents[2]
+RUN = [
+    '--config=configs/digits.py',
+    '--config.epochs=2',
+    '--config.data.train_examples=192',
+    '--config.log_every=2',
+    '--config.method=kd_ring',
+    '--config.checkpoint.every_steps=3',
+    '--config.data.placement=stream',
+]
+LOST_S = processes.LOST_AFTER_S
+LITTLE = '--xla_backend_optimization_level=0'  # what runs so little XLA need not optimise
+
+
+class Group:
+    """launch.py in `count` processes that run together, `devices` CPU devices each."""
+
+    def __init__(self, count, devices, workdir, *arguments, own=((), ()), run=RUN):
+        with socket.socket() as free:
+            free.bind(('127.0.0.1', 0))
+            port = free.getsockname()[1]
+        where = [f'--coordinator_address=127.0.0.1:{port}', f'--num_processes={count}']
+        flags = f'--xla_force_host_platform_device_count={devices} {LITTLE}'
+        self.processes = [
+            forks.Launch(
+                [*run, *arguments, f'--workdir={workdir}']
+                + (where if count > 1 else [])
+                + ([f'--process_id={index}'] if count > 1 else [])
+                + [*(own[index] if index < len(own) else ())],
+                os.environ | {'XLA_FLAGS': flags},
+            )
+            for index in range(count)
+        ]
+
+    def end(self):
+        """Returns [(exit code, output, errors)] when all have ended."""
+        return [process.end() for process in self.processes]
+
+    def wait_for(self, condition):
+        while not condition() and all(process.poll() is None for process in self.processes):
+            time.sleep(0.02)
+
+
+def finished(ended, workdir):
+    """Returns the summary of a run whose processes have all ended well."""
+    assert [code for code, *_ in ended] == [0] * len(ended), ended
+    # Only process 0 speaks; what the transport prints is its own.
+    for _, output, _ in ended[1:]:
+        # It writes its sentences in pieces, and those of several devices into one another.
+        words = (
+            r'\[Gloo\]|Rank|is connected to|peer ranks|Expected number of connected|is :|[\d.\s]'
+        )
+        assert not re.sub(words, '', output), output
+    summary = json.loads((workdir / 'summary.json').read_text())
+    assert summary['finished']
+    return summary
+
+
+@pytest.fixture(scope='module')
+def two(tmp_path_factory):
+    """Returns (workdir, summary) of two processes with two devices each, 4 shares of the batch."""
+    workdir = tmp_path_factory.mktemp('two') / 'run'
+    return workdir, finished(Group(2, 2, workdir).end(), workdir)
+
+
+@pytest.fixture(scope='module')
+def one(tmp_path_factory):
+    """Returns (workdir, summary) of one process with four devices."""
+    workdir = tmp_path_factory.mktemp('one') / 'run'
+    group = Group(1, 4, workdir, run=[field for field in RUN if 'placement' not in field])
+    return workdir, finished(group.end(), workdir)
+
+
+def losses(workdir):
+    lines = (json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines())
+    return np.array(
+        [
+            [network['cross_entropy'] for network in line['networks']]
+            for line in lines
+            if line['kind'] == 'train'
+        ]
+    )
+
+
+def assert_same_run(summary, workdir, other, other_workdir):
+    """Equal to rounding, which grows along the run."""
+    mine, theirs = losses(workdir), losses(other_workdir)
+    assert mine.shape == theirs.shape
+    np.testing.assert_allclose(mine[:2], theirs[:2], rtol=1e-4)
+    np.testing.assert_allclose(mine, theirs, rtol=0.05)
+    for a, b in zip(summary['networks'], other['networks'], strict=True):
+        assert abs(a['test_accuracy'] - b['test_accuracy']) < 2  # 359 images
+
+
+def test_two_processes_make_the_run_of_one(one, two):
+    assert two[1]['device'] == one[1]['device'] + ', 2 processes'
+    assert_same_run(two[1], two[0], one[1], one[0])
+    # That all processes end in one fingerprint, train.py itself demands (processes.same).
+
+
+def test_a_signal_to_any_process_stops_all_and_they_continue_to_the_bit(two, tmp_path):
+    group = Group(2, 2, tmp_path)
+    metrics = tmp_path / 'metrics.jsonl'
+    group.wait_for(lambda: metrics.exists() and '"train"' in metrics.read_text())
+    group.processes[1].send_signal(signal.SIGTERM)
+    ended = group.end()
+    assert [code for code, *_ in ended] == [75, 75], ended
+    assert 'the same command continues' in ended[0][1]
+    summary = json.loads((tmp_path / 'summary.json').read_text())
+    assert not summary['finished']
+    assert 0 < summary['steps'] < two[1]['steps']
+    again = finished(Group(2, 2, tmp_path).end(), tmp_path)
+    assert again['fingerprint'] == two[1]['fingerprint']
+    assert kills.logged(tmp_path) == kills.logged(two[0])
+
+
+@pytest.mark.parametrize('victim', [1, 0])
+def test_a_lost_process_ends_the_others_and_the_run_continues_with_more(victim, one, tmp_path):
+    # One network in each process.
+    group = Group(2, 2, tmp_path, '--config.mesh.peer=2')
+    group.wait_for((tmp_path / 'checkpoints/3').exists)
+    group.processes[victim].send_signal(signal.SIGKILL)
+    killed_at = time.monotonic()
+    ended = group.end()
+    assert time.monotonic() - killed_at < LOST_S + 15
+    code, _, errors = ended[1 - victim]
+    assert code == 75, ended
+    last = errors.splitlines()[-1]
+    assert last.startswith('error: another process of this run was lost'), errors
+    assert 'the same command continues' in last
+    if victim == 0:  # with others, and on another mesh
+        summary = finished(Group(4, 1, tmp_path).end(), tmp_path)
+        assert summary['device'].endswith('4 processes')
+    else:  # or alone
+        summary = finished(Group(1, 4, tmp_path).end(), tmp_path)
+    assert_same_run(summary, tmp_path, one[1], one[0])
+    lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
+    (resume,) = (line for line in map(json.loads, lines) if line['kind'] == 'resume')
+    assert resume['step'] >= 3
+
+
+@pytest.mark.parametrize(
+    ('field', 'words'),
+    [
+        ('--config.seed=1', 'seed: 0 -> 1'),
+        # It changes no bit of the run, but when processes wait for each other.
+        ('--config.log_every=7', 'log_every: 2 -> 7'),
+    ],
+)
+def test_processes_with_different_commands_are_refused(field, words, tmp_path):
+    run = [argument for argument in RUN if 'log_every' not in argument]
+    both = '--config.log_every=2', '--config.log_every=2'
+    alone = [field] if 'seed' in field else []
+    first, second = (both[0], field) if 'log_every' in field else both
+    group = Group(2, 1, tmp_path / 'run', own=[[first], [second, *alone]], run=run)
+    for code, _, errors in group.end():
+        assert code == 1, errors
+        assert f'it differs from process 0 ({words})' in errors.splitlines()[-1]
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_process_that_sees_another_disk_is_told(tmp_path):
+    for name in ('one', 'other'):
+        (tmp_path / name).mkdir()
+    other = [f'--workdir={tmp_path / "other/run"}']
+    ended = Group(2, 1, tmp_path / 'one/run', own=[[], other]).end()
+    for code, _, errors in ended:
+        assert code == 1, ended
+        assert 'is not seen by every process' in errors
+
+
+def test_a_port_that_is_in_use_is_told(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(('', 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        where = [f'--coordinator_address=localhost:{port}', '--num_processes=2', '--process_id=0']
+        ((code, _, errors),) = Group(1, 1, tmp_path / 'run', *where).end()
+    assert code == 1
+    assert re.fullmatch(
+        f'error: --coordinator_address: port {port} of this machine cannot be used .*\n', errors
+    )
+
+
+UNMET = """
+from afkd_jax.devices import processes
+processes._MEET_S = 3
+processes.start('localhost:{port}', 2, 1, unmet=1, lost=75)
+"""
+
+
+def test_others_that_do_not_come_are_told_after_a_while():
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    process = subprocess.run(
+        [sys.executable, '-c', UNMET.format(port=port)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert process.returncode == 1
+    lines = process.stderr.splitlines()
+    assert 'error: --coordinator_address: the other processes cannot be reached' in ' '.join(lines)
+
+
+def test_alone_a_process_shares_with_itself():
+    assert processes.count() == 1
+    assert processes.leads()
+    assert processes.share({'a': (1, 2)}) == [{'a': [1, 2]}]
+    assert processes.told(3) == 3
+    assert processes.together(lambda: 4) == 4
+    agreed = processes.Agreement(jax.sharding.Mesh(np.array(jax.devices()), ('data',)))
+    assert agreed(True, False) == (True, False)

@@ -1,0 +1,73 @@
+"""What is told to the CPU's compiler alone."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import initial_state, mapped_update, random_batch, tiny_config
+
+from afkd_jax.devices import mesh as parallel
+from afkd_jax.devices import xla_cpu as cpu
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float64'])
+def test_kept_changes_no_bit_of_values_and_gradients(x64, dtype):
+    values = [0.0, -0.0, 1e-42, -3.3, 3.4e38, np.inf, -np.inf, np.nan]
+    x = jnp.asarray(values, dtype)
+
+    def bits(x):  # a subnormal number may become zero, as in every operation of this compiler
+        return np.delete(np.asarray(x), 2).tobytes()
+
+    y, pull = jax.vjp(jax.jit(cpu.kept), x)
+    assert y.dtype == x.dtype
+    assert bits(y) == bits(x)
+    assert bits(pull(x)[0]) == bits(x)
+    assert bits(cpu.kept(x)) == bits(x)
+
+
+def test_kept_can_be_vmapped_and_differentiated_twice():
+    x = jnp.arange(6.0).reshape(2, 3)
+
+    def cube(x):
+        return cpu.kept(x) ** 3
+
+    np.testing.assert_array_equal(jax.vmap(cube)(x), x**3)
+    np.testing.assert_array_equal(jax.vmap(cube, 1, 1)(x), x**3)
+    np.testing.assert_array_equal(jax.vmap(jax.vmap(jax.grad(jax.grad(cube))))(x), 6 * x)
+
+
+def lowered(platform, networks=('resnet8', 'wrn-10-1'), method='vanilla'):
+    config = tiny_config(networks, method=method)
+    devices = parallel.Devices.arrange(jax.devices()[:1], 'shard_map')
+    arguments = initial_state(config), *random_batch(8)
+    step = mapped_update(config, devices)
+    return step.trace(*arguments).lower(lowering_platforms=(platform,))
+
+
+@pytest.mark.parametrize('platform', ['tpu', 'cuda'])
+def test_programs_for_other_platforms_hold_nothing_of_it(monkeypatch, platform):
+    program = lowered(platform).as_text()
+    monkeypatch.setattr(cpu, 'kept', lambda x: x)
+    assert program == lowered(platform).as_text()
+    assert cpu.options(platform) is None
+
+
+def test_no_activation_is_computed_twice_on_a_cpu():
+    step = lowered('cpu', method='afd')
+    # Activations, and the gradients to them: divisions of arrays [8, height, width, channels].
+    wanted = re.findall(r'stablehlo\.divide .*tensor<8x\d+x\d+x\d\d+xf32>', step.as_text())
+    assert len(wanted) > 40
+    text = step.compile().as_text()
+    there = re.findall(r'= f32\[8,\d+,\d+,\d\d+\]\S* divide\(', text)
+    assert 0.9 * len(wanted) < len(there) <= len(wanted)  # equal ones may have become one
+
+
+def test_the_mapped_step_is_compiled_with_the_options(monkeypatch):
+    devices = parallel.Devices.arrange(jax.devices()[:1], 'shard_map')
+    seen = []
+    monkeypatch.setattr(cpu, 'options', lambda platform: seen.append(platform) or {'no': '1'})
+    with pytest.raises(jax.errors.JaxRuntimeError, match='no'):
+        devices.map(lambda x: x, (parallel.WHOLE,))(jnp.zeros(3))
+    assert seen == ['cpu']

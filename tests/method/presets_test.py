@@ -1,0 +1,46 @@
+"""Presets, and the two choices behind them."""
+
+import pytest
+
+from afkd_jax.errors import UserError
+from afkd_jax.method import presets as methods
+
+
+@pytest.mark.parametrize(
+    ('name', 'logits', 'maps'),
+    [
+        ('vanilla', 'nobody', 'nothing'),
+        ('dml', 'all', 'nothing'),
+        ('kd_ring', 'ring', 'nothing'),
+        ('l1', 'nobody', 'l1'),
+        ('l1_kd', 'ring', 'l1'),
+        ('adversarial', 'nobody', 'adversarial'),
+        ('afd', 'ring', 'adversarial'),
+        ('all+adversarial', 'all', 'adversarial'),
+        ('nobody+nothing', 'nobody', 'nothing'),
+    ],
+)
+def test_methods(name, logits, maps):
+    assert methods.named(name) == methods.Method(logits, maps)
+
+
+def test_how_far_the_teachers_of_the_logits_stand():
+    hops = {
+        logits: [list(methods.Method(logits, 'nothing').hops(networks)) for networks in (2, 4)]
+        for logits in methods.LOGITS
+    }
+    assert hops == {'nobody': [[], []], 'ring': [[1], [1]], 'all': [[1], [1, 2, 3]]}
+
+
+@pytest.mark.parametrize(
+    ('name', 'sentence'),
+    [
+        ('vanila', '"vanila"; did you mean "vanilla"'),
+        ('ring+l2', r'"ring\+l2".*LOGITS\+MAPS'),
+        ('l1+ring', r'"l1\+ring"'),
+        ('all+', r'"all\+"'),
+    ],
+)
+def test_unknown_method(name, sentence):
+    with pytest.raises(UserError, match=f'config.method: .*{sentence}'):
+        methods.named(name)

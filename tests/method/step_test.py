@@ -1,0 +1,476 @@
+"""The step: who moves, and an independent re-derivation of all that it does."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import (
+    as_float64,
+    initial_state,
+    mapped_update,
+    random_batch,
+    relative_difference,
+    tiny_cohort,
+    tiny_config,
+)
+
+from afkd_jax.data import augment
+from afkd_jax.devices import mesh as parallel
+from afkd_jax.devices.mesh import SPLIT, WHOLE
+from afkd_jax.method import metrics, optim
+from afkd_jax.method import presets as methods
+from afkd_jax.method import state as state_lib
+from afkd_jax.method import step as step_lib
+
+# Maps of 4x4x4, 8x8x6 and 3x3x4: the shared one is 3x3x6, and every network has a transfer layer.
+TRIPLE = ('tiny-4-2', 'tiny-6-1', 'tiny-4-3')
+# 4x4x4 and 4x4x6: only the first has one.
+MIXED = ('tiny-4-2', 'tiny-6-2')
+BATCH = 8
+
+
+# --- The second way: the losses written out, jax.grad of each, plain SGD and Adam. ---
+
+
+def plain_log_softmax(z):
+    z = z - z.max(-1, keepdims=True)
+    return z - jnp.log(jnp.exp(z).sum(-1, keepdims=True))
+
+
+def plain_forward(cohort, k, params, stats, images):
+    params = {'trunk': params['trunk'], 'head': params['head']}
+    variables = {'params': params, 'batch_stats': stats}
+    return cohort.networks[k].apply(variables, images, True, mutable=['batch_stats'])
+
+
+def plain_map(cohort, k, transfer, stats, own_map):
+    if not cohort.transfers or cohort.transfers[k] is None:
+        return own_map, None
+    variables = {'params': transfer, 'batch_stats': stats}
+    mapped, new = cohort.transfers[k].apply(variables, own_map, True, mutable=['batch_stats'])
+    return mapped, new.get('batch_stats', {})
+
+
+def plain_judge(cohort, k, params, maps):
+    return cohort.discriminators[k].apply({'params': params}, maps, mutable=['batch_stats'])[0]
+
+
+def plain_adam(gradient, params, m, v, t, rate):
+    m = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, m, gradient)
+    v = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g * g, v, gradient)
+
+    def move(p, m, v):
+        return p - rate * (m / (1 - 0.9**t)) / (jnp.sqrt(v / (1 - 0.999**t)) + 1e-8)
+
+    return jax.tree.map(move, params, m, v), m, v
+
+
+def plain_sgd(gradient, params, velocity, rate, momentum, decay):
+    velocity = jax.tree.map(
+        lambda v, g, p: momentum * v + g + decay * p, velocity, gradient, params
+    )
+    return jax.tree.map(lambda p, v: p - rate * v, params, velocity), velocity
+
+
+def plain_step(cohort, logit_teachers, map_teachers, maps_learn, loss, memory, images, labels, t):
+    """Returns the memory after step t (counted from 1); per network a plain dict.
+
+    Args:
+      cohort: its modules.
+      logit_teachers: per network the list of its teachers.
+      map_teachers: per network one teacher.
+      maps_learn: 'nothing', 'l1' or 'adversarial'.
+      loss: temperature, weights, smoothing and learning rates of this step.
+      memory: before the step.
+      images: standardised.
+      labels: integers.
+      t: of the step.
+    """
+    seen = []
+    for k, own in enumerate(memory):
+        (logits, own_map), new = plain_forward(cohort, k, own['params'], own['stats'], images)
+        transfer = own['params']['transfer']
+        mapped, mapped_stats = plain_map(cohort, k, transfer, own['transfer_stats'], own_map)
+        seen.append((logits, mapped, new['batch_stats'], mapped_stats))
+    result = []
+    for k, own in enumerate(memory):
+        teacher_map = seen[map_teachers[k]][1]
+
+        def transferred(params, k=k, own=own):
+            (z, own_map), _ = plain_forward(cohort, k, params, own['stats'], images)
+            stats = own['transfer_stats']
+            return z, plain_map(cohort, k, params['transfer'], stats, own_map)[0]
+
+        def logit_loss(params, k=k, transferred=transferred, teacher_map=teacher_map):
+            z, mapped = transferred(params)
+            log_p, classes = plain_log_softmax(z), z.shape[-1]
+            target = jnp.eye(classes)[labels] * (1 - loss['smoothing'])
+            total = -((target + loss['smoothing'] / classes) * log_p).sum(-1).mean()
+            for teacher in logit_teachers[k]:
+                log_q = plain_log_softmax(seen[teacher][0] / loss['temperature'])
+                log_p = plain_log_softmax(z / loss['temperature'])
+                kl = (jnp.exp(log_q) * (log_q - log_p)).sum(-1).mean()
+                weight = loss['kl_weight'] * loss['temperature'] ** 2
+                total += weight * kl / len(logit_teachers[k])
+            if maps_learn == 'l1':
+                total += loss['l1_weight'] * jnp.abs(mapped - teacher_map).mean()
+            return total
+
+        def map_loss(moved, k=k, own=own, transferred=transferred):
+            _, mapped = transferred({**own['params'], **moved})
+            return (
+                loss['adversarial_weight']
+                * ((1 - plain_judge(cohort, k, own['judge'], mapped)) ** 2).mean()
+            )
+
+        def judge_loss(judge, k=k, own_map=seen[k][1], teacher_map=teacher_map):
+            real = plain_judge(cohort, k, judge, teacher_map)
+            fake = plain_judge(cohort, k, judge, own_map)
+            return ((1 - real) ** 2).mean() + (fake**2).mean()
+
+        new = {'stats': seen[k][2], 'transfer_stats': seen[k][3]}
+        start = own['params']
+        by_logit = start if maps_learn == 'l1' else {**start, 'transfer': None}
+        gradient = jax.grad(lambda p, start=start: logit_loss({**start, **p}))(
+            {name: part for name, part in by_logit.items() if part is not None}
+        )
+        kept = {name: start[name] for name in gradient}
+        kept, new['velocity'] = plain_sgd(
+            gradient, kept, own['velocity'], loss['logit_rate'], 0.9, 1e-4
+        )
+        params = {**start, **kept}
+        if maps_learn == 'adversarial':
+            moved = {name: start[name] for name in ('trunk', 'transfer')}
+            gradient = jax.grad(map_loss)(moved)
+            moved = {name: params[name] for name in ('trunk', 'transfer')}
+            moved, new['m'], new['v'] = plain_adam(
+                gradient, moved, own['m'], own['v'], t, loss['feature_rate']
+            )
+            params = {**params, **moved}
+            new['judge'], new['jm'], new['jv'] = plain_adam(
+                jax.grad(judge_loss)(own['judge']),
+                own['judge'],
+                own['jm'],
+                own['jv'],
+                t,
+                loss['discriminator_rate'],
+            )
+        result.append({'params': params, **new})
+    return result
+
+
+def as_memory(state):
+    """Returns the arrays of a state under the names of plain_step."""
+    memory = []
+    for k, network in enumerate(state.networks):
+        entry = {
+            'params': network.params,
+            'stats': network.batch_stats['network'],
+            'transfer_stats': network.batch_stats['transfer'],
+            'velocity': {
+                name: part
+                for name, part in network.opt['logit'][1].trace.items()
+                if part is not None
+            },
+        }
+        if state.discriminators:
+            judge, adam = state.discriminators[k], network.opt['feature'][1]
+            entry |= {'judge': judge.params, 'm': adam.mu, 'v': adam.nu}
+            entry |= {'jm': judge.opt[1].mu, 'jv': judge.opt[1].nu}
+        memory.append(entry)
+    return memory
+
+
+# method, networks, ring_order, logit teachers and map teacher of each network, from 0
+DERIVED = [
+    ('afd', TRIPLE, (), ([2], [0], [1]), (2, 0, 1)),
+    ('afd', MIXED, (), ([1], [0]), (1, 0)),
+    ('all+l1', TRIPLE, (1, 3, 2), ([1, 2], [0, 2], [0, 1]), (1, 2, 0)),
+    ('l1', MIXED, (), ([], []), (1, 0)),
+    ('dml', ('tiny-4-2', 'tiny-6-1', 'tiny-4-2'), (), ([1, 2], [0, 2], [0, 1]), (2, 0, 1)),
+]
+
+
+@pytest.mark.parametrize(('method', 'networks', 'order', 'logit_teachers', 'map_teachers'), DERIVED)
+def test_two_steps_equal_an_independent_derivation(
+    method, networks, order, logit_teachers, map_teachers, x64
+):
+    # Rates large enough to be seen; the second step has other rates, momentum and Adam's memory.
+    config = tiny_config(
+        networks,
+        method=method,
+        ring_order=order,
+        epochs=1,
+        batch_size=BATCH,  # 64 images an epoch: 1 / 8 of the run is one step
+        loss__temperature=2.5,
+        loss__kl_weight=0.7,
+        loss__kl_ramp_up=0.5,
+        loss__l1_weight=0.3,
+        loss__adversarial_weight=2.0,
+        loss__label_smoothing=0.1,
+        logit__schedule='steps',
+        logit__boundaries=(1 / 8,),
+        feature__learning_rate=1e-2,
+        feature__boundaries=(1 / 8,),
+        discriminator__learning_rate=3e-2,
+        discriminator__boundaries=(1 / 8,),
+    )
+    state = as_float64(initial_state(config))
+    memory = as_memory(state)
+    devices = parallel.Devices.take('shard_map', 1)
+    update = mapped_update(config, devices)
+    cohort = tiny_cohort(config)
+    plain = jax.jit(
+        functools.partial(
+            plain_step, cohort, logit_teachers, map_teachers, cohort.objective.method.maps
+        )
+    )
+    state = devices.replicate(state)
+    for t in (1, 2):
+        images, labels = as_float64(random_batch(BATCH, seed=t))
+        state, _ = update(state, devices.split(images), devices.split(labels))
+        shrink = 1.0 if t == 1 else 0.1
+        loss = {
+            'temperature': 2.5,
+            'kl_weight': 0.7 * np.exp(-5 * (1 - (t - 1) / 4) ** 2),
+            'l1_weight': 0.3,
+            'adversarial_weight': 2.0,
+            'smoothing': 0.1,
+            'logit_rate': 0.1 * shrink,
+            'feature_rate': 1e-2 * shrink,
+            'discriminator_rate': 3e-2 * shrink,
+        }
+        memory = plain(loss, memory, jnp.asarray(images), jnp.asarray(labels), t)
+    assert int(state.step) == 2
+    difference, where = relative_difference(as_memory(state), memory)
+    assert difference < 1e-8, where
+
+
+@functools.cache
+def states_by_turns(method):
+    """Returns a mixed pair's states when the optimizers move in turn, one in each step."""
+    config = tiny_config(MIXED, batch_size=BATCH, method=method)
+    devices = parallel.Devices.take('shard_map', 1)
+    cohort = tiny_cohort(config, parallel.DATA)
+    optimizers = cohort.optimizers
+    for turn, (name, rule) in enumerate(optimizers.used().items()):
+        rule = dataclasses.replace(
+            rule, schedule=lambda step, turn=turn: jnp.where(step == turn, 0.1, 0.0)
+        )
+        optimizers = dataclasses.replace(optimizers, **{name: rule})
+    cohort = dataclasses.replace(cohort, optimizers=optimizers)
+
+    def one_step(state, images, labels):
+        return step_lib.update(cohort, state, images, labels, jax.random.key(0))[0]
+
+    update = devices.map(one_step, (WHOLE, SPLIT, SPLIT))
+    states = [initial_state(config)]
+    batch = [devices.split(part) for part in random_batch(BATCH)]
+    for _ in optimizers.used():
+        states.append(jax.device_get(update(devices.replicate(states[-1]), *batch)))
+    return states
+
+
+def moved(before, after):
+    """Returns whether every array of a tree, or none, has changed; anything else fails."""
+    changed = {
+        not np.array_equal(x, y)
+        for x, y in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+    }
+    assert len(changed) == 1
+    return changed.pop()
+
+
+@pytest.mark.parametrize(
+    ('method', 'turn', 'movers'),
+    [
+        pytest.param('afd', 0, {'trunk', 'head'}, id='logit'),
+        pytest.param('afd', 1, {'trunk', 'transfer'}, id='feature'),
+        pytest.param('afd', 2, {'discriminator'}, id='discriminator'),
+        pytest.param('l1_kd', 0, {'trunk', 'head', 'transfer'}, id='logit with l1'),
+    ],
+)
+def test_each_optimizer_moves_its_own_parts_and_no_others(method, turn, movers):
+    before, after = states_by_turns(method)[turn : turn + 2]
+    assert before.networks[0].params['transfer'] is not None
+    assert before.networks[1].params['transfer'] is None
+    for k in range(2):
+        old, new = before.networks[k].params, after.networks[k].params
+        actual = {name: moved(old[name], new[name]) for name in old if old[name] is not None}
+        if before.discriminators:
+            judges = (state.discriminators[k].params for state in (before, after))
+            actual['discriminator'] = moved(*judges)
+        assert {name for name, has_moved in actual.items() if has_moved} == movers & actual.keys()
+
+
+PARTS = {
+    # optimizers of a network, transfer layers, discriminators, values
+    'vanilla': ({'logit'}, False, 0, {'cross_entropy'}),
+    'dml': ({'logit'}, False, 0, {'cross_entropy', 'mimicry_kl'}),
+    'kd_ring': ({'logit'}, False, 0, {'cross_entropy', 'mimicry_kl'}),
+    'l1': ({'logit'}, True, 0, {'cross_entropy', 'l1'}),
+    'l1_kd': ({'logit'}, True, 0, {'cross_entropy', 'mimicry_kl', 'l1'}),
+    'adversarial': (
+        {'logit', 'feature'},
+        True,
+        1,
+        {'cross_entropy', 'adversarial', 'discriminator', 'd_own', 'd_teacher'},
+    ),
+    'afd': (
+        {'logit', 'feature'},
+        True,
+        1,
+        {'cross_entropy', 'mimicry_kl', 'adversarial', 'discriminator', 'd_own', 'd_teacher'},
+    ),
+}
+
+
+@pytest.mark.parametrize('networks', [MIXED, TRIPLE])
+@pytest.mark.parametrize('method', methods.PRESETS)
+def test_what_a_method_does_not_use_does_not_exist(method, networks):
+    optimizers, has_transfers, judges, losses = PARTS[method]
+    config = tiny_config(networks, method=method, batch_size=BATCH)
+    devices = parallel.Devices.take('shard_map', 1)
+    state = initial_state(config)
+    assert len(state.discriminators) == judges * len(networks)
+    for network in state.networks:
+        assert set(network.opt) == optimizers
+        assert set(network.params) == {'trunk', 'head', 'transfer'}
+    has_one = [network.params['transfer'] is not None for network in state.networks]
+    assert has_one == ([has_transfers, False] if networks is MIXED else [has_transfers] * 3)
+
+    batch = (devices.split(part) for part in random_batch(BATCH))
+    after, values = mapped_update(config, devices)(devices.replicate(state), *batch)
+    used = optimizers | ({'discriminator'} if judges else set())
+    assert set(values) == losses | {'accuracy'} | {
+        f'{kind}_{name}' for kind in ('grad_norm', 'learning_rate') for name in used
+    }
+    announced = step_lib.value_shapes(tiny_cohort(config))
+    assert {name: value.shape for name, value in values.items()} == announced
+    assert all(np.isfinite(value).all() for value in values.values())
+    assert int(after.step) == 1
+    for k, network in enumerate(jax.device_get(after).networks):
+        assert moved(state.networks[k].params['head'], network.params['head'])
+
+
+def test_eight_networks_take_a_step():
+    networks = tuple(f'tiny-{4 + k % 3}-2' for k in range(8))
+    config = tiny_config(networks, ring_order=(8, 1, 3, 2, 4, 5, 7, 6), batch_size=BATCH)
+    devices, state = parallel.Devices.take('shard_map', 1), initial_state(config)
+    batch = (devices.split(part) for part in random_batch(BATCH))
+    after, values = mapped_update(config, devices)(devices.replicate(state), *batch)
+    assert all(np.isfinite(value).all() for value in values.values())
+    for old, new in zip(state.networks, jax.device_get(after).networks, strict=True):
+        assert moved(old.params['trunk'], new.params['trunk'])
+    for old, new in zip(state.discriminators, jax.device_get(after).discriminators, strict=True):
+        assert moved(old.params, new.params)
+
+
+def test_for_a_pair_learning_from_all_is_learning_from_the_ring():
+    devices = parallel.Devices.take('shard_map', 1)
+    states = []
+    for method in ('dml', 'kd_ring'):
+        config = tiny_config(MIXED, method=method, batch_size=BATCH)
+        state = devices.replicate(initial_state(config))
+        batch = (devices.split(part) for part in random_batch(BATCH))
+        states.append(mapped_update(config, devices)(state, *batch)[0])
+    assert state_lib.fingerprint(states[0]) == state_lib.fingerprint(states[1])
+
+
+def test_vanilla_costs_what_the_networks_cost_alone():
+    # Counted by XLA: K steps of value_and_grad and SGD, one network each, against one of ours.
+    config = tiny_config(('resnet8', 'resnet8'), method='vanilla', batch_size=BATCH)
+    cohort, state = tiny_cohort(config), initial_state(config)
+    devices = parallel.Devices.take('shard_map', 1)
+    images, labels = random_batch(BATCH)
+
+    def plain(params, stats, velocity, images, labels):
+        def loss(params):
+            variables = {'params': params, 'batch_stats': stats}
+            (logits, _), new = cohort.networks[0].apply(
+                variables, images, True, mutable=['batch_stats']
+            )
+            entropy = -jax.nn.log_softmax(logits)[jnp.arange(len(labels)), labels].mean()
+            return entropy, new['batch_stats']
+
+        gradient, stats = jax.grad(loss, has_aux=True)(params)
+        return *plain_sgd(gradient, params, velocity, 0.1, 0.9, 1e-4), stats
+
+    params = state.networks[0].variables()['params']
+    stats = state.networks[0].batch_stats['network']
+    alone = jax.jit(plain).lower(params, stats, params, images, labels)
+    ours = mapped_update(config, devices).lower(
+        devices.replicate(state), devices.split(images), devices.split(labels)
+    )
+    flops = [lowered.compile().cost_analysis()['flops'] for lowered in (alone, ours)]
+    assert flops[1] < 1.05 * 2 * flops[0]
+
+
+def test_learning_alone_does_not_see_the_other_network():
+    config = tiny_config(method='vanilla', batch_size=BATCH)
+    devices = parallel.Devices.take('shard_map', 1)
+    update = mapped_update(config, devices)
+    state = initial_state(config)
+    other = state.replace(networks=(state.networks[0], initial_state(config, 7).networks[1]))
+    batch = [devices.split(part) for part in random_batch(BATCH)]
+    one, _ = update(devices.replicate(state), *batch)
+    two, _ = update(devices.replicate(other), *batch)
+    assert relative_difference(one.networks[0], two.networks[0])[0] == 0
+    assert relative_difference(one.networks[1], two.networks[1])[0] > 0
+
+
+def test_dropout_differs_between_networks_and_steps():
+    # Two equal networks on one batch: only their dropout can tell them apart.
+    config = tiny_config(('tiny-8-2-drop', 'tiny-8-2-drop'), method='vanilla', batch_size=BATCH)
+    cohort, state = tiny_cohort(config, parallel.DATA), initial_state(config)
+    state = state.replace(networks=(state.networks[0],) * 2)
+    devices = parallel.Devices.take('shard_map', 1)
+
+    def update(state, images, labels, key):
+        return step_lib.update(cohort, state, images, labels, key)[1]['cross_entropy']
+
+    mapped = devices.map(update, (WHOLE, SPLIT, SPLIT, WHOLE))
+    batch = [devices.split(part) for part in random_batch(BATCH)]
+    entropies = [
+        float(entropy)
+        for seed in (0, 1)
+        for entropy in mapped(
+            devices.replicate(state), *batch, devices.replicate(jax.random.key(seed))
+        )
+    ]
+    assert len(set(entropies)) == 4
+
+
+@pytest.mark.parametrize(('pad', 'flip', 'differs'), [(2, True, True), (0, False, False)])
+def test_the_same_images_are_varied_anew_in_every_step(pad, flip, differs):
+    # At learning rate 0 a batch's cross-entropy changes only with how its images are varied.
+    config = tiny_config(method='vanilla', batch_size=BATCH)
+    cohort = tiny_cohort(config, parallel.DATA)
+    still = dataclasses.replace(cohort.optimizers.logit, schedule=lambda step: jnp.float32(0))
+    cohort = dataclasses.replace(cohort, optimizers=optim.Optimizers(still, None, None))
+    devices = parallel.Devices.take('shard_map', 1)
+    step = devices.map(
+        functools.partial(step_lib.train_step, cohort, augment.Recipe(pad, flip)),
+        places=(WHOLE, WHOLE, WHOLE, SPLIT, WHOLE),
+    )
+    pixels = np.random.default_rng(0).integers(0, 256, (BATCH, 8, 8, 1), np.uint8)
+    table = augment.Table(
+        pixels=pixels, labels=random_batch(BATCH)[1], mean=np.float32([0.5]), std=np.float32([0.3])
+    )
+    state, zeros, table, key = devices.replicate(
+        (
+            initial_state(config),
+            metrics.zeros(step_lib.value_shapes(cohort)),
+            table,
+            jax.random.key(0),
+        )
+    )
+    index = devices.split(np.arange(BATCH, dtype=np.int32))
+    entropies = []
+    for _ in range(2):
+        state, sums = step(state, zeros, table, index, key)
+        entropies.append(metrics.means(sums)['cross_entropy'])
+    assert (entropies[0] != entropies[1]) == differs

@@ -1,0 +1,86 @@
+"""Collectives are read from HLO as CPUs, GPUs and TPUs have it."""
+
+import pytest
+
+from afkd_jax.tools import hlo as collectives
+
+# (line, mesh, operation, axis, bytes)
+LINES = {
+    'plain': (
+        '  %all-reduce.1 = f32[64]{0} all-reduce(%x), channel_id=1, '
+        'replica_groups={{0,1,2,3},{4,5,6,7}}, use_global_device_ids=true, to_apply=%sum',
+        (2, 4),
+        ('all-reduce', 'data', 256),
+    ),
+    'several arrays in one': (
+        '  %all-reduce.2 = (f32[2,3]{1,0}, bf16[8]{0}, /*index=2*/s32[]) all-reduce(%a, %b, %c), '
+        'channel_id=1, replica_groups={{0,4},{1,5},{2,6},{3,7}}, to_apply=%sum',
+        (2, 4),
+        ('all-reduce', 'peer', 24 + 16 + 4),
+    ),
+    'all devices, in short': (
+        '  ROOT %r = pred[10]{0:T(256)} all-reduce(%x), replica_groups=[1,8]<=[8], to_apply=%or',
+        (2, 4),
+        ('all-reduce', 'all', 10),
+    ),
+    'transposed, in short': (
+        '  %r = f32[10]{0:T(256)S(1)} all-reduce-start(%x), replica_groups=[4,2]<=[2,4]T(1,0), '
+        'to_apply=%sum',
+        (2, 4),
+        ('all-reduce', 'peer', 40),
+    ),
+    'a hop': (
+        '  %p = bf16[1,16,2,2,64]{4,3,2,1,0} collective-permute(%x), channel_id=9, '
+        'source_target_pairs={{0,4},{4,0},{1,5},{5,1}}',
+        (2, 4),
+        ('collective-permute', 'peer', 2 * 16 * 2 * 2 * 64),
+    ),
+    'a hop that is begun': (
+        '  %p = (f32[4,10]{1,0:T(8,128)}, f32[4,10]{1,0:T(8,128)}, u32[]{:S(2)}, u32[]{:S(2)}) '
+        'collective-permute-start(%x), source_target_pairs={{0,1},{1,2},{2,0}}',
+        (3, 1),
+        ('collective-permute', 'peer', 160),
+    ),
+    'a gather that is begun': (
+        '  %g = (f32[4]{0}, f32[16]{0}) all-gather-start(%x), replica_groups=[1,4]<=[4], '
+        'dimensions={0}',
+        (1, 4),
+        ('all-gather', 'data', 64),
+    ),
+}
+
+
+@pytest.mark.parametrize('name', LINES)
+def test_a_line_is_read(name):
+    line, mesh, (operation, axis, size) = LINES[name]
+    (row,) = collectives.parse(line, mesh)
+    assert (row.operation, row.axis, row.bytes) == (operation, axis, size)
+    assert (row.count, row.largest) == (1, size)
+
+
+def test_what_sends_nothing_is_left_out():
+    text = """
+      %a = f32[64]{0} all-reduce(%x), replica_groups={{0},{1}}, to_apply=%sum
+      %d = f32[64]{0} all-reduce-done(%s)
+      %f = f32[64]{0} fusion(%all-reduce.1), kind=kLoop, calls=%c
+      %g = f32[64]{0} get-tuple-element(%all-reduce.1), index=0
+    """
+    assert collectives.parse(text, (1, 2)) == []
+
+
+def test_operations_of_one_kind_are_added_and_the_largest_mover_comes_first():
+    text = '\n'.join(
+        LINES[name][0] for name in ('several arrays in one', 'plain', 'plain', 'a hop')
+    )
+    rows = collectives.parse(text, (2, 4))
+    assert [(row.operation, row.axis, row.count) for row in rows] == [
+        ('collective-permute', 'peer', 1),
+        ('all-reduce', 'data', 2),
+        ('all-reduce', 'peer', 1),
+    ]
+    assert (rows[1].bytes, rows[1].largest) == (512, 256)
+
+
+def test_groups_that_are_not_known_are_no_silence():
+    with pytest.raises(ValueError, match='no groups are known'):
+        collectives.parse('%a = f32[64]{0} all-reduce(%x), replica_groups={}, to_apply=%s', (1, 2))
