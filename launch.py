@@ -3,45 +3,43 @@
 python launch.py --config configs/digits.py [--config.FIELD=VALUE ...]
                  [--mode train|eval|describe|plan|benchmark|prepare]
 
-Every field is in configs/default.py; a tuple is written as "('resnet8','resnet20')".
+Every field is in afkd_jax/config.py; a tuple is written as "('resnet8','resnet20')".
 """
 
 import dataclasses
 import sys
+from typing import Any
 
 from absl import app, flags
 from ml_collections import config_flags
 
 from afkd_jax import cli
+from afkd_jax.command import Options
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'The experiment; see configs/.')
-flags.DEFINE_enum(
-    'mode',
-    'train',
-    ['train', 'eval', 'describe', 'plan', 'benchmark', 'prepare'],
-    'What to do.',
-)
-flags.DEFINE_string('workdir', None, 'Where the run is kept [runs/<config and overrides>].')
+flags.DEFINE_enum('mode', 'train', list(cli.MODES), 'What to do.')
+flags.DEFINE_string('workdir', None, 'Directory of the run [runs/<config and overrides>].')
 flags.DEFINE_integer(
-    'step', None, 'Which checkpoint eval takes, or train goes on from [the newest].', lower_bound=0
+    'step', None, 'Checkpoint to evaluate, or to resume from [the newest].', lower_bound=0
 )
-flags.DEFINE_string('coordinator_address', None, 'HOST:PORT of process 0, if several run together.')
-flags.DEFINE_integer('num_processes', None, 'How many processes run together.', lower_bound=1)
-flags.DEFINE_integer('process_id', None, 'Which of them this is.', lower_bound=0)
+flags.DEFINE_string('coordinator_address', None, 'HOST:PORT of process 0, among several.')
+flags.DEFINE_integer('num_processes', None, 'Number of processes of the run.', lower_bound=1)
+flags.DEFINE_integer('process_id', None, "This process's number, from 0.", lower_bound=0)
 flags.DEFINE_string('topology', None, 'A TPU to plan for, e.g. v5e-16 [the devices at hand].')
 flags.DEFINE_bool('largest_batch', False, 'Plan: search the largest batch that fits.')
 flags.DEFINE_string(
     'sweep',
     None,
-    "Benchmark: what is varied, e.g. 'k=2,4;method=afd,vanilla'; also batch_size, dtype.",
+    "Benchmark: fields to vary, e.g. 'k=2,4;method=afd,vanilla'; also batch_size, dtype.",
 )
 flags.DEFINE_bool('debug', False, 'Show the traceback of an error.')
 
 
 def main(_: list[str]) -> None:
     """Runs the mode and exits with its code."""
-    names = (field.name for field in dataclasses.fields(cli.Options))
-    options = cli.Options(**{name: flags.FLAGS[name].value for name in names})
+    names = (field.name for field in dataclasses.fields(Options))
+    values: dict[str, Any] = {name: flags.FLAGS[name].value for name in names}
+    options = Options(**values)
     sys.exit(cli.main(_CONFIG, options))
 
 

@@ -1,1 +1,46 @@
-"""Online adversarial feature-map distillation (AFD) in JAX."""
+"""afkd_jax: online distillation by adversarial feature maps (AFD) in JAX.
+
+For config files: `default_config`, and the decorators `register_network`, `register_map_loss` and
+`register_source` (docs/extending.md), with `Images` and `Source` for one's own images. `Config` is
+the checked config, `build_network` makes a network by its name, and every error that a user can
+correct is a `UserError`. Importing the package imports no JAX.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from afkd_jax.config import Config, default_config
+from afkd_jax.errors import UserError
+from afkd_jax.registry import register_map_loss, register_network, register_source
+
+if TYPE_CHECKING:
+    from afkd_jax.data.dataset import Source
+    from afkd_jax.data.examples import Images
+    from afkd_jax.models import build as build_network
+
+__version__ = '0.1.0'
+__all__ = [
+    'Config',
+    'Images',
+    'Source',
+    'UserError',
+    'build_network',
+    'default_config',
+    'register_map_loss',
+    'register_network',
+    'register_source',
+]
+
+# Imported on first use: name -> (module, its name there).
+_LAZY = {
+    'Images': ('afkd_jax.data.examples', 'Images'),
+    'Source': ('afkd_jax.data.dataset', 'Source'),
+    'build_network': ('afkd_jax.models', 'build'),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    module, attribute = _LAZY[name]
+    return getattr(importlib.import_module(module), attribute)

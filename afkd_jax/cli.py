@@ -1,9 +1,12 @@
-"""From the command line to a mode, and from an error to one sentence and an exit code."""
+"""The command line: flags -> mode, error -> one-line message and exit code.
+
+JAX is imported by the modes only, so that flags and configs are checked at once.
+"""
 
 import contextlib
 import dataclasses
 import hashlib
-import json
+import importlib
 import os
 import pathlib
 import re
@@ -11,26 +14,58 @@ import sys
 import threading
 import traceback
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from afkd_jax import config as config_lib
+from afkd_jax.command import Command, Options
+from afkd_jax.config import Config
 from afkd_jax.devices import compile_cache
-from afkd_jax.devices.signals import KILLED, Interrupt
-from afkd_jax.errors import UserError
+from afkd_jax.devices.signals import Interrupt
+from afkd_jax.errors import (
+    EXIT_BUG,
+    EXIT_KILLED,
+    EXIT_RESUMABLE,
+    EXIT_USER_ERROR,
+    UserError,
+    first_line,
+)
 
-# Exit codes: finished; an input to be corrected, or a run that has diverged; a fault of this
-# program; stopped by a signal with a checkpoint, so that the same command continues. KILLED:
-# interrupted outside training, or for the second time.
-DONE, WRONG, FAULT, CONTINUE = 0, 1, 70, 75
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """A mode of the command line.
+
+    Attributes:
+      module: has the entry function main(command, interrupt) -> exit code.
+      options: that only this mode, and those that name them too, accept.
+      distributed: whether several processes may run it together.
+      cached: whether it uses the persistent compilation cache.
+    """
+
+    module: str
+    options: tuple[str, ...] = ()
+    distributed: bool = False
+    cached: bool = False
+
+
+_RUN = ('step', 'coordinator_address', 'num_processes', 'process_id')
+MODES = {
+    'train': Mode('afkd_jax.training.loop', _RUN, distributed=True, cached=True),
+    'eval': Mode('afkd_jax.training.evaluate', _RUN, distributed=True, cached=True),
+    'describe': Mode('afkd_jax.tools.describe'),
+    'plan': Mode('afkd_jax.tools.plan', ('topology', 'largest_batch'), cached=True),
+    'benchmark': Mode('afkd_jax.tools.benchmark', ('sweep',)),
+    'prepare': Mode('afkd_jax.tools.prepare'),
+}
 
 _OVERRIDE = re.compile(r'--?(?:no)?config\.([^=]+)')
 
 
 def parse(argv: list[str]) -> list[str]:
-    """Parses the flags, of which --config also runs the config file; ends with one sentence."""
+    """Parses the flags, of which --config also runs the config file; exits with a message."""
     try:
         names = [match[1] for argument in argv[1:] if (match := _OVERRIDE.match(argument))]
         config_lib.check_names(names)
@@ -40,9 +75,9 @@ def parse(argv: list[str]) -> list[str]:
         try:
             rest = flags.FLAGS(argv)
         except Exception as error:  # a config file is code and may raise anything
-            raise UserError(_flag_sentence(error)) from error
+            raise UserError(_flag_message(error)) from error
         if not flags.FLAGS['verbosity'].present:
-            # Orbax reports every step of every save, and tracebacks of what it then raises.
+            # Orbax logs every step of every save, and tracebacks of what it then raises.
             logging.set_verbosity(logging.FATAL)
         if len(rest) > 1:
             raise UserError(f'{rest[1]}: not understood; every option starts with --')
@@ -50,158 +85,86 @@ def parse(argv: list[str]) -> list[str]:
     except UserError as error:
         if '--debug' in argv:
             raise
-        print(f'error: {_in_one_line(str(error))}', file=sys.stderr)
-        sys.exit(WRONG)
+        print(f'error: {_escaped(str(error))}', file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
 
 
-def _flag_sentence(error: Exception) -> str:
+def _flag_message(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if match := re.match(r'flag --config\.([\w.]+)=(.*?): ', lines[0]):
         return config_lib.wrong_type(match[1], match[2])
     if isinstance(error, flags.Error):
-        # A config file's own failure comes as a whole traceback: its last line says what failed.
+        # A config file's own failure comes as a whole traceback; the last line names it.
         words = ' '.join(lines[-1].split())
         failed = '--config: the file cannot be loaded: ' if 'Traceback' in str(error) else ''
         return f'{failed}{words}; see python launch.py --help'
     words = ' '.join(' '.join(lines).split())
+    if isinstance(error, UserError):  # e.g. a name that is registered twice
+        return words
     return f'--config: the file cannot be loaded ({type(error).__name__}: {words})'
 
 
-def _in_one_line(words: str) -> str:
-    """Returns a sentence as one line, whatever the user's own words that it repeats hold."""
-    return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in words)
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What stands on the command line beside the config.
-
-    Attributes:
-      mode: 'train', 'eval', 'describe', 'plan', 'benchmark' or 'prepare'.
-      workdir: None for runs/<a name made of the config, its argument and the overrides>.
-      step: which checkpoint 'eval' takes, or 'train' goes on from; None for the newest.
-      coordinator_address: HOST:PORT of process 0; see processes.start.
-      num_processes: that run together.
-      process_id: which of them this is.
-      topology: for 'plan': a TPU's name; None for the devices at hand.
-      largest_batch: for 'plan': whether to search it.
-      sweep: for 'benchmark': what is varied; see sweep.configs.
-      debug: let errors through, with their tracebacks.
-    """
-
-    mode: str
-    workdir: str | None
-    step: int | None
-    coordinator_address: str | None
-    num_processes: int | None
-    process_id: int | None
-    topology: str | None
-    largest_batch: bool
-    sweep: str | None
-    debug: bool
-
-    def check(self) -> None:
-        """Refuses what the mode has no use for."""
-        given = {name for name, value in vars(self).items() if value not in (None, False)}
-        for names, modes in (
-            (('topology', 'largest_batch'), ('plan',)),
-            (('sweep',), ('benchmark',)),
-            (('step', 'coordinator_address', 'num_processes', 'process_id'), ('train', 'eval')),
-        ):
-            for name in names:
-                if name in given and self.mode not in modes:
-                    raise UserError(
-                        f'--{name}: {getattr(self, name)} is only for --mode {" or ".join(modes)}, '
-                        f'not for --mode {self.mode}'
-                    )
+def _escaped(message: str) -> str:
+    """Returns a message as one line, whatever user input it repeats."""
+    return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
 
 
 def main(config_flag: flags.FlagHolder, options: Options) -> int:
-    """Runs a mode and returns the exit code; whatever goes wrong becomes one sentence.
+    """Runs a mode and returns the exit code; every error becomes a one-line message.
 
     Args:
       config_flag: the holder of --config.
-      options: the rest.
+      options: the other flags.
     """
     if not options.debug:
-        _hush()
+        _hide_tracebacks()
     try:
         return _run(config_flag, options)
     except KeyboardInterrupt:
         _interrupted()
     except Exception as error:
-        sentence, code = _sentence(error)
+        message, code = _message(error)
         if options.debug:
             traceback.print_exc()
         else:
-            print(f'error: {_in_one_line(sentence)}', file=sys.stderr, flush=True)
-        _tell_others(_in_one_line(sentence), code)
+            print(f'error: {_escaped(message)}', file=sys.stderr, flush=True)
+        _end_others(_escaped(message), code)
         return code
 
 
-def _hush() -> None:
-    """Lets threads and callbacks of libraries print no traceback of their own.
-
-    TensorStore's do, by the hundred, of a disk that is full. What matters of it is raised where the
-    work is waited for, and becomes a sentence there.
-    """
-
-    def unraisable(hint: Any) -> None:
-        if hint.exc_type and issubclass(hint.exc_type, KeyboardInterrupt):
-            _interrupted()  # it came inside a callback, which Python would go on after
-
-    sys.excepthook = threading.excepthook = lambda *_: None
-    sys.unraisablehook = unraisable
-
-
-def _interrupted() -> None:
-    print('error: interrupted; what was written before is intact', file=sys.stderr, flush=True)
-    # Not sys.exit: threads of the runtime may still hold what the interpreter would tear down.
-    os._exit(KILLED)
-
-
-def _sentence(error: Exception) -> tuple[str, int]:
-    """Returns what a user is told of an error, and the exit code."""
-    if isinstance(error, UserError):
-        return str(error), WRONG
-    words = ' '.join((str(error).strip().splitlines() or [''])[0].split())
-    if isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in words:
-        return (
-            f'memory is exhausted ({words or "of the host"}); lower config.batch_size or '
-            'config.eval_batch_size, in a new --workdir, or use more devices',
-            WRONG,
-        )
-    if type(error).__name__ == 'JaxRuntimeError' and (processes := _others()):
-        return f'{processes.LOST} ({words})', CONTINUE
-    if isinstance(error, OSError):
-        where = error.filename or 'the disk'
-        return f'{where}: {error.strerror or error}; mend that, then run this again', WRONG
-    return (
-        f'a fault of this program ({type(error).__name__}: {words}); run the same command with '
-        '--debug for a traceback to report',
-        FAULT,
-    )
-
-
-def _others() -> ModuleType | None:
-    """Returns the module through which other processes are told, if there are any."""
-    processes = sys.modules.get('afkd_jax.devices.processes')
-    return processes if processes and processes.count() > 1 else None
-
-
-def _tell_others(words: str, code: int) -> None:
-    """Tells other processes, if there are any, why this one ends, and ends it."""
-    if processes := _others():
-        sys.stdout.flush()
-        processes.end(words, code)
-        os._exit(code)  # at a proper exit the runtime would wait for the others
-
-
 def _run(config_flag: flags.FlagHolder, options: Options) -> int:
+    mode, command = MODES[options.mode], _command(config_flag, options)
+    _check_options(options)
+    if options.topology:  # the TPU need not be attached; one that is stays free
+        _set_platform('cpu')
+    if mode.cached:
+        compile_cache.enable()
+    if not mode.distributed:
+        return importlib.import_module(mode.module).main(command, None)
+    # From here on a signal is a request, even while JAX is imported.
+    with Interrupt() if options.mode == 'train' else contextlib.nullcontext() as interrupt:
+        from afkd_jax.devices import mesh, processes
+        from afkd_jax.report.console import console
+
+        processes.start(options.coordinator_address, options.num_processes, options.process_id)
+        processes.assert_equal(
+            {'--mode': options.mode, '--step': options.step}
+            | config_lib.command_fields(command.config)
+        )
+        # JAX exchanges the devices of all processes here, so they must do it together.
+        processes.raise_on_all(mesh.available)
+        console.quiet = not processes.is_primary()
+        code = importlib.import_module(mode.module).main(command, interrupt)
+        processes.shutdown()
+    return code
+
+
+def _command(config_flag: flags.FlagHolder, options: Options) -> Command:
     config = config_flag.value
     if config is None and not config_flag.present:
         raise UserError('--config: name a config file, e.g. --config configs/digits.py')
-    file, _, argument = config_flags.get_config_filename(flags.FLAGS['config']).partition(':')
+    flag = flags.FLAGS['config']
+    file, _, argument = config_flags.get_config_filename(flag).partition(':')
     path = pathlib.Path(file)
     if not path.is_file():
         raise UserError(f'--config: there is no file {path}; see configs/ for those there are')
@@ -209,47 +172,31 @@ def _run(config_flag: flags.FlagHolder, options: Options) -> int:
         raise UserError(
             f'--config: get_config() must return a ConfigDict, not a {type(config).__name__}'
         )
-    config_lib.validate(config)
-    options.check()
-    if options.mode == 'describe':
-        return _describe(config)
-    if options.mode == 'prepare':
-        return _prepare(config)
-    if options.mode == 'benchmark':
-        return _benchmark(config, options.sweep)
-    compile_cache.keep()
-    if options.mode == 'plan':
-        return _plan(config, options)
-    overrides = config_flags.get_override_values(flags.FLAGS['config'])
-    name = options.workdir or f'runs/{_run_name(path.stem, argument, overrides)}'
-    train = options.mode == 'train'
-    # From here on a signal asks, also while JAX is imported.
-    with Interrupt() if train else contextlib.nullcontext() as interrupt:
-        from afkd_jax.devices import mesh as parallel
-        from afkd_jax.devices import processes
-        from afkd_jax.report import metrics_log as writer
+    overrides = config_flags.get_override_values(flag)
+    workdir = options.workdir or f'runs/{_run_name(path.stem, argument, overrides)}'
+    return Command(Config.of(config), options, pathlib.Path(workdir))
 
-        where = options.coordinator_address, options.num_processes, options.process_id
-        processes.start(*where, unmet=WRONG, lost=CONTINUE)
-        processes.same(
-            {'--mode': options.mode, '--step': options.step} | config_lib.of_the_command(config)
-        )
-        processes.together(parallel.available)  # they tell each other what each has: at one time
-        writer.console.quiet = not processes.leads()
-        arguments = config, pathlib.Path(name), options.step
-        code = _train(*arguments, interrupt) if train else _eval(*arguments)
-        processes.leave()
-    return code
+
+def _check_options(options: Options) -> None:
+    """Rejects options that the mode does not use."""
+    for name in sorted({name for mode in MODES.values() for name in mode.options}):
+        modes = [name_of for name_of, mode in MODES.items() if name in mode.options]
+        value = getattr(options, name)
+        if value not in (None, False) and options.mode not in modes:
+            raise UserError(
+                f'--{name}: {value} is only for --mode {" or ".join(modes)}, '
+                f'not for --mode {options.mode}'
+            )
 
 
 def _run_name(config: str, argument: str, overrides: dict[str, Any]) -> str:
     """Returns the default name of a run: of its config, the config's argument and the overrides.
 
-    So the experiments that differ do not meet in one workdir, and the same command finds its own:
-    'cifar100-resnet32-wrn-16-4-method=dml' of configs/cifar100.py:resnet32,wrn-16-4. What a run
-    may go on with (config.makes_the_run) is not in it.
+    So different experiments do not share a workdir, and the same command finds its own:
+    'cifar100-resnet32-wrn-16-4-method=dml' of configs/cifar100.py:resnet32,wrn-16-4. Fields that
+    may change when a run resumes (config.defines_run) are not part of it.
     """
-    fields = sorted(filter(config_lib.makes_the_run, overrides))
+    fields = sorted(filter(config_lib.defines_run, overrides))
     words = [config, argument, *(f'{name}={overrides[name]}' for name in fields)]
     name = re.sub(r'[^\w.=]+', '-', '-'.join(words)).replace('=-', '=').strip('-')
     if len(name) > 200:  # most file systems end at 255
@@ -257,83 +204,66 @@ def _run_name(config: str, argument: str, overrides: dict[str, Any]) -> str:
     return name
 
 
-def _train(
-    config: ConfigDict, workdir: pathlib.Path, step: int | None, interrupt: Interrupt
-) -> int:
-    from afkd_jax.report import metrics_log as writer
-    from afkd_jax.report import summary
-    from afkd_jax.training import loop as train
+def _set_platform(platform: str) -> None:
+    os.environ['JAX_PLATFORMS'] = platform
+    if 'jax' in sys.modules:  # the config file has imported it
+        sys.modules['jax'].config.update('jax_platforms', platform)
 
-    result = train.train(config, workdir, step, interrupt)
-    if result is None:
-        return CONTINUE
-    writer.console.print(*summary.tables(result))
-    writer.console.print(
-        f'{result["steps"]} steps, {result["images_per_s"] or 0:.0f} img/s, compiled in '
-        f'{result["compile_s"]:.1f} s, {result["wall_s"]:.1f} s in all, {result["device"]}; '
-        f'fingerprint {result["fingerprint"][:16]}; written to {workdir}'
+
+def _hide_tracebacks() -> None:
+    """Hides tracebacks that threads and callbacks of libraries print themselves.
+
+    TensorStore prints hundreds on a full disk. The error is raised where the work is waited for.
+    """
+
+    def unraisable(hint: Any) -> None:
+        if hint.exc_type and issubclass(hint.exc_type, KeyboardInterrupt):
+            _interrupted()  # raised inside a callback, after which Python would continue
+
+    sys.excepthook = threading.excepthook = lambda *_: None
+    sys.unraisablehook = unraisable
+
+
+def _interrupted() -> NoReturn:
+    print('error: interrupted; what was written before is intact', file=sys.stderr, flush=True)
+    # Not sys.exit: threads of the runtime may still use what the interpreter would tear down.
+    os._exit(EXIT_KILLED)
+
+
+def _message(error: Exception) -> tuple[str, int]:
+    """Returns the message and the exit code of an error."""
+    if isinstance(error, UserError):
+        return str(error), EXIT_USER_ERROR
+    words = first_line(error) if str(error).strip() else ''
+    if isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in words:
+        return (
+            f'memory is exhausted ({words or "of the host"}); lower config.batch_size or '
+            'config.eval_batch_size, in a new --workdir, or use more devices',
+            EXIT_USER_ERROR,
+        )
+    if type(error).__name__ == 'JaxRuntimeError' and (processes := _processes()):
+        return f'{processes.LOST} ({words})', EXIT_RESUMABLE
+    if isinstance(error, OSError):
+        where = error.filename or 'the disk'
+        return f'{where}: {error.strerror or error}; mend that, then run this again', (
+            EXIT_USER_ERROR
+        )
+    return (
+        f'a fault of this program ({type(error).__name__}: {words}); run the same command with '
+        '--debug for a traceback to report',
+        EXIT_BUG,
     )
-    return DONE
 
 
-def _eval(config: ConfigDict, workdir: pathlib.Path, step: int | None) -> int:
-    from afkd_jax.devices import processes
-    from afkd_jax.report import metrics_log as writer
-    from afkd_jax.report import summary
-    from afkd_jax.training import evaluate
-
-    result = evaluate.evaluate(config, workdir, step)
-    writer.console.print(*summary.tables(result))
-    if processes.leads():
-        print(json.dumps(result))
-    return DONE
+def _processes() -> ModuleType | None:
+    """Returns the module of processes, if there are several."""
+    processes = sys.modules.get('afkd_jax.devices.processes')
+    return processes if processes and processes.count() > 1 else None
 
 
-def _describe(config: ConfigDict) -> int:
-    from afkd_jax.tools import describe
-
-    facts = describe.describe(config)
-    print(describe.text(facts))
-    print(json.dumps(facts))
-    return DONE
-
-
-def _prepare(config: ConfigDict) -> int:
-    from afkd_jax.tools import prepare
-
-    result = prepare.prepare(config, lambda words: print(words, flush=True))
-    print(
-        f'{config.dataset}: {result["train"]:,} images to train on, {result["validation"]:,} held '
-        f'out, {result["test"]:,} to test, {result["num_classes"]:,} classes'
-    )
-    print(json.dumps(result))
-    return DONE
-
-
-def _plan(config: ConfigDict, options: Options) -> int:
-    if options.topology:
-        os.environ['JAX_PLATFORMS'] = 'cpu'  # the TPU need not be there; one that is stays free
-    from afkd_jax.report import metrics_log as writer
-    from afkd_jax.tools import plan
-
-    tell = writer.console.print
-    result = plan.plan(config, options.topology, options.largest_batch, tell)
-    tell(*plan.tables(result), sep='\n')
-    print(json.dumps(result))
-    return DONE
-
-
-def _benchmark(config: ConfigDict, sweep: str | None) -> int:
-    from afkd_jax.report import metrics_log as writer
-    from afkd_jax.tools import benchmark
-    from afkd_jax.tools import sweep as sweeps
-
-    file = pathlib.Path('runs/benchmark.csv')
-    for one in sweeps.configs(config, sweep) if sweep else (config,):
-        result = benchmark.benchmark(one)
-        writer.console.print(benchmark.table(result))
-        if sweep:
-            sweeps.append(result, file)
-            writer.console.print(f'appended to {file}')
-        print(json.dumps(result), flush=True)
-    return DONE
+def _end_others(message: str, code: int) -> None:
+    """Ends the other processes, if there are any, with this message, and then this one."""
+    if processes := _processes():
+        sys.stdout.flush()
+        processes.announce_end(message, code)
+        os._exit(code)  # at a normal exit the runtime would wait for the others

@@ -1,146 +1,283 @@
-"""What a valid config is, and the numbers derived from it. Imports no JAX."""
+"""The config: every field with its default and its rule, and the one check at the door.
 
+A config file starts from `default_config()` and assigns fields; there is no other place for a
+default, and a field that is not here is rejected. `Config.of` checks the result once; the rest of
+the package takes the frozen dataclasses whole. Imports no JAX.
+"""
+
+import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
-from afkd_jax.errors import UserError, nearest
-from configs import default
+from afkd_jax.errors import UserError, field_error, nearest
 
-MAPPINGS = ('shard_map', 'pmap')
-SCHEDULES = ('constant', 'steps', 'cosine')
-ON_NONFINITE = ('stop', 'skip')
-DTYPES = ('float32', 'bfloat16')
-STATISTICS = ('global', 'local')
-PLACEMENTS = ('auto', 'device', 'host', 'stream')
+Section = TypeVar('Section')
+Test = Callable[[Any], Any]
 
-# What single precision holds; a smaller number would be 0 there, a larger one infinite.
+# The range of single precision: a smaller number would be 0 there, a larger one infinite.
 _SMALLEST, _LARGEST = 1e-37, 1e38
 
-# Fields that may differ when a run continues: what it computes does not depend on them; on mesh.*
-# its rounding does, as on the number of devices. (Which images there are is checked by their
-# fingerprint.)
+# Fields that may differ when a run resumes: no bit that it computes depends on them, except that
+# mesh.* changes the rounding, as the number of devices does.
 _MAY_CHANGE = re.compile(
-    r'mesh\..*|checkpoint\..*|on_nonfinite|saturation_steps|data\.(manual_dir|data_dir|workers|placement|max_corrupt)'
+    r'mesh\..*|checkpoint\..*|on_nonfinite|saturation_steps'
+    r'|data\.(manual_dir|data_dir|workers|placement|max_corrupt)'
 )
 
 
-def flatten(config: ConfigDict | dict, prefix: str = '') -> dict[str, Any]:
-    """Returns {'data.pad': 4, ...}: every leaf under its dotted name, in the config's order."""
-    flat = {}
-    for key, value in config.items():
-        if isinstance(value, ConfigDict | dict):
-            flat |= flatten(value, f'{prefix}{key}.')
-        else:
-            flat[prefix + key] = value
-    return flat
+def _field(default: Any, rule: str = '', test: Test = lambda value: True) -> Any:
+    """Returns a field with its default, its rule ("must be ...") and the test of that rule."""
+    return dataclasses.field(default=default, metadata={'rule': rule, 'test': test})
 
 
-def _positive(value):
-    return value > 0
+def _positive(default: float) -> Any:
+    if isinstance(default, int):
+        return _field(default, 'at least 1', lambda v: v >= 1)
+    return _field(default, 'above 0', lambda v: v > 0)
 
 
-def _not_negative(value):
-    return value >= 0
+def _not_negative(default: float, zero: str = '') -> Any:
+    return _field(default, 'at least 0' + (f' (0: {zero})' if zero else ''), lambda v: v >= 0)
 
 
-def _never(value):
-    return False
+def _one_of(default: str, *values: str) -> Any:
+    return _field(default, f'one of {", ".join(values)}', lambda v: v in values)
 
 
-def _is_range(most: float):
-    """Returns the test of two rising numbers in (0, most]."""
-    return lambda v: len(v) == 2 and all(_is(x, float) for x in v) and 0 < v[0] <= v[1] <= most
+def _between(default: float, low: float, high: float, or_zero: bool = False) -> Any:
+    words = f'in {low} .. {high}' if isinstance(default, int) else f'in [{low}, {high}]'
+    if or_zero:
+        return _field(default, f'0, or {words}', lambda v: v == 0 or low <= v <= high)
+    return _field(default, words, lambda v: low <= v <= high)
 
 
-def _per_channel(least: float):
-    """Returns the test of no number, or one per channel in [least, 1]."""
-    return lambda v: len(v) in (0, 1, 3) and all(_is(x, float) and least <= x <= 1 for x in v)
+def _fraction(default: float) -> Any:
+    return _field(default, 'in [0, 1)', lambda v: 0 <= v < 1)
 
 
-def _is_optimizer(name: str) -> dict:
-    """Returns the rules of the optimizer section `name`."""
-    return {
-        f'{name}.learning_rate': (_positive, 'above 0'),
-        f'{name}.weight_decay': (_not_negative, 'at least 0'),
-        f'{name}.schedule': (lambda v: v in SCHEDULES, f'one of {", ".join(SCHEDULES)}'),
-        f'{name}.boundaries': (
-            lambda v: all(_is(x, float) and 0 < x < 1 for x in v) and list(v) == sorted(set(v)),
-            'a tuple of rising fractions of the run, each between 0 and 1, as in "(0.5,0.75)"',
-        ),
-        f'{name}.factor': (_positive, 'above 0'),
-    }
+def _range(default: tuple[float, float], most: float, words: str) -> Any:
+    def test(v: Any) -> bool:
+        return len(v) == 2 and all(_is(x, float) for x in v) and 0 < v[0] <= v[1] <= most
+
+    return _field(default, words, test)
 
 
-# Every field of the schema: its test, and the words that finish "must be ...".
-RULES = {
-    'networks': (
-        lambda v: len(v) >= 2 and all(isinstance(x, str) and x for x in v),
+def _per_channel(least: float, words: str) -> Any:
+    def test(v: Any) -> bool:
+        return len(v) in (0, 1, 3) and all(_is(x, float) and least <= x <= 1 for x in v)
+
+    return _field((), f'one number in [{words}, 1] per channel, or ()', test)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """The losses. A weight that the method does not use has no effect."""
+
+    temperature: float = _between(3.0, 0.01, 1000)  # T of the KL between logits
+    kl_weight: float = _not_negative(1.0)  # of the KL in the logit loss
+    # Fraction of the run in which the KL's weight grows to kl_weight; 0: none.
+    kl_ramp_up: float = _field(0.0, 'a fraction of the run, in [0, 1]', lambda v: 0 <= v <= 1)
+    map_weight: float = _not_negative(1.0)  # of a loss between maps (l1, ...) in the logit loss
+    adversarial_weight: float = _not_negative(1.0)  # of L_G; Adam mostly divides its scale out
+    label_smoothing: float = _fraction(0.0)  # of the cross-entropy
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """The device mesh. Networks of one architecture can be sharded; the batch always is."""
+
+    peer: int = _positive(1)  # devices over which the networks are sharded; 1: each has all
+    data: int = _not_negative(0, 'all devices')  # shards of the batch; 0: all remaining devices
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """The images: which, where they are kept, how they are augmented."""
+
+    train_examples: int = _not_negative(0, 'all')  # the first n of a fixed permutation
+    validation_fraction: float = _fraction(0.0)  # of the training images, held out; 0: none
+    # 'device': all images on every device; 'host': in memory, a batch at a time on the devices;
+    # 'stream': on disk, read and decoded when needed; 'auto': 'device' where the images take at
+    # most a quarter of its memory and are used as stored, else 'stream'.
+    placement: str = _one_of('auto', 'auto', 'device', 'host', 'stream')
+    # Side of the square to which images are cropped and resized; 0: as stored. Above 0 the images
+    # are streamed, and mean and std must be given; pad and flip are applied afterwards.
+    image_size: int = _not_negative(0, 'as stored')
+    # With image_size: the area of a random training crop as a fraction of the image's, ...
+    crop_scale: tuple[float, ...] = _range(
+        (0.08, 1.0), 1, 'two rising numbers above 0, at most 1, as in "(0.08,1.0)"'
+    )
+    # ... its width divided by its height, ...
+    crop_ratio: tuple[float, ...] = _range(
+        (3 / 4, 4 / 3), 100, 'two rising numbers above 0, as in "(0.75,1.33)"'
+    )
+    eval_resize: int = _positive(256)  # ... and the shorter side before evaluation's centre crop.
+    pad: int = _not_negative(4)  # pixels of zeros on each side before a random crop; 0: no crop
+    flip: bool = _field(True)  # horizontal, with probability 1/2
+    color_jitter: float = _between(0.0, 0, 1)  # brightness, contrast, saturation in 1 +- this
+    randaugment_operations: int = _between(0, 0, 14)  # RandAugment, 'stream' only; 0: none
+    randaugment_magnitude: float = _between(9.0, 0, 30)
+    # Alpha of the Beta distribution of the weights in mixup, and in cutmix; 0: off. With both, each
+    # image gets either with probability 1/2.
+    mixup: float = _between(0.0, 0.01, 100, or_zero=True)
+    cutmix: float = _between(0.0, 0.01, 100, or_zero=True)
+    # Per channel, of pixels in 0 .. 1; (): those of the training images.
+    mean: tuple[float, ...] = _per_channel(0, '0')
+    std: tuple[float, ...] = _per_channel(1 / 255, '1/255')
+    max_corrupt: int = _not_negative(0)  # 'stream': undecodable images that are skipped
+    workers: int = _between(0, 0, 512)  # 'stream': decoding processes; 0: threads
+    # tfds only: which split is which, as in 'train[:90%]'; '': train, and test (else validation).
+    train_split: str = _field('')
+    test_split: str = _field('')
+    manual_dir: str = _field('')  # tfds only: downloaded archives; '': none
+    data_dir: str = _field('')  # tfds only: prepared sets; '': TFDS's default
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """Adam with a schedule. Fractions of the run, so that a shortened run keeps its shape."""
+
+    learning_rate: float = _positive(2e-5)
+    weight_decay: float = _not_negative(0.0)  # added to the gradient of every parameter; 0: none
+    # 'steps' multiplies by `factor` at each of `boundaries`; 'cosine' ends at 0.
+    schedule: str = _one_of('steps', 'constant', 'steps', 'cosine')
+    boundaries: tuple[float, ...] = _field(
+        (0.25, 0.5),  # epochs 75 and 150 of 300
+        'a tuple of rising fractions of the run, each between 0 and 1, as in "(0.5,0.75)"',
+        lambda v: all(_is(x, float) and 0 < x < 1 for x in v) and list(v) == sorted(set(v)),
+    )
+    factor: float = _positive(0.1)
+
+
+@dataclasses.dataclass(frozen=True)
+class MomentumOptimizer(Optimizer):
+    """SGD with momentum; otherwise as Optimizer."""
+
+    momentum: float = _fraction(0.9)  # 0: none
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """Checkpoints beside those at the end of each epoch. No bit of a run depends on these."""
+
+    every_steps: int = _not_negative(0, 'none')
+    every_minutes: float = _not_negative(10.0, 'none')  # since the last one
+    keep: int = _positive(3)  # the last n, besides each network's best on validation
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """An experiment. The defaults are the paper's main one: AFD, two ResNet-32, CIFAR-100."""
+
+    networks: tuple[str, ...] = _field(
+        ('resnet32', 'resnet32'),
         'a tuple of at least two network names (one has nobody to learn from), none empty, '
         "each quoted, as in \"('resnet8','resnet20')\"",
-    ),
-    'ring_order': (
-        lambda v: all(_is(x, int) for x in v),
+        lambda v: len(v) >= 2 and all(isinstance(x, str) and x for x in v),
+    )
+    # The networks, counted from 1, so that each teaches the next and the last the first, as in
+    # (1, 3, 2); (): as listed.
+    ring_order: tuple[int, ...] = _field(
+        (),
         'a tuple of whole numbers, one per network, or () for the order of config.networks',
-    ),
-    'method': (bool, 'the name of a method'),
-    # Its square, and one over it, are factors in single precision.
-    'loss.temperature': (lambda v: 0.01 <= v <= 1000, 'in [0.01, 1000]'),
-    'loss.kl_weight': (_not_negative, 'at least 0'),
-    'loss.kl_ramp_up': (lambda v: 0 <= v <= 1, 'a fraction of the run, in [0, 1]'),
-    'loss.l1_weight': (_not_negative, 'at least 0'),
-    'loss.adversarial_weight': (_not_negative, 'at least 0'),
-    'loss.label_smoothing': (lambda v: 0 <= v < 1, 'in [0, 1)'),
-    'epochs': (_positive, 'at least 1'),
-    'batch_size': (_positive, 'at least 1'),
-    'eval_batch_size': (lambda v: 1 <= v <= 2**16, 'in 1 .. 65536'),
-    'seed': (lambda v: 0 <= v < 2**32, 'in 0 .. 4294967295'),
-    'mapping': (lambda v: v in MAPPINGS, f'one of {", ".join(MAPPINGS)}'),
-    'mesh.peer': (_positive, 'at least 1'),
-    'mesh.data': (_not_negative, 'at least 0 (0: all devices)'),
-    'dtype': (lambda v: v in DTYPES, f'one of {", ".join(DTYPES)}'),
-    'batch_statistics': (lambda v: v in STATISTICS, f'one of {", ".join(STATISTICS)}'),
-    'dataset': (
-        lambda v: re.fullmatch(r'digits|(idx|folder|tfds):.+', v),
-        'digits, idx:DIR, folder:DIR or tfds:NAME (e.g. tfds:cifar10)',
-    ),
-    'data.train_examples': (_not_negative, 'at least 0 (0: all)'),
-    'data.validation_fraction': (lambda v: 0 <= v < 1, 'in [0, 1)'),
-    'data.placement': (lambda v: v in PLACEMENTS, f'one of {", ".join(PLACEMENTS)}'),
-    'data.image_size': (_not_negative, 'at least 0 (0: as stored)'),
-    'data.crop_scale': (_is_range(1), 'two rising numbers above 0, at most 1, as in "(0.08,1.0)"'),
-    'data.crop_ratio': (_is_range(100), 'two rising numbers above 0, as in "(0.75,1.33)"'),
-    'data.eval_resize': (_positive, 'at least 1'),
-    'data.pad': (_not_negative, 'at least 0'),
-    'data.flip': (lambda v: True, ''),
-    'data.color_jitter': (lambda v: 0 <= v <= 1, 'in [0, 1]'),
-    'data.randaugment_operations': (lambda v: 0 <= v <= 14, 'in 0 .. 14'),
-    'data.randaugment_magnitude': (lambda v: 0 <= v <= 30, 'in [0, 30]'),
-    'data.mixup': (lambda v: v == 0 or 0.01 <= v <= 100, '0, or in [0.01, 100]'),
-    'data.cutmix': (lambda v: v == 0 or 0.01 <= v <= 100, '0, or in [0.01, 100]'),
-    'data.mean': (_per_channel(0), 'one number in [0, 1] per channel, or ()'),
-    'data.std': (_per_channel(1 / 255), 'one number in [1/255, 1] per channel, or ()'),
-    'data.max_corrupt': (_not_negative, 'at least 0'),
-    'data.workers': (lambda v: 0 <= v <= 512, 'in 0 .. 512'),
-    'data.train_split': (lambda v: True, ''),
-    'data.test_split': (lambda v: True, ''),
-    'data.manual_dir': (lambda v: True, ''),
-    'data.data_dir': (lambda v: True, ''),
-    **_is_optimizer('logit'),
-    'logit.momentum': (lambda v: 0 <= v < 1, 'in [0, 1)'),
-    **_is_optimizer('feature'),
-    **_is_optimizer('discriminator'),
-    'log_every': (_positive, 'at least 1'),
-    'checkpoint.every_steps': (_not_negative, 'at least 0 (0: none)'),
-    'checkpoint.every_minutes': (_not_negative, 'at least 0 (0: none)'),
-    'checkpoint.keep': (_positive, 'at least 1'),
-    'on_nonfinite': (lambda v: v in ON_NONFINITE, f'one of {", ".join(ON_NONFINITE)}'),
-    'saturation_steps': (_not_negative, 'at least 0 (0: never warn)'),
-}
+        lambda v: all(_is(x, int) for x in v),
+    )
+    method: str = _field('afd', 'the name of a method', bool)  # see method/presets.py
+    epochs: int = _positive(300)  # passes over the training images
+    batch_size: int = _positive(128)  # images per step, over all devices
+    eval_batch_size: int = _between(1000, 1, 2**16)  # likewise, in evaluation
+    seed: int = _between(0, 0, 2**32 - 1)  # weights, order, augmentation, dropout; not the splits
+    mapping: str = _one_of('shard_map', 'shard_map', 'pmap')  # how devices run the step
+    mesh: Mesh = Mesh()
+    # Networks and discriminators compute in this. Parameters, statistics, losses and optimizers
+    # are float32 either way.
+    dtype: str = _one_of('float32', 'float32', 'bfloat16')
+    # Batch norms use the statistics of the 'global' batch, or each device's 'local' ones: fewer
+    # collectives, but the result depends on the number of shards.
+    batch_statistics: str = _one_of('global', 'global', 'local')
+    loss: Loss = Loss()
+    dataset: str = _field(
+        'tfds:cifar100',
+        'NAME or NAME:ARGUMENT, as in digits or tfds:cifar10',
+        lambda v: re.fullmatch(r'[\w.-]+(:.+)?', v),
+    )
+    data: Data = Data()
+    # Updates trunks and classifiers from the logit loss. Epochs 150 and 225 of 300.
+    logit: MomentumOptimizer = MomentumOptimizer(0.1, weight_decay=1e-4, boundaries=(0.5, 0.75))
+    feature: Optimizer = Optimizer()  # updates trunks and transfer layers from L_G
+    discriminator: Optimizer = Optimizer()
+    log_every: int = _positive(50)  # steps per line of metrics.jsonl
+    checkpoint: Checkpoint = Checkpoint()
+    # After a step with a loss or gradient that is not finite: 'stop' the run, or 'skip' the step,
+    # which changes no array and is counted.
+    on_nonfinite: str = _one_of('stop', 'stop', 'skip')
+    # Warn when a discriminator's mean outputs have been within 0.02 of 0 or 1 for so many steps.
+    saturation_steps: int = _not_negative(500, 'never warn')
+
+    @classmethod
+    def of(cls, config: ConfigDict | Mapping[str, Any]) -> 'Config':
+        """Returns the checked config.
+
+        What depends on the images, networks or devices is checked where those are known.
+
+        Raises:
+          UserError: a field is unknown, missing, of the wrong type or outside its rule.
+        """
+        given = flatten(config)
+        check_names(given)
+        return _checked(cls, given, '')
+
+    def replace(self, **fields: Any) -> 'Config':
+        """Returns a copy with these fields, checked anew; 'a.b' names a field of a section."""
+        nested = self.to_dict()
+        for name, value in fields.items():
+            *sections, leaf = name.split('.')
+            inner = nested
+            for section in sections:
+                inner = inner[section]
+            inner[leaf] = value
+        return Config.of(nested)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns nested plain dicts."""
+        return dataclasses.asdict(self)
+
+
+def default_config(networks: str | Iterable[str] = Config.networks) -> ConfigDict:
+    """Returns every field with its default, for a config file to assign to.
+
+    Args:
+      networks: names, or one string with commas, as in `--config FILE.py:resnet20,resnet20`.
+    """
+    names = networks.split(',') if isinstance(networks, str) else networks
+    config = ConfigDict(Config().to_dict())
+    config.networks = tuple(name.strip() for name in names)
+    return config
+
+
+def _checked(kind: type[Section], given: Mapping[str, Any], prefix: str) -> Section:
+    values = {}
+    for field in dataclasses.fields(kind):  # pyright: ignore[reportArgumentType]
+        name = prefix + field.name
+        if dataclasses.is_dataclass(field.default):
+            values[field.name] = _checked(type(field.default), given, f'{name}.')
+            continue
+        if name not in given:
+            raise UserError(f'config.{name}: missing; start from default_config() and assign')
+        value, of = given[name], type(field.default)
+        if not _is(value, of):
+            raise UserError(wrong_type(name, value))
+        if of is float and value and not _SMALLEST <= abs(value) <= _LARGEST:
+            raise field_error(name, f'0, or in size between {_SMALLEST} and {_LARGEST}', value)
+        if not field.metadata['test'](value):
+            raise field_error(name, field.metadata['rule'], value)
+        values[field.name] = tuple(value) if of is tuple else value
+    return kind(**values)
 
 
 def _is(value: Any, kind: type) -> bool:
@@ -152,46 +289,38 @@ def _is(value: Any, kind: type) -> bool:
     return type(value) is kind
 
 
+def flatten(config: ConfigDict | Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+    """Returns {'data.pad': 4, ...}: every leaf under its dotted name, in the config's order."""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, ConfigDict | Mapping):
+            flat |= flatten(value, f'{prefix}{key}.')
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+DEFAULTS = flatten(Config().to_dict())  # dotted name -> default
+
+
 def wrong_type(name: str, value: Any) -> str:
-    """Returns the sentence for a value that is not of its field's type."""
-    fields = flatten(default.get_config())
-    if inside := [field for field in fields if field.startswith(f'{name}.')]:
+    """Returns the error message for a value that is not of its field's type."""
+    if inside := [field for field in DEFAULTS if field.startswith(f'{name}.')]:
         return f'config.{name}: is a section, not a field; assign one of {", ".join(inside)}'
-    kind = type(fields.get(name, ''))
+    kind = type(DEFAULTS.get(name, ''))
     words = {int: 'whole number', float: 'number', bool: 'truth value', str: 'string'}
-    return f'config.{name}: must be a {words.get(kind, kind.__name__)}, but is {value!r}'
+    return str(field_error(name, f'a {words.get(kind, kind.__name__)}', value))
 
 
 def check_names(names: Iterable[str]) -> None:
-    """Refuses the first dotted name that is not a field, or section, of the schema."""
-    fields = flatten(default.get_config())
-    sections = {field.rsplit('.', 1)[0] for field in fields if '.' in field}
+    """Rejects the first dotted name that is neither a field nor a section."""
+    sections = {field.rsplit('.', 1)[0] for field in DEFAULTS if '.' in field}
     for name in names:
-        if name not in fields and name not in sections:
-            raise UserError(f'config.{name}: there is no such field{nearest(name, fields)}')
+        if name not in DEFAULTS and name not in sections:
+            raise UserError(f'config.{name}: there is no such field{nearest(name, DEFAULTS)}')
 
 
-def validate(config: ConfigDict) -> None:
-    """Refuses an unknown, missing, wrongly typed or impossible field, with one UserError.
-
-    What depends on the images, the networks or the devices is checked where those are known.
-    """
-    fields, given = flatten(default.get_config()), flatten(config)
-    check_names(given)
-    for name, like in fields.items():
-        if name not in given:
-            raise UserError(f'config.{name}: missing; start from configs/default.py and assign')
-        value, kind = given[name], type(like)
-        if not _is(value, kind):
-            raise UserError(wrong_type(name, value))
-        test, words = RULES[name]
-        if kind is float and value and not _SMALLEST <= abs(value) <= _LARGEST:
-            test, words = _never, f'0, or in size between {_SMALLEST} and {_LARGEST}'
-        if not test(value):
-            raise UserError(f'config.{name}: must be {words}, but is {value!r}')
-
-
-def differences(old: dict, new: dict) -> list[str]:
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Returns 'field: old -> new' for every field in which two flattened configs differ."""
     absent = '(absent)'
     return [
@@ -201,30 +330,34 @@ def differences(old: dict, new: dict) -> list[str]:
     ]
 
 
-def makes_the_run(name: str) -> bool:
+def defines_run(name: str) -> bool:
     """Returns whether the bits of a run depend on the field (dotted name)."""
     return not _MAY_CHANGE.fullmatch(name)
 
 
-def of_the_run(config: ConfigDict | dict) -> dict[str, Any]:
-    """Returns the flattened fields that make the run, as JSON has them."""
-    plain = json.loads(json.dumps(config.to_dict() if isinstance(config, ConfigDict) else config))
-    return {name: value for name, value in flatten(plain).items() if makes_the_run(name)}
+def run_fields(config: Config | Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the flattened fields that define the run, as JSON has them."""
+    return {name: value for name, value in _as_json(config).items() if defines_run(name)}
 
 
-def of_the_command(config: ConfigDict) -> dict[str, Any]:
-    """Returns the flattened fields that processes which run together must share, as JSON has them.
+def command_fields(config: Config) -> dict[str, Any]:
+    """Returns the flattened fields that the processes of one run must share, as JSON has them.
 
-    All but where the data lie on each one's disk.
+    That is all except where the data lie on each one's disk.
     """
-    plain = flatten(json.loads(json.dumps(config.to_dict())))
-    return {k: v for k, v in plain.items() if k not in ('data.manual_dir', 'data.data_dir')}
+    own = ('data.manual_dir', 'data.data_dir')
+    return {name: value for name, value in _as_json(config).items() if name not in own}
+
+
+def _as_json(config: Config | Mapping[str, Any]) -> dict[str, Any]:
+    plain = config.to_dict() if isinstance(config, Config) else config
+    return flatten(json.loads(json.dumps(plain)))
 
 
 def steps_in(epochs: float, examples: int, batch_size: int) -> int:
     """Returns the number of steps after which `epochs` passes over the examples are complete.
 
-    The order of the data is one endless stream of whole passes (batches.py), so a batch may hold
+    The order of the data is one endless stream of whole passes (data/order.py), so a batch may hold
     the end of one pass and the start of the next: ceil(epochs * examples / batch_size).
     """
     return math.ceil(round(epochs * examples, 6) / batch_size)

@@ -1,11 +1,23 @@
-"""What a user can correct: one exception class, and the nearest valid name."""
+"""What a user can correct: one exception class, its usual form, and the exit codes."""
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
+
+# Exit codes. 0: finished.
+EXIT_USER_ERROR = 1  # an input to be corrected, or a run that has diverged
+EXIT_BUG = 70  # a fault of this program
+EXIT_RESUMABLE = 75  # stopped by a signal with a checkpoint: the same command resumes
+EXIT_KILLED = 130  # interrupted outside training, or for the second time
 
 
 class UserError(Exception):
-    """One sentence that names the thing, its value and the remedy; the exit code is 1."""
+    """A one-line message that names the thing, its value and the remedy."""
+
+
+def field_error(name: str, rule: str, value: Any) -> UserError:
+    """Returns the error of a config field (dotted name) whose value breaks its rule."""
+    return UserError(f'config.{name}: must be {rule}, but is {value!r}')
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
@@ -15,3 +27,9 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     if close:
         return f'; did you mean "{close[0]}"?'
     return '; valid: ' + ', '.join(valid)
+
+
+def first_line(error: BaseException, most: int = 300) -> str:
+    """Returns the first line of an exception's text, cut to `most`, or else its type."""
+    line = ' '.join((str(error).strip().splitlines() or [''])[0].split()) or type(error).__name__
+    return line if len(line) <= most else f'{line[:most]} ...'

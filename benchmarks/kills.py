@@ -1,6 +1,6 @@
 """Kills a run with SIGKILL at random moments, also while it saves, until it ends; counts.
 
-PYTHONPATH=. python benchmarks/kills.py KILLS [SEED]
+python -m benchmarks.kills KILLS [SEED]
 
 The run is a short one on the digits, with a checkpoint of every second step. It must always
 continue, and end in the fingerprint of the same run without a kill. The last line is JSON.

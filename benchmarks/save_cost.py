@@ -1,6 +1,6 @@
 """Measures what a checkpoint costs the training beside which it is written, and its size.
 
-PYTHONPATH=. python benchmarks/save_cost.py CONFIG SECONDS ROUNDS [NETWORK,NETWORK]
+python -m benchmarks.save_cost CONFIG SECONDS ROUNDS [NETWORK,NETWORK]
 
 Blocks of steps of about SECONDS each, in turn with one checkpoint at their beginning and without;
 the same number of steps, in one process. The cost of a checkpoint is the median difference of a
@@ -19,7 +19,7 @@ import time
 import jax
 
 from afkd_jax.checkpoints.progress import Progress
-from afkd_jax.checkpoints.store import Checkpoints, Point
+from afkd_jax.checkpoints.store import Checkpoints, Snapshot
 from afkd_jax.training import run as run_lib
 
 
@@ -33,7 +33,7 @@ def main(name, seconds, rounds, *networks):
     def take(steps):
         nonlocal state, count
         for _ in range(steps):
-            state, sums = step(state, no_sums, *run.feed.batch(run.order.indices(count)))
+            state, sums = step(state, no_sums, *run.pipeline.batch(run.order.indices(count)))
             sums.steps.block_until_ready()
             count += 1
 
@@ -45,13 +45,13 @@ def main(name, seconds, rounds, *networks):
     with tempfile.TemporaryDirectory() as folder:
         about = {'versions': {}, 'devices': run.devices.name}
         with Checkpoints(pathlib.Path(folder), run.origin(), about, keep=1) as checkpoints:
-            point = Point(state, no_sums, Progress.start(len(run.cohort.names)))
+            point = Snapshot(state, no_sums, Progress.start(len(run.cohort.names)))
 
             def block(save):
                 begin = time.perf_counter()
                 blocked = 0.0
                 if save:
-                    checkpoints.save(count, Point(state, no_sums, point.progress))
+                    checkpoints.save(count, Snapshot(state, no_sums, point.progress))
                     blocked = time.perf_counter() - begin
                 take(steps)
                 taken = time.perf_counter() - begin
@@ -72,7 +72,7 @@ def main(name, seconds, rounds, *networks):
             saves, restores = [], []
             for _ in range(5):
                 begin = time.perf_counter()
-                checkpoints.save(count, Point(state, no_sums, point.progress))
+                checkpoints.save(count, Snapshot(state, no_sums, point.progress))
                 checkpoints.wait()
                 saves.append(time.perf_counter() - begin)
                 begin = time.perf_counter()

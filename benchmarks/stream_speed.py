@@ -1,9 +1,10 @@
 """Images per second of decoding, of decoding and cropping, and of the whole host pipeline.
 
-PYTHONPATH=. python benchmarks/stream_speed.py [SECONDS]
+python -m benchmarks.stream_speed [SECONDS]
 
 The images are cut out of two photographs at 500 x 375, quality 95, as those of ImageNet mostly
-are; they become 224 x 224. Every figure is the median of five rounds, in turn. One JSON line each.
+are; they become 224 x 224. Every figure is the median of five interleaved
+rounds. One JSON line each.
 """
 
 import io
@@ -20,9 +21,10 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from afkd_jax.data import dataset as sources
+from afkd_jax.config import Config
 from afkd_jax.data import decode, stream
-from afkd_jax.data import order as batches
+from afkd_jax.data.dataset import dataset as open_dataset
+from afkd_jax.data.order import Order
 from configs import imagenet
 
 COUNT, BATCH, ROUNDS = 400, 64, 5
@@ -44,7 +46,7 @@ def write(root):
 
 
 def rate(images, seconds):
-    """Returns images per second of next(images), which gives how many it has made."""
+    """Returns images per second of next(images), which returns how many images it has processed."""
     next(images)
     begin, count = time.perf_counter(), 0
     while time.perf_counter() - begin < seconds:
@@ -78,7 +80,7 @@ def cropped(files, view):
 
 
 def on_every_core(files, view):
-    """The same in as many threads as there are cores: decoding and resizing hold no lock."""
+    """The same in one thread per core: decoding and resizing release the GIL."""
 
     def crop(number):
         view.training(files[number % len(files)], 3, np.random.default_rng((0, number)))
@@ -92,11 +94,11 @@ def on_every_core(files, view):
 
 
 def piped(dataset, workers):
-    order = batches.Order(0, dataset.info.train, BATCH)
-    made = stream.Batches(dataset, order.indices, 10**6, BATCH, np.arange(BATCH), 0)
-    with stream.stream(made, 0, workers) as rows:
-        for own in rows:
-            yield len(own.labels)
+    order = Order(0, dataset.info.train, BATCH)
+    batches = stream.Batches(dataset, order.indices, 10**6, BATCH, np.arange(BATCH), 0)
+    with stream.stream(batches, 0, workers) as parts:
+        for rows in parts:
+            yield len(rows.labels)
 
 
 def main(seconds):
@@ -104,8 +106,8 @@ def main(seconds):
         write(pathlib.Path(folder))
         config = imagenet.get_config()
         config.dataset, config.batch_size = f'folder:{folder}', BATCH
-        dataset = sources.dataset(config)
-        files = [dataset[place][0] for place in range(COUNT)]
+        dataset = open_dataset(Config.of(config))
+        files = [dataset[index][0] for index in range(COUNT)]
         print(json.dumps({'mean_bytes': statistics.mean(map(len, files)), 'cores': os.cpu_count()}))
         ways = {
             'Pillow decodes': lambda: by_pillow(files),

@@ -1,6 +1,6 @@
 """Measures a pair's training step against two steps of plain training, one network each.
 
-Command: PYTHONPATH=. python benchmarks/vanilla_cost.py NETWORK SIDE CHANNELS ROUNDS
+Command: python -m benchmarks.vanilla_cost NETWORK SIDE CHANNELS ROUNDS
 Batch 128, float32; all take turns in one process; medians over the rounds, first calls excluded.
 Plain training is a jitted value_and_grad and optax's SGD with momentum and weight decay.
 """
@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from afkd_jax.devices import mesh as parallel
-from afkd_jax.devices.mesh import SPLIT, WHOLE
+from afkd_jax.devices.mesh import BATCH_SHARDED, REPLICATED
 from afkd_jax.method import cohort as cohort_lib
 from afkd_jax.method import state as state_lib
 from afkd_jax.method import step as step_lib
@@ -63,7 +63,7 @@ class Ours:
         devices = parallel.Devices.take('shard_map', 1)
         self.step = devices.map(
             functools.partial(step_lib.update, cohort),
-            places=(WHOLE, SPLIT, SPLIT, WHOLE),
+            places=(REPLICATED, BATCH_SHARDED, BATCH_SHARDED, REPLICATED),
             donate=(0,),
         )
         create = jax.jit(functools.partial(state_lib.create, cohort))

@@ -16,11 +16,11 @@ The paper's numbers that are known to us, told by a third party: a pair of resne
 logit ring only 73.38 %, AFD 74.03 % top-1. Which pairs the paper has is from the same source.
 """
 
-from ml_collections import config_dict
+from ml_collections import ConfigDict
 
 from configs import default
 
 
-def get_config(networks: str = 'resnet32,resnet32') -> config_dict.ConfigDict:
+def get_config(networks: str = 'resnet32,resnet32') -> ConfigDict:
     """Returns the config of a CIFAR-100 experiment."""
     return default.get_config(networks)

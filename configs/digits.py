@@ -2,16 +2,16 @@
 
 Command: python launch.py --config configs/digits.py
 
-Measured: see README, "Measured". The recipe is ours (the paper has no such experiment): cosine
+Measured: see docs/results.md. The recipe is ours (the paper has no such experiment): cosine
 instead of steps, larger adversarial rates, and digits are never flipped.
 """
 
-from ml_collections import config_dict
+from ml_collections import ConfigDict
 
 from configs import default
 
 
-def get_config(networks: str = 'resnet8,resnet8') -> config_dict.ConfigDict:
+def get_config(networks: str = 'resnet8,resnet8') -> ConfigDict:
     """Returns the config of the demo."""
     config = default.get_config(networks)
     config.dataset = 'digits'

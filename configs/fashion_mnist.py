@@ -5,15 +5,15 @@ Command: python launch.py --config configs/fashion_mnist.py
 On a small machine, with the first 10,000 images of a fixed permutation:
   python launch.py --config configs/fashion_mnist.py --config.data.train_examples=10000
 
-Measured: see README, "Measured". The recipe is ours (the paper has no such experiment).
+Measured: see docs/results.md. The recipe is ours (the paper has no such experiment).
 """
 
-from ml_collections import config_dict
+from ml_collections import ConfigDict
 
 from configs import default
 
 
-def get_config(networks: str = 'resnet8,resnet8') -> config_dict.ConfigDict:
+def get_config(networks: str = 'resnet8,resnet8') -> ConfigDict:
     """Returns the config of the Fashion-MNIST experiment."""
     config = default.get_config(networks)
     config.dataset = 'idx:/usr/share/datasets/fashion-mnist'

@@ -12,12 +12,12 @@ ResNet-18 DML 70.19, AFD 70.39; ResNet-34 DML 73.57, AFD 74.00. Its recipe is no
 is the usual one of these networks, with the adversarial schedule of default.py.
 """
 
-from ml_collections import config_dict
+from ml_collections import ConfigDict
 
 from configs import default
 
 
-def get_config(networks: str = 'resnet18,resnet18') -> config_dict.ConfigDict:
+def get_config(networks: str = 'resnet18,resnet18') -> ConfigDict:
     """Returns the config of an ImageNet experiment."""
     config = default.get_config(networks)
     config.dataset = 'tfds:imagenet2012'

@@ -12,7 +12,6 @@ import re
 import shutil
 import subprocess
 import tempfile
-import types
 
 import flax.linen as nn
 import forks
@@ -21,11 +20,14 @@ import numpy as np
 import pytest
 
 from afkd_jax import models
-from afkd_jax.devices import mesh as parallel
-from afkd_jax.devices.mesh import SPLIT, WHOLE
+from afkd_jax.config import Config
+from afkd_jax.devices import mesh
+from afkd_jax.devices.mesh import BATCH_SHARDED, REPLICATED
+from afkd_jax.devices.spmd import DATA
 from afkd_jax.method import cohort as cohort_lib
 from afkd_jax.method import state as state_lib
 from afkd_jax.method import step as step_lib
+from afkd_jax.registry import register_network
 from configs import digits
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
@@ -80,23 +82,28 @@ class Tiny(nn.Module):
         return self.layers.dropout(self.rate)(x, train)
 
 
-def _tiny(name, layers, large):
-    match = re.fullmatch(r'tiny-(\d+)-(\d)(-drop)?', name)
-    return match and Tiny(int(match[1]), int(match[2]), 0.3 if match[3] else 0.0, layers)
+TINY = r'tiny-(\d+)-(\d)(-drop)?'
 
 
 # 'tiny-C-S': C channels, stride S; 8x8 images give maps of ceil(8 / S).
-models._FAMILIES += (types.SimpleNamespace(NAMES=(), from_name=_tiny),)
+@register_network(pattern=TINY)
+def _tiny(name, layers, large):
+    match = re.fullmatch(TINY, name)
+    return Tiny(int(match[1]), int(match[2]), 0.3 if match[3] else 0.0, layers)
+
+
 PAIR = ('tiny-8-2', 'tiny-8-2')
 
 
 def tiny_config(networks=PAIR, **fields):
     """Returns the digits config with these networks and (dotted) fields, 'a__b' for a.b."""
-    config = digits.get_config()
-    config.networks = networks
-    for name, value in fields.items():
-        config.update_from_flattened_dict({name.replace('__', '.'): value})
-    return config
+    fields = {name.replace('__', '.'): value for name, value in fields.items()}
+    return Config.of(digits.get_config()).replace(networks=networks, **fields)
+
+
+def take_devices(count=1, mapping='shard_map', peers=1):
+    """Returns the first `count` devices as a mesh; None: all of them."""
+    return mesh.arrange(mesh.available()[:count], mapping, peers)
 
 
 def tiny_cohort(config, axis_name=None, peers=1):
@@ -113,12 +120,12 @@ def random_batch(size, seed=0):
 
 def mapped_update(config, devices, donate=()):
     """Returns update() of the config's cohort, mapped over the devices."""
-    cohort = tiny_cohort(config, parallel.DATA)
+    cohort = tiny_cohort(config, DATA)
 
     def update(state, images, labels):
         return step_lib.update(cohort, state, images, labels, jax.random.key(0))
 
-    return devices.map(update, places=(WHOLE, SPLIT, SPLIT), donate=donate)
+    return devices.map(update, specs=(REPLICATED, BATCH_SHARDED, BATCH_SHARDED), donate=donate)
 
 
 def initial_state(config, seed=0):

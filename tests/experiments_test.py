@@ -1,4 +1,4 @@
-"""The experiments: every row of README's tables is one command whose config is known to the letter.
+"""The experiments: every row of docs/experiments.md is one command whose config is known to the letter.
 
 golden.txt holds the whole schema, and of each experiment what it changes. After a change that is
 meant: UPDATE_GOLDEN=1 python -m pytest tests/experiments_test.py
@@ -12,13 +12,13 @@ import re
 import pytest
 
 from afkd_jax import config as config_lib
+from afkd_jax.config import Config
 from afkd_jax.tools import describe
-from configs import default
 
 ROOT = pathlib.Path(__file__).parent.parent
 GOLDEN = pathlib.Path(__file__).with_name('golden.txt')
-_, _SECTION = (ROOT / 'README.md').read_text().split('\n## The experiments\n')
-COMMANDS = re.findall(r'`python launch.py --config ([^`]+)`', _SECTION.split('\n## ')[0])
+PAGE = ROOT / 'docs' / 'experiments.md'
+COMMANDS = re.findall(r'`python launch.py --config ([^`]+)`', PAGE.read_text())
 
 
 def resolved(command):
@@ -31,15 +31,14 @@ def resolved(command):
         name, value = override.split('=')
         kind = type(config_lib.flatten(config)[name])
         config.update_from_flattened_dict({name: kind(value)})
-    config_lib.validate(config)
-    return config
+    return Config.of(config)
 
 
 def test_the_configs_are_the_golden_ones():
-    schema = config_lib.flatten(default.get_config())
+    schema = config_lib.DEFAULTS
     lines = ['configs/default.py', *(f'  {name} = {value!r}' for name, value in schema.items())]
     for command in COMMANDS:
-        changes = config_lib.differences(schema, config_lib.flatten(resolved(command)))
+        changes = config_lib.differences(schema, config_lib.flatten(resolved(command).to_dict()))
         lines += ['', command, *(f'  {change}' for change in changes)]
     text = '\n'.join(lines) + '\n'
     if os.environ.get('UPDATE_GOLDEN'):
@@ -57,9 +56,9 @@ def test_a_config_files_docstring_names_its_experiments():
 @pytest.mark.parametrize('command', COMMANDS)
 def test_every_experiment_is_described(command, tmp_path):
     config = resolved(command)
-    config.data.data_dir = str(tmp_path)
+    config = config.replace(**{'data.data_dir': str(tmp_path)})
     if config.dataset.startswith('idx:'):
-        config.dataset = 'tfds:fashion_mnist'  # the same images, described without them
+        config = config.replace(dataset='tfds:fashion_mnist')  # the same images, described without them
     facts = describe.describe(config)
     assert [entry['name'] for entry in facts['networks']] == list(config.networks)
     assert all(row['name'] in describe.text(facts) for row in facts['networks'])

@@ -1,30 +1,40 @@
-"""What a run must remember beside its arrays; stored with each checkpoint, as JSON."""
+"""The progress of a run: what is stored with each checkpoint beside its arrays, as JSON."""
 
 import dataclasses
+from typing import Any
+
+from afkd_jax.method.metrics import Evaluation
+
+
+@dataclasses.dataclass(frozen=True)
+class Best:
+    """The first epoch with a network's highest validation accuracy; accuracies in percent."""
+
+    step: int
+    validation: float
+    test: float
 
 
 @dataclasses.dataclass
 class Progress:
-    """What a run must remember beside its state.
+    """What a run must remember beside its arrays.
 
     Attributes:
-      best: per network and, last, the ensemble: {'validation', 'test', 'step'}, accuracies in
-        percent where the validation accuracy was highest (the first such epoch); None before.
-      scores: split -> its last evaluation: {'step', 'accuracy', 'cross_entropy', 'top5'}, as
-        in summary.Scores.
+      best: per network and, last, the ensemble; None before the first evaluation.
+      saturated: per network, for how many steps its discriminator has been saturated.
+      warned: per network, whether that was reported.
+      evaluations: split -> (step, its last evaluation, without counts).
       evaluated: the step after which the last epoch was evaluated; 0: none yet.
       images_per_s: training speed of each epoch so far, without each process's first step.
       wall_s: seconds spent up to this checkpoint, over all restarts.
-      skipped: steps skipped because of a number that was not finite, up to the last log line.
-      skipped_in_a_row: those since the last log line that had a step that was not skipped.
-      saturated: per network, for how many steps its discriminator has been saturated.
-      warned: per network, whether that was told.
+      skipped: steps skipped because of a non-finite value, up to the last log line.
+      skipped_in_a_row: those since the last log line with a step that was not skipped.
     """
 
-    best: list[dict | None]
+    best: list[Best | None]
     saturated: list[int]
     warned: list[bool]
-    scores: dict[str, dict] = dataclasses.field(default_factory=dict)
+    evaluations: dict[str, tuple[int, Evaluation]] = dataclasses.field(default_factory=dict)
     evaluated: int = 0
     images_per_s: list[float] = dataclasses.field(default_factory=list)
     wall_s: float = 0.0
@@ -38,14 +48,36 @@ class Progress:
             best=[None] * (networks + 1), saturated=[0] * networks, warned=[False] * networks
         )
 
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> 'Progress':
+        """Returns what to_json() was made of.
+
+        Raises:
+          TypeError, KeyError: another version wrote it.
+        """
+        best = [entry and Best(**entry) for entry in values['best']]
+        evaluations = {
+            split: (step, Evaluation(**entry))
+            for split, (step, entry) in values['evaluations'].items()
+        }
+        return cls(**values | {'best': best, 'evaluations': evaluations})
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns it as JSON; of evaluations all but the counts."""
+        evaluations = {
+            split: (step, dataclasses.replace(evaluation, counts=None))
+            for split, (step, evaluation) in self.evaluations.items()
+        }
+        return dataclasses.asdict(dataclasses.replace(self, evaluations=evaluations))
+
     def improved(self, validation: list[float]) -> list[int]:
-        """Returns whose validation accuracy is higher than ever before; ties keep the first."""
+        """Returns the networks whose validation accuracy is a new maximum; ties keep the first."""
         return [
             k
             for k, best in enumerate(self.best)
-            if best is None or validation[k] > best['validation']
+            if best is None or validation[k] > best.validation
         ]
 
     def best_steps(self) -> set[int]:
         """Returns the steps at which a network or the ensemble was best on validation."""
-        return {best['step'] for best in self.best if best}
+        return {best.step for best in self.best if best}

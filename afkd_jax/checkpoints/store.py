@@ -1,8 +1,8 @@
-"""Checkpoints: the arrays (Orbax) and a record of what they are (record.py), in atomic directories.
+"""Checkpoints: arrays (Orbax) and a record (record.py) in directories that appear atomically.
 
-The record holds the run's progress, what the run is (its config, images and the names, dtypes and
-shapes of its arrays), the versions, and checksums. So a checkpoint that is cut, altered, incomplete
-or another run's is told from one that is whole before any of its files is interpreted.
+The record holds the run's progress, its origin (config, images and the names, dtypes and shapes of
+its arrays), versions and checksums. So a checkpoint that is cut, altered, incomplete or another
+run's is detected before any of its files is interpreted.
 """
 
 import concurrent.futures
@@ -19,52 +19,49 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 
 from afkd_jax import config as config_lib
 from afkd_jax.checkpoints import record
 from afkd_jax.checkpoints.progress import Progress
+from afkd_jax.devices import arrays as arrays_lib
 from afkd_jax.devices import processes
-from afkd_jax.errors import UserError
+from afkd_jax.errors import UserError, first_line
 from afkd_jax.method import state as state_lib
 from afkd_jax.method.metrics import Sums
-from afkd_jax.method.state import TrainState
+from afkd_jax.method.state import State
 
-# <step>, or <step>.<n> where a checkpoint of that step was replaced by a later one.
+# <step>, or <step>.<n> where a later checkpoint replaces one of the same step.
 _NAME = re.compile(r'\d+(\.\d+)?')
 _UNFINISHED = '.unfinished'  # being written, or being deleted
-_SAVING = 'save'  # what processes tell each other from the thread that writes
+_SAVING = 'save'  # tag of what processes exchange from the thread that writes
 
 
 @dataclasses.dataclass(frozen=True)
-class Point:
-    """A run at one step: all that is needed to go on as if it had never stopped.
+class Snapshot:
+    """A run at one step: all that is needed to continue as if it had never stopped.
 
     Attributes:
-      state: of the run.
       sums: of the values since the last log line.
-      progress: what else must be remembered.
     """
 
-    state: TrainState
+    state: State
     sums: Sums
     progress: Progress
 
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """A point that was read.
+    """A snapshot that was read.
 
     Attributes:
-      point: the run.
-      about: what the checkpoint was written by: 'versions' and 'devices'.
-      rejected: directory -> why it was not used, of the newer ones that should have been.
+      metadata: 'versions' and 'devices' that wrote it.
+      rejected: directory -> why it was not used, of newer ones that should have been.
       newer: the other directories that are newer.
     """
 
-    point: Point
-    about: dict[str, Any]
+    snapshot: Snapshot
+    metadata: dict[str, Any]
     rejected: dict[pathlib.Path, str]
     newer: list[pathlib.Path]
 
@@ -82,47 +79,46 @@ def _step(path: pathlib.Path) -> int:
 class Checkpoints:
     """The checkpoints of one workdir.
 
-    Written by a thread of their own, one at a time, while training goes on; the directory of one
-    that is not complete has another name. Every process writes the arrays that it has, process 0
-    the rest. Networks whose arrays are alike are stored stacked, so that what is on the disk does
-    not depend on where they lived. Kept are the last `keep`, and for each network and the
-    ensemble that of its best epoch on validation.
+    A thread writes them, one at a time, while training continues. Every process writes its shards,
+    the primary the rest. Networks with the same structure are stored stacked, so that the files do
+    not depend on the mesh. The last `keep` are kept, and each network's and the ensemble's best
+    epoch on validation.
 
     Args:
-      workdir: they lie in its folder `checkpoints`.
-      origin: what makes the run (Run.origin).
-      about: what goes into each record for the reader: 'versions', 'devices'.
+      workdir: they are in its folder `checkpoints`.
+      origin: what defines the run (Run.origin).
+      metadata: 'versions' and 'devices', for the record.
       keep: None to read only.
-      check_held: raises if the workdir is no longer ours to write in.
+      check_held: raises if the workdir's lock was lost.
     """
 
     def __init__(
         self,
         workdir: pathlib.Path,
         origin: dict[str, Any],
-        about: dict[str, Any] | None = None,
+        metadata: dict[str, Any] | None = None,
         keep: int | None = None,
         check_held: Callable[[], None] = lambda: None,
     ):
         self.folder = workdir.absolute() / 'checkpoints'
-        self._origin = json.loads(json.dumps(origin))  # as it will come back
-        self._about, self._keep, self._check_held = about, keep, check_held
-        # So processes wait for each other by words; by default they do by a sum over their devices,
-        # which from this thread would get between those of the steps.
-        together = ocp.options.MultiprocessingOptions(
+        self._origin = json.loads(json.dumps(origin))  # as it will be read
+        self._metadata, self._keep, self._check_held = metadata or {}, keep, check_held
+        # With active_processes Orbax synchronises by the key-value store; by default it sums over
+        # the devices, which from this thread would interleave with the steps' collectives.
+        processes_option = ocp.options.MultiprocessingOptions(
             active_processes=set(range(processes.count())) if processes.count() > 1 else None
         )
         self._orbax = ocp.Checkpointer(
-            ocp.StandardCheckpointHandler(multiprocessing_options=together),
-            multiprocessing_options=together,
+            ocp.StandardCheckpointHandler(multiprocessing_options=processes_option),
+            multiprocessing_options=processes_option,
         )
         self._thread = concurrent.futures.ThreadPoolExecutor(1, 'checkpoints')
         self._writing: concurrent.futures.Future | None = None
-        # The next step reuses the memory of the state; a copy on the devices is made at once.
-        self._copy = jax.jit(lambda arrays: jax.tree.map(jnp.copy, _as_stored(arrays)))
-        if keep is not None and processes.leads():
+        # The next step reuses the state's memory, so a copy is made on the devices.
+        self._copy = jax.jit(lambda arrays: jax.tree.map(jnp.copy, _stored(arrays)))
+        if keep is not None and processes.is_primary():
             self.folder.mkdir(exist_ok=True)
-            for path in self.folder.iterdir():  # what a killed process left half done
+            for path in self.folder.iterdir():  # left by a killed process
                 if path.name.endswith(_UNFINISHED):
                     shutil.rmtree(path)
 
@@ -133,7 +129,7 @@ class Checkpoints:
         try:
             self.wait()
         except UserError:
-            if kind is None:  # else there is something more important to say
+            if kind is None:  # else the first error is the one to report
                 raise
         finally:
             self._thread.shutdown()
@@ -146,67 +142,70 @@ class Checkpoints:
         found = [path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)]
         return sorted(found, key=_order)
 
-    def save(self, step: int, point: Point) -> None:
-        """Starts to write a checkpoint; waits only for the one before.
+    def save(self, step: int, snapshot: Snapshot) -> None:
+        """Starts to write a checkpoint, after the one before is written.
 
         Args:
-          step: of the point.
-          point: whose state and sums may be given away afterwards.
+          step: of the snapshot.
+          snapshot: its arrays may be donated afterwards.
 
         Raises:
           UserError: the one before could not be written.
         """
         self.wait()
-        arrays = self._copy((point.state, point.sums))
+        arrays = self._copy((snapshot.state, snapshot.sums))
         content = {
             'step': step,
-            'progress': dataclasses.asdict(point.progress),
+            'progress': snapshot.progress.to_json(),
             'origin': self._origin,
-            **self._about,
+            **self._metadata,
         }
-        self._writing = self._thread.submit(self._write, step, arrays, content)
+        best = snapshot.progress.best_steps()
+        self._writing = self._thread.submit(self._write, step, arrays, content, best)
 
     def wait(self) -> None:
-        """Waits for what is being written, and raises what went wrong there."""
+        """Waits for the checkpoint being written, and raises its error."""
         writing, self._writing = self._writing, None
         if writing:
             writing.result()
 
     def poll(self) -> None:
-        """Raises what went wrong in writing, if that is known by now."""
+        """Raises the error of the checkpoint being written, if it has failed by now."""
         if self._writing and self._writing.done():
             self.wait()
 
-    def _write(self, step: int, arrays: Any, content: dict[str, Any]) -> None:
-        state, _ = arrays
-        together = functools.partial(processes.together, tag=_SAVING)
-        together(lambda: _refuse_nonfinite(step, state))
-        content['digests'] = _merged(processes.share(state_lib.digests(state), _SAVING))
+    def _write(self, step: int, arrays: Any, content: dict[str, Any], best: set[int]) -> None:
+        raise_on_all = functools.partial(processes.raise_on_all, tag=_SAVING)
+        state, sums = arrays
+        parts = state.local_parts()
+        raise_on_all(lambda: _reject_nonfinite(step, parts))
+        content['digests'] = _merged(processes.all_gather(_digests(parts, sums), _SAVING))
         same = [_order(path) for path in self.paths() if _step(path) == step]
-        name = processes.told(f'{step}.{same[-1][1] + 1}' if same else str(step), _SAVING)
+        name = processes.broadcast(f'{step}.{same[-1][1] + 1}' if same else str(step), _SAVING)
         path = self.folder / name
         unfinished = path.with_name(path.name + _UNFINISHED)
         try:
-            _check_room(self.folder, arrays)
+            _check_disk_space(self.folder, arrays)
             self._orbax.save(unfinished / 'arrays', args=ocp.args.StandardSave(arrays))
-            if processes.leads():
+            if processes.is_primary():
                 record.write(unfinished, content)
         except Exception as error:  # Orbax and TensorStore raise whatever their drivers raise
             shutil.rmtree(unfinished, ignore_errors=True)
             disk = re.search(r'([^:]+) \[os_error_code', str(error))
-            why = disk[1].strip() if disk else record.first_words(error)
+            why = disk[1].strip() if disk else first_line(error)
             raise UserError(
                 f'{path}: the checkpoint cannot be written ({why}); those before it are intact: '
                 'make room, or mend the disk, then the same command continues'
             ) from error
         self._check_held()
-        if processes.leads():
+        if processes.is_primary():
             unfinished.rename(path)
-            self._remove_old(Progress(**content['progress']).best_steps())
-        together(lambda: None)  # now all see the same checkpoints
+            self._remove_old(best)
+        raise_on_all(lambda: None)  # from here on all processes see the same checkpoints
 
     def _remove_old(self, best: set[int]) -> None:
         """Deletes what need not be kept; each is renamed first, so that none is left in pieces."""
+        assert self._keep
         last = {_step(path): path for path in self.paths()}  # of two of one step the later
         kept = {last[step] for step in [*sorted(last)[-self._keep :], *(best & last.keys())]}
         for path in self.paths():
@@ -215,19 +214,18 @@ class Checkpoints:
                 path.rename(removed)
                 shutil.rmtree(removed)
 
-    def restore(self, like: tuple[TrainState, Sums], step: int | None = None) -> Restored | None:
-        """Returns the newest checkpoint that is whole and this run's; None if there is none at all.
+    def restore(self, abstract: tuple[State, Sums], step: int | None = None) -> Restored | None:
+        """Returns the newest whole checkpoint of this run; None if there is no checkpoint.
 
         Args:
-          like: shapes, dtypes and where the arrays go.
-          step: which checkpoint; None for the newest.
+          abstract: shapes, dtypes and shardings of state and sums.
+          step: of the checkpoint; None for the newest.
 
         Raises:
           UserError: there are checkpoints, but none that can be used.
         """
-        paths = [self.folder / name for name in processes.told([p.name for p in self.paths()])][
-            ::-1
-        ]
+        names = processes.broadcast([path.name for path in self.paths()])
+        paths = [self.folder / name for name in reversed(names)]
         wanted = [path for path in paths if step in (None, _step(path))]
         if step is not None and not wanted:
             known = ', '.join(str(step) for step in sorted(set(map(_step, paths)))) or 'none'
@@ -237,131 +235,124 @@ class Checkpoints:
         rejected: dict[pathlib.Path, str] = {}
         for path in wanted:
             try:
-                point, about = self._read(path, like)
-            except record.Unfit as error:
+                snapshot, metadata = self._read(path, abstract)
+            except record.Unusable as error:
                 rejected[path] = str(error)
                 continue
             newer = [other for other in paths[: paths.index(path)] if other not in rejected]
-            return Restored(point, about, rejected, newer)
+            return Restored(snapshot, metadata, rejected, newer)
         if rejected:
-            told = '; '.join(f'{path.name} {why}' for path, why in rejected.items())
+            reasons = '; '.join(f'{path.name} {why}' for path, why in rejected.items())
             raise UserError(
-                f'{self.folder}: no checkpoint can be used: {told}. Put back a whole one of this '
-                'run, or name another --workdir to start anew'
+                f'{self.folder}: no checkpoint can be used: {reasons}. Put back a whole one of '
+                'this run, or name another --workdir to start anew'
             )
         return None
 
     def _read(
-        self, path: pathlib.Path, like: tuple[TrainState, Sums]
-    ) -> tuple[Point, dict[str, Any]]:
-        # Process 0 looks at the files; then all read the arrays.
-        content = _fit(lambda: self._content(path) if processes.leads() else None)
-        content = processes.told(content)
-        arrays = _fit(lambda: self._arrays(path, like, content['digests']))
-        point = Point(*arrays, Progress(**content['progress']))
-        return point, {name: content[name] for name in ('versions', 'devices')}
+        self, path: pathlib.Path, abstract: tuple[State, Sums]
+    ) -> tuple[Snapshot, dict[str, Any]]:
+        # The primary checks the files; then all read the arrays.
+        content = _unusable_on_all(lambda: self._content(path) if processes.is_primary() else None)
+        content = processes.broadcast(content)
+        state, sums = _unusable_on_all(lambda: self._arrays(path, abstract, content['digests']))
+        snapshot = Snapshot(state, sums, Progress.from_json(content['progress']))
+        return snapshot, {name: content[name] for name in ('versions', 'devices')}
 
     def _content(self, path: pathlib.Path) -> dict[str, Any]:
         """Returns the record of a checkpoint whose files are whole and of this run."""
         content = record.read(path)
         if content['step'] != _step(path):
-            raise record.Unfit(f'is that of step {content["step"]}')
+            raise record.Unusable(f'is that of step {content["step"]}')
         different = config_lib.differences(
             config_lib.flatten(content['origin']), config_lib.flatten(self._origin)
         )
         if different:
             more = f' and {len(different) - 4} more' if len(different) > 4 else ''
-            raise record.Unfit(f'is of another run ({"; ".join(different[:4])}{more})')
+            raise record.Unusable(f'is of another run ({"; ".join(different[:4])}{more})')
         try:
-            Progress(**content['progress'])
-        except TypeError as error:
-            raise _of_another_version(error) from error
+            Progress.from_json(content['progress'])
+        except (TypeError, KeyError) as error:
+            raise _other_version(error) from error
         return content
 
     def _arrays(
-        self, path: pathlib.Path, like: tuple[TrainState, Sums], digests: dict[str, str]
-    ) -> tuple[TrainState, Sums]:
+        self, path: pathlib.Path, abstract: tuple[State, Sums], digests: dict[str, str]
+    ) -> tuple[State, Sums]:
         """Returns the arrays of a checkpoint whose files are whole."""
-        stored, stacks = like, _stacks(like[0])
-        if stacks:  # they are, and will be, as whole on every device as the step is
-            everywhere = like[0].step.sharding
-            stored = jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
-                jax.eval_shape(_as_stored, like),
+        wanted: Any = jax.eval_shape(_stored, abstract)
+        restack = type(wanted[0]) is not type(abstract[0])
+        sharding = abstract[0].step.sharding  # replicated, as all of the step's state is
+        wanted = (
+            jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), wanted
             )
+            if restack
+            else abstract
+        )
         try:
-            arrays = self._orbax.restore(path / 'arrays', args=ocp.args.StandardRestore(stored))
+            state, sums = self._orbax.restore(
+                path / 'arrays', args=ocp.args.StandardRestore(wanted)
+            )
         except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
-            # Its files are whole, so another version wrote them.
-            raise _of_another_version(error) from error
-        found = state_lib.digests(arrays[0]).items()
-        if any(digests[str(k)] != digest for k, digest in found):
-            raise record.Unfit('is read as other arrays than were written, by this version')
-        if stacks:
-            arrays = jax.jit(state_lib.unstacked)(arrays[0]), arrays[1]
-        return arrays
+            # The files are whole, so another version wrote them.
+            raise _other_version(error) from error
+        found = _digests(state.local_parts(), sums)
+        if any(digests.get(name) != digest for name, digest in found.items()):
+            raise record.Unusable('is read as other arrays than were written, by this version')
+        return (jax.jit(lambda state: state.unstack())(state) if restack else state), sums
 
 
-def _as_stored(arrays: tuple[TrainState, Sums]) -> tuple[TrainState, Sums]:
-    """Returns the arrays in the form in which they are on the disk."""
+def _stored(arrays: tuple[State, Sums]) -> tuple[State, Sums]:
+    """Returns the arrays in the structure in which they are stored."""
     state, sums = arrays
-    return (state_lib.stacked(state) if _stacks(state) else state), sums
+    return (state.stack() if state.stackable else state), sums
 
 
-def _stacks(state: TrainState) -> bool:
-    """Returns whether the networks of a state are stacked on the disk alone."""
-    return isinstance(state.networks, tuple) and state_lib.alike(state)
+def _digests(parts: dict[int, Any], sums: Sums) -> dict[str, str]:
+    return state_lib.digests(parts) | {'sums': arrays_lib.fingerprint(sums)}
 
 
-def _fit(function: Callable[[], Any]) -> Any:
-    """Returns what it returns, once it has in every process; raises Unfit if one of them does."""
+def _unusable_on_all(function: Callable[[], Any]) -> Any:
+    """Returns function(), once it has returned in every process.
+
+    Raises:
+      Unusable: it was raised in one process, so it is raised in all.
+    """
     result, why = None, None
     try:
         result = function()
-    except record.Unfit as error:
+    except record.Unusable as error:
         why = str(error)
-    reasons = [reason for reason in processes.share(why) if reason]
+    reasons = [reason for reason in processes.all_gather(why) if reason]
     if reasons:
-        raise record.Unfit(reasons[0])
+        raise record.Unusable(reasons[0])
     return result
 
 
-def _of_another_version(error: Exception) -> record.Unfit:
-    return record.Unfit(f'cannot be read by this version ({record.first_words(error)})')
+def _other_version(error: Exception) -> record.Unusable:
+    return record.Unusable(f'cannot be read by this version ({first_line(error)})')
 
 
 def _merged(parts: list[dict[str, str]]) -> dict[str, str]:
     return {name: value for part in parts for name, value in sorted(part.items())}
 
 
-def _check_room(folder: pathlib.Path, arrays: Any) -> None:
+def _check_disk_space(folder: pathlib.Path, arrays: Any) -> None:
     """Raises an OSError if the disk has no room for a checkpoint, before one is begun."""
-    # Arrays hardly compress; beside them lie the record and what Orbax notes of each of them.
-    needed = 2**20 + 1.1 * sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
+    # Arrays hardly compress; the record and Orbax's metadata of each array are added.
+    needed = 2**20 + 1.1 * arrays_lib.byte_count(arrays)
     free = shutil.disk_usage(folder).free
     if free < needed:
         figures = f'about {needed / 1e6:.1f} MB are needed, {free / 1e6:.1f} MB are free'
         raise OSError(f'{os.strerror(errno.ENOSPC)}: {figures}')
 
 
-def _refuse_nonfinite(step: int, state: TrainState) -> None:
-    """Refuses to keep a state that has run over, though the step's values were still finite."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
-            continue
-        for shard in leaf.addressable_shards:
-            if shard.replica_id:  # the same as another, perhaps in another process
-                continue
-            finite = np.isfinite(np.asarray(shard.data))
-            if finite.all():
-                continue
-            name = path
-            if not isinstance(state.networks, tuple):  # stacked
-                first = shard.index[0].start or 0
-                k = first + int(np.argmin(finite.reshape(len(finite), -1).all(1)))
-                name = (path[0], jax.tree_util.SequenceKey(k), *path[1:])
-            raise UserError(
-                f'step {step}: {jax.tree_util.keystr(name)} holds numbers that are not finite; the '
-                'run has diverged and is ended, its checkpoints are from before: '
-                'lower config.logit.learning_rate, in a new --workdir'
-            )
+def _reject_nonfinite(step: int, parts: dict[int, Any]) -> None:
+    """Rejects a state that has overflowed although the step's values were still finite."""
+    if name := state_lib.nonfinite(parts):
+        raise UserError(
+            f'step {step}: {name} holds numbers that are not finite; the run has diverged and is '
+            'ended, its checkpoints are from before: '
+            'lower config.logit.learning_rate, in a new --workdir'
+        )

@@ -1,87 +1,85 @@
-"""What images there are: a data set's name -> labelled images, in three splits.
+"""Data sets: the images that config.dataset names, in three splits and one numbering.
 
-digits      scikit-learn's 1,797 images; 20 % are the test split.
-idx:DIR     the four gzip IDX files of the MNIST family in one directory (idx_source.py).
-folder:DIR  image files, train/<class>/... and val/<class>/... (folder_source.py).
-tfds:NAME   a TFDS image-classification set (tfds_source.py).
+Where the images come from is data/sources. Imports no JAX.
 """
 
 import dataclasses
-import hashlib
+from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from afkd_jax import config as config_lib
+from afkd_jax import registry
+from afkd_jax.config import Config
 from afkd_jax.data import decode
-from afkd_jax.data.examples import Examples, Images, seen_shape
-from afkd_jax.errors import UserError
+from afkd_jax.data.examples import Examples, Images, Shape, digest, input_shape
+from afkd_jax.data.sources import Source
+from afkd_jax.errors import UserError, field_error
 
 # The splits are the same in every run: they never depend on config.seed. NumPy promises that
 # the stream of a RandomState will not change between its versions.
 _SPLIT_SEED = 20200705
 _MOST_STEPS = 2**31 - 1  # the state's counter is an int32
+_SPLITS = ('train', 'validation', 'test')
 
 
 @dataclasses.dataclass(frozen=True)
 class Info:
-    """What is known of a data set without its images.
+    """A data set without its images: the networks' input shape, classes and split sizes.
 
     Attributes:
       image_shape: (H, W, C).
-      num_classes: at least 2.
-      train: images to train on, after the validation split and the limit.
-      validation: images held out of the training images; may be 0.
-      test: images of the test split.
+      classes: their names, at least 2.
+      train: number of images to train on, without the validation split.
+      validation: number of images held out of the training images; may be 0.
+      test: number of test images.
     """
 
     image_shape: tuple[int, int, int]
-    num_classes: int
+    classes: tuple[str, ...]
     train: int
     validation: int
     test: int
 
-    def held_out(self) -> tuple[str, ...]:
-        """Returns the splits that are evaluated: validation, where there is one, and test."""
-        return ('validation', 'test') if self.validation else ('test',)
-
-    def places(self, split: str) -> range:
-        """Returns where a split's images lie when all are laid out one after the other.
-
-        Args:
-          split: 'train', 'validation' or 'test'.
-        """
-        ends = np.cumsum([0, self.train, self.validation, self.test]).tolist()
-        index = ('train', 'validation', 'test').index(split)
-        return range(ends[index], ends[index + 1])
-
-
-@dataclasses.dataclass(frozen=True)
-class Splits:
-    """The images of a run; no image is in two of the splits."""
-
-    train: Images
-    validation: Images
-    test: Images
-    num_classes: int
+    @property
+    def num_classes(self) -> int:
+        """The number of classes."""
+        return len(self.classes)
 
     @property
-    def info(self) -> Info:
-        """Shape, classes and sizes."""
-        sizes = len(self.train), len(self.validation), len(self.test)
-        return Info(self.train.pixels.shape[1:], self.num_classes, *sizes)
+    def examples(self) -> int:
+        """The number of images of all splits."""
+        return self.train + self.validation + self.test
+
+    def held_out(self) -> tuple[str, ...]:
+        """Returns the splits that are evaluated: validation, if there is one, and test."""
+        return ('validation', 'test') if self.validation else ('test',)
+
+    def indices(self, split: str) -> range:
+        """Returns the indices of 'train', 'validation' or 'test', which follow each other."""
+        number = _SPLITS.index(split)
+        start = sum((self.train, self.validation, self.test)[:number])
+        return range(start, start + getattr(self, split))
+
+    def sizes(self) -> dict[str, Any]:
+        """Returns the fields as JSON has them, with the number of classes for their names."""
+        return {
+            'image_shape': self.image_shape,
+            'num_classes': self.num_classes,
+            'train': self.train,
+            'validation': self.validation,
+            'test': self.test,
+        }
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """The images of a run by random access, in one numbering: train, validation, test.
+    """The images of a run by random access, numbered: train, validation, test.
 
     Attributes:
-      info: sizes; of the images as the networks see them.
-      view: how they see them.
-      train: the set's training images.
-      test: its test images.
-      order: int [train + validation], of the set's training images: those that are trained on,
+      train: the source's training images.
+      test: the source's test images.
+      order: int [train + validation], indices of the source's training images: those to train on,
         then those that are held out.
     """
 
@@ -91,125 +89,104 @@ class Dataset:
     test: Examples
     order: np.ndarray
 
-    def _at(self, place: int) -> tuple[Examples, int]:
-        if place < len(self.order):
-            return self.train, int(self.order[place])
-        return self.test, place - len(self.order)
+    def _locate(self, index: int) -> tuple[Examples, int]:
+        if index < len(self.order):
+            return self.train, int(self.order[index])
+        return self.test, index - len(self.order)
 
-    def __getitem__(self, place: int) -> tuple[np.ndarray | bytes, int]:
-        """Returns (image as it is stored, label); see Info.places.
+    def __getitem__(self, index: int) -> tuple[np.ndarray | bytes, int]:
+        """Returns (image as it is stored, label); see Info.indices.
 
         Raises:
-          UserError: the label is none of the classes.
+          UserError: the label is out of range.
         """
-        examples, index = self._at(place)
-        image, label = examples[index]
-        if not 0 <= label < self.info.num_classes:
-            raise UserError(_wrong_label(self.name(place), label, self.info))
+        examples, stored = self._locate(index)
+        image, label = examples[stored]
+        self._check_labels(index, np.array([label]))
         return image, label
 
-    def name(self, place: int) -> str:
+    def name(self, index: int) -> str:
         """Returns where the image is stored."""
-        examples, index = self._at(place)
-        return examples.name(index)
+        examples, stored = self._locate(index)
+        return examples.name(stored)
 
     def fingerprint(self) -> str:
-        """Returns what tells these images from others without reading them, as hex."""
-        whole = self.train.fingerprint(), self.test.fingerprint(), self.order.tolist()
-        return hashlib.sha256(repr(whole).encode()).hexdigest()
+        """Returns a hash that differs for other images, without reading them, as hex."""
+        return digest((self.train.fingerprint(), self.test.fingerprint(), self.order.tolist()))
 
-    def load(self) -> Splits:
+    def load(self) -> Images:
         """Returns all images in memory, as they are stored.
 
         Raises:
-          UserError: one cannot be decoded, or is of another size than the others.
+          UserError: an image cannot be decoded, or differs in size from the others.
         """
         try:
             train, test = self.train.load(), self.test.load()
-        except decode.Broken as error:
+        except decode.DecodeError as error:
             raise UserError(
-                f'config.dataset: {error}; mend or remove it, let config.data.placement=stream '
-                'pass over config.data.max_corrupt such images, or resize images of many sizes by '
-                'config.data.image_size'
+                f'config.dataset: {error}; repair or remove it, let config.data.placement=stream '
+                'skip up to config.data.max_corrupt such images, or resize images of many sizes '
+                'by config.data.image_size'
             ) from None
-        for split in (train, test):
-            wrong = np.flatnonzero((split.labels < 0) | (split.labels >= self.info.num_classes))
-            if len(wrong):
-                raise UserError(
-                    _wrong_label(split.name(wrong[0]), split.labels[wrong[0]], self.info)
-                )
-        kept, held = np.split(self.order, [self.info.train])
-        return Splits(train.take(kept), train.take(held), test, self.info.num_classes)
+        images = Images(
+            np.concatenate([train.pixels[self.order], test.pixels]),
+            np.concatenate([train.labels[self.order], test.labels]),
+        )
+        self._check_labels(0, images.labels)
+        return images
+
+    def _check_labels(self, first: int, labels: np.ndarray) -> None:
+        """Rejects the labels of the images from index `first` on if one is out of range."""
+        count = self.info.num_classes
+        if labels.min() >= 0 and labels.max() < count:
+            return
+        wrong = np.flatnonzero((labels < 0) | (labels >= count))[0]
+        raise UserError(
+            f'config.dataset: {self.name(first + int(wrong))} has the label {labels[wrong]}, but '
+            f'there are {count} classes; choose splits with labels, of a TFDS set by '
+            'config.data.train_split and config.data.test_split'
+        )
 
 
-def _wrong_label(name: str, label: int, info: Info) -> str:
-    return (
-        f'config.dataset: {name} has the label {label}, but there are {info.num_classes} classes; '
-        'choose splits with labels by config.data.train_split and config.data.test_split'
-    )
+def stratified_split(examples: Examples, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (remaining, held out) indices, both in the order of one fixed permutation.
 
-
-def _held_out(train: Examples, fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (kept, held out) indices, both in the order of one fixed permutation.
-
-    round(fraction * N) images are held out, of every class the same fraction as nearly as can be.
+    round(fraction * N) images are held out, of every class nearly the same fraction.
     """
-    order = np.random.RandomState(_SPLIT_SEED).permutation(len(train))
-    if not fraction:  # nor need the labels be read
+    order = np.random.RandomState(_SPLIT_SEED).permutation(len(examples))
+    if not fraction:  # reading the labels may be slow
         return order, order[:0]
-    labels = train.read_labels()
-    # How far through its class each image comes, in (0, 1): the first ones are held out.
-    place = np.empty(len(labels))
+    labels = examples.read_labels()
+    # The position of each image in its class, in (0, 1): the first ones are held out.
+    position = np.empty(len(labels))
     for label in np.unique(labels):
         members = np.flatnonzero(labels[order] == label)
-        place[members] = (np.arange(len(members)) + 0.5) / len(members)
+        position[members] = (np.arange(len(members)) + 0.5) / len(members)
     held = np.zeros(len(labels), bool)
-    held[np.argsort(place, kind='stable')[: round(fraction * len(labels))]] = True
+    held[np.argsort(position, kind='stable')[: round(fraction * len(labels))]] = True
     return order[~held], order[held]
 
 
-def _digits() -> tuple[Images, Images, int]:
-    """Returns the images of train and of test, and the number of classes."""
-    from sklearn import datasets
-
-    digits = datasets.load_digits()
-    # 0 .. 16 becomes 0 .. 240: exact in uint8.
-    pixels = (digits.images * 15).astype(np.uint8)[..., None]
-    labels = digits.target.astype(np.int32)
-    images = Images(pixels, labels)
-    rest, test = _held_out(images, 0.2)
-    return images.take(rest), images.take(test), 10
-
-
 def _train_size(
-    config: ConfigDict, image_shape: tuple[int, ...], available: int, validation: int
+    config: Config, image_shape: tuple[int, ...], available: int, validation: int
 ) -> int:
-    """Returns how many images are trained on, of those that the validation split leaves.
-
-    Refuses what of config.data, config.batch_size and config.epochs does not fit the images.
-    """
-    if config.data.pad >= min(image_shape[:2]):
+    """Returns the number of images to train on, if config.data, batch_size and epochs fit it."""
+    data, name, side = config.data, config.dataset, min(image_shape[:2])
+    if data.pad >= side:
+        raise field_error('data.pad', f'below {side}, the side of the images of {name}', data.pad)
+    if data.validation_fraction and not validation:
         raise UserError(
-            f'config.data.pad: must be below {min(image_shape[:2])}, the side of the images of '
-            f'{config.dataset}, but is {config.data.pad}'
+            f'config.data.validation_fraction: {data.validation_fraction} of {available} '
+            f'training images of {name} is no image; use 0, or a larger fraction'
         )
-    if config.data.validation_fraction and not validation:
-        raise UserError(
-            f'config.data.validation_fraction: {config.data.validation_fraction} of {available} '
-            f'training images of {config.dataset} is no image; use 0, or a larger fraction'
-        )
-    wanted, left = config.data.train_examples, available - validation
-    if wanted > left:
-        raise UserError(
-            f'config.data.train_examples: must be at most {left}, the training images of '
-            f'{config.dataset} without the validation split, but is {wanted}'
-        )
-    train = wanted or left
+    left = available - validation
+    if data.train_examples > left:
+        rule = f'at most {left}, the training images of {name} without the validation split'
+        raise field_error('data.train_examples', rule, data.train_examples)
+    train = data.train_examples or left
     if config.batch_size > train:
-        raise UserError(
-            f'config.batch_size: must be at most {train}, the number of training images, '
-            f'but is {config.batch_size}'
-        )
+        rule = f'at most {train}, the number of training images'
+        raise field_error('batch_size', rule, config.batch_size)
     steps = config_lib.steps_in(config.epochs, train, config.batch_size)
     if steps > _MOST_STEPS:
         raise UserError(
@@ -219,33 +196,16 @@ def _train_size(
     return train
 
 
-def view(config: ConfigDict) -> decode.View:
-    """Returns how the networks see the images of a config."""
+def _check_view(config: Config, channels: int) -> None:
+    """Rejects a config.data that does not fit the networks' view of the images."""
     data = config.data
-    return decode.View(
-        data.image_size,
-        tuple(data.crop_scale),
-        tuple(data.crop_ratio),
-        data.eval_resize,
-        data.randaugment_operations,
-        data.randaugment_magnitude,
-    )
-
-
-def _check_seen(config: ConfigDict, image_shape: tuple[int, int, int]) -> None:
-    """Refuses what of config.data does not fit how the images are seen; needs no images."""
-    data, channels = config.data, image_shape[2]
     if data.image_size > data.eval_resize:
-        raise UserError(
-            f'config.data.eval_resize: must be at least config.data.image_size, {data.image_size}, '
-            f'but is {data.eval_resize}'
-        )
+        rule = f'at least config.data.image_size, {data.image_size}'
+        raise field_error('data.eval_resize', rule, data.eval_resize)
     for field in ('image_size', 'randaugment_operations'):
-        if data[field] and data.placement in ('device', 'host'):
-            raise UserError(
-                f"config.data.placement: must be 'stream' or 'auto' with config.data.{field}="
-                f'{data[field]}, but is {data.placement!r}'
-            )
+        if getattr(data, field) and data.placement in ('device', 'host'):
+            rule = f"'stream' or 'auto' with config.data.{field}={getattr(data, field)}"
+            raise field_error('data.placement', rule, data.placement)
     given = len(data.mean), len(data.std)
     if given == (0, 0) and data.image_size:
         raise UserError(
@@ -262,60 +222,57 @@ def _check_seen(config: ConfigDict, image_shape: tuple[int, int, int]) -> None:
 
 
 def _info(
-    config: ConfigDict,
-    image_shape: tuple[int | None, int | None, int],
-    num_classes: int,
-    train: int,
-    test: int,
+    config: Config, image_shape: Shape, classes: tuple[str, ...], train: int, test: int
 ) -> Info:
-    """Returns what a config makes of a set of this stored shape and these sizes, if they fit."""
-    shape = seen_shape(config, image_shape)
-    _check_seen(config, shape)
+    """Returns the info of a config on a set of this stored shape and these sizes, if they fit."""
+    shape = input_shape(config, image_shape)
+    _check_view(config, shape[2])
     held = round(config.data.validation_fraction * train)
-    return Info(shape, num_classes, _train_size(config, shape, train, held), held, test)
+    return Info(shape, classes, _train_size(config, shape, train, held), held, test)
 
 
-def dataset(config: ConfigDict) -> Dataset:
+def _source(config: Config) -> Source:
+    """Returns the source that config.dataset, 'NAME' or 'NAME:ARGUMENT', names."""
+    name, colon, argument = config.dataset.partition(':')
+    if not registry.SOURCES.find(name + colon):
+        if registry.SOURCES.find(f'{name}:'):
+            raise UserError(f'config.dataset: "{name}" needs an argument, as in {name}:ARGUMENT')
+        if registry.SOURCES.find(name):
+            raise UserError(f'config.dataset: "{name}" takes no argument; use {name}')
+    tfds = f'; a set of TensorFlow Datasets is tfds:{name}'
+    source = registry.SOURCES.get(name + colon, also=tfds)(config, argument)
+    if not isinstance(source, Source):
+        kind = type(source).__name__
+        raise UserError(f'config.dataset: the source "{name}" must return a Source, not a {kind}')
+    return source
+
+
+def dataset(config: Config) -> Dataset:
     """Returns the images of a config's data set, by random access.
 
     The validation split is held out of the training images by a fixed permutation, the same
-    fraction of every class; the training images stay in the permutation's order, so that the
-    first n of it are a random sample.
+    fraction of every class. The training images stay in the order of the permutation, so that the
+    first n of them are a random sample.
 
     Raises:
-      UserError: the set is not there, cannot be had, is broken, or is too small for the config.
+      UserError: the set is unknown, unavailable, broken, or too small for the config.
     """
-    kind, _, name = config.dataset.partition(':')
-    if kind == 'digits':
-        train, test, num_classes = _digits()
-    elif kind == 'idx':
-        from afkd_jax.data.sources import idx as idx_source
-
-        train, test, num_classes = idx_source.load(name)
-    elif kind == 'folder':
-        from afkd_jax.data.sources import folder as folder_source
-
-        train, test, num_classes = folder_source.examples(name, bool(config.data.image_size))
-    else:
-        from afkd_jax.data.sources import tfds as tfds_source
-
-        train, test, num_classes = tfds_source.examples(config, name)
-    info = _info(config, train.image_shape, num_classes, len(train), len(test))
-    kept, held = _held_out(train, config.data.validation_fraction)
-    order = np.concatenate([kept[: info.train], held])
-    return Dataset(info, view(config), train, test, order)
+    source = _source(config)
+    sizes = len(source.train), len(source.test)
+    info = _info(config, source.train.image_shape, source.classes, *sizes)
+    rest, held = stratified_split(source.train, config.data.validation_fraction)
+    order = np.concatenate([rest[: info.train], held])
+    return Dataset(info, decode.View(config.data), source.train, source.test, order)
 
 
-def load(config: ConfigDict) -> Splits:
-    """Returns the images of a config's data set in memory; see dataset()."""
-    return dataset(config).load()
+def info(config: Config) -> Info:
+    """Returns dataset(config).info, without images where TFDS knows the set.
 
-
-def info(config: ConfigDict) -> Info:
-    """Returns what load() would give, without the images where their set is known to TFDS."""
-    kind, _, name = config.dataset.partition(':')
-    if kind != 'tfds':
+    Before such a set is prepared, the names of its classes may be their numbers.
+    """
+    name, _, argument = config.dataset.partition(':')
+    if name != 'tfds' or not argument:
         return dataset(config).info
-    from afkd_jax.data.sources import tfds as tfds_source
+    from afkd_jax.data.sources import tfds
 
-    return _info(config, *tfds_source.describe(config, name))
+    return _info(config, *tfds.describe(config, argument))

@@ -1,7 +1,7 @@
-"""An encoded image -> uint8 pixels: whole, a random crop to train on, or the centre to evaluate.
+"""Decoding: an image file -> uint8 pixels, whole, cropped for training, or centred for evaluation.
 
-JPEG is decoded by libjpeg-turbo (simplejpeg), what that refuses and other formats by Pillow.
-Resizing is Pillow's: bilinear, and antialiased, as its support grows with the reduction.
+simplejpeg (libjpeg-turbo) decodes JPEG; Pillow decodes other formats and what simplejpeg rejects.
+Resizing is Pillow's: bilinear and antialiased.
 """
 
 import contextlib
@@ -9,12 +9,14 @@ import dataclasses
 import io
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import simplejpeg
 from PIL import Image
 
+from afkd_jax.config import Data
 from afkd_jax.data import randaugment
 
 _JPEG = b'\xff\xd8'
@@ -23,36 +25,33 @@ _SPARE = 2  # as in Pillow's reducing_gap, "almost indistinguishable"
 _TRIES = 10  # to find a crop inside the image; the usual number
 
 
-class Broken(Exception):
-    """The bytes are no whole image; the text says why."""
+class DecodeError(Exception):
+    """An image cannot be decoded; the text says why."""
+
+
+def _with_pillow(
+    pixels_HxWxC: np.ndarray, function: Callable[[Image.Image], Image.Image]
+) -> np.ndarray:
+    """Returns function(image) of uint8 pixels; Pillow has no channel axis for grey images."""
+    grey = pixels_HxWxC.shape[2] == 1
+    image = function(Image.fromarray(pixels_HxWxC[..., 0] if grey else pixels_HxWxC))
+    return np.asarray(image)[..., None] if grey else np.asarray(image)
 
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """What of a stored image the networks see.
+    """The networks' view of a stored image, a square of S = data.image_size; 0: the whole image.
 
-    Attributes:
-      size: side S of the square that it becomes; 0: the image as it is stored.
-      scale: range of a training crop's share of the image's area, uniform.
-      ratio: range of its width by its height, uniform in the logarithm.
-      resize: the shorter side, of which evaluation takes the central S x S.
-      operations: of RandAugment, after the crop; 0: none.
-      magnitude: of those.
-
-    Source: the usual ImageNet recipe (Szegedy et al., 2015): 224, (0.08, 1), (3/4, 4/3), 256.
+    Source: the usual ImageNet recipe (Szegedy et al., 2015) has S = 224, a training crop of
+    (0.08, 1) of the area and (3/4, 4/3) width / height, and 256 before evaluation's centre crop.
     """
 
-    size: int
-    scale: tuple[float, float]
-    ratio: tuple[float, float]
-    resize: int
-    operations: int = 0
-    magnitude: float = 0
+    data: Data
 
     def training(
         self, image: np.ndarray | bytes, channels: int, rng: np.random.Generator
     ) -> np.ndarray:
-        """Returns a random crop, resized and varied: uint8 [S, S, C]; the whole if `size` is 0.
+        """Returns a random crop, resized, then RandAugment: uint8 [S, S, C].
 
         Args:
           image: uint8 [H, W, C], or an encoded file.
@@ -60,48 +59,56 @@ class View:
           rng: of this image in this step.
 
         Raises:
-          Broken: it cannot be decoded.
+          DecodeError: the image cannot be decoded.
         """
-        seen = self._crop(image, channels, rng) if self.size else pixels(image, channels)
-        if self.operations:
-            seen = randaugment.vary(seen, self.operations, self.magnitude, rng)
-        return seen
+        seen = self._crop(image, channels, rng) if self.data.image_size else pixels(image, channels)
+        number, magnitude = self.data.randaugment_operations, self.data.randaugment_magnitude
+        if not number:
+            return seen
+        return _with_pillow(seen, lambda image: randaugment.vary(image, number, magnitude, rng))
 
     def _crop(
         self, image: np.ndarray | bytes, channels: int, rng: np.random.Generator
     ) -> np.ndarray:
         height, width = _sides(image)
-        left, top, right, bottom = random_crop(height, width, self.scale, self.ratio, rng)
-        # A JPEG can be decoded at n/8 of its size for less; the resize to S still halves it.
-        whole = pixels(image, channels, _SPARE * self.size / min(right - left, bottom - top))
+        left, top, right, bottom = random_crop(
+            height, width, self.data.crop_scale, self.data.crop_ratio, rng
+        )
+        # Decoding a JPEG at n/8 of its size is faster; the resize to S still halves it.
+        least = _SPARE * self.data.image_size / min(right - left, bottom - top)
+        whole = pixels(image, channels, least)
         y, x = whole.shape[0] / height, whole.shape[1] / width
-        return _resized(whole, self.size, (left * x, top * y, right * x, bottom * y))
+        return self._resized(whole, (left * x, top * y, right * x, bottom * y))
 
     def evaluation(self, image: np.ndarray | bytes, channels: int) -> np.ndarray:
         """Returns the centre of the image, resized: uint8 [S, S, C]; see training()."""
         whole = pixels(image, channels)
-        if not self.size:
+        if not self.data.image_size:
             return whole
         height, width = whole.shape[:2]
         # The central square of the resized image, cut out before it is resized: the same pixels.
-        side = self.size / self.resize * min(height, width)
+        side = self.data.image_size / self.data.eval_resize * min(height, width)
         left, top = (width - side) / 2, (height - side) / 2
-        return _resized(whole, self.size, (left, top, left + side, top + side))
+        return self._resized(whole, (left, top, left + side, top + side))
+
+    def _resized(self, whole: np.ndarray, box: tuple[float, float, float, float]) -> np.ndarray:
+        size, bilinear = 2 * (self.data.image_size,), Image.Resampling.BILINEAR
+        return _with_pillow(whole, lambda image: image.resize(size, bilinear, box=box))
 
 
 def random_crop(
     height: int,
     width: int,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
+    scale: tuple[float, ...],
+    ratio: tuple[float, ...],
     rng: np.random.Generator,
 ) -> tuple[int, int, int, int]:
     """Returns (left, top, right, bottom) of a random crop.
 
-    After ten shapes that do not fit into the image: the largest central one of allowed ratio.
+    If ten random shapes do not fit into the image: the largest central crop of allowed ratio.
     """
     for _ in range(_TRIES):
-        area = height * width * rng.uniform(*scale)
+        area = height * width * rng.uniform(scale[0], scale[1])
         shape = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
         w, h = round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
         if 0 < w <= width and 0 < h <= height:
@@ -114,21 +121,18 @@ def random_crop(
 
 
 def pixels(image: np.ndarray | bytes, channels: int, scale: float = 1.0) -> np.ndarray:
-    """Returns an image as uint8 [H, W, C].
+    """Returns an image, uint8 [H, W, C] or an encoded file, as uint8 [H, W, C] with C = channels.
 
-    Args:
-      image: pixels, which are returned, or an encoded file.
-      channels: C, 1 or 3.
-      scale: below 1, a JPEG may be returned at n/8 of its size, at least this share of it.
+    With `scale` below 1 a JPEG may be returned at n/8 of its size, at least this fraction of it.
 
     Raises:
-      Broken: it cannot be decoded.
+      DecodeError: the image cannot be decoded.
     """
     if isinstance(image, np.ndarray):
         return image
     fast, slow = _COLOURS[channels]
     if image[:2] == _JPEG:
-        least = {}
+        least: dict[str, Any] = {}
         if scale <= 7 / 8:
             height, width = _sides(image)
             eighths = math.ceil(8 * scale)
@@ -136,26 +140,33 @@ def pixels(image: np.ndarray | bytes, channels: int, scale: float = 1.0) -> np.n
                 'min_height': math.ceil(height * eighths / 8),
                 'min_width': math.ceil(width * eighths / 8),
             }
-        with contextlib.suppress(ValueError):  # there are bytes that Pillow forgives
+        with contextlib.suppress(ValueError):  # Pillow tolerates some invalid bytes
             return simplejpeg.decode_jpeg(image, fast, **least)
     with _opened(image) as file:
-        if file.mode[0] in 'IF':  # Pillow would cut them off at 255
-            raise Broken(f'its pixels are no bytes (mode {file.mode})')
+        if file.mode[0] in 'IF':  # Pillow would clip them at 255
+            raise DecodeError(f'its pixels are no bytes (mode {file.mode})')
         whole = np.asarray(file.convert(slow))
     return whole if channels > 1 else whole[..., None]
 
 
+def of_shape(image: np.ndarray, shape: tuple[int | None, ...]) -> np.ndarray:
+    """Returns the image if it has this shape, else raises DecodeError."""
+    if image.shape != shape:
+        raise DecodeError(f'it is {image.shape}, others {shape}')
+    return image
+
+
 @contextlib.contextmanager
 def _opened(image: bytes) -> Iterator[Image.Image]:
-    """Gives a file to Pillow; what goes wrong with it is Broken, in the same words in every run."""
+    """Yields the image in Pillow; a failure is a DecodeError, with the same text in every run."""
     try:
         with Image.open(io.BytesIO(image)) as file:  # reads the header alone
             yield file
-    except Broken:
+    except DecodeError:
         raise
     except Exception as error:  # of a broken file Pillow raises whatever its decoders do
         words = re.sub(r'<_io\.BytesIO object at \w+>', 'it', ' '.join(str(error).split()))
-        raise Broken(words or type(error).__name__) from error
+        raise DecodeError(words or type(error).__name__) from error
 
 
 def _sides(image: np.ndarray | bytes) -> tuple[int, int]:
@@ -164,14 +175,7 @@ def _sides(image: np.ndarray | bytes) -> tuple[int, int]:
         return image.shape[:2]
     if image[:2] == _JPEG:
         with contextlib.suppress(ValueError):
-            return simplejpeg.decode_jpeg_header(image)[:2]
+            height, width, *_ = simplejpeg.decode_jpeg_header(image)
+            return int(height), int(width)
     with _opened(image) as file:
-        return file.size[::-1]
-
-
-def _resized(whole: np.ndarray, size: int, box: tuple[float, float, float, float]) -> np.ndarray:
-    """Returns a box of an image as a square."""
-    grey = whole.shape[2] == 1
-    image = Image.fromarray(whole[..., 0] if grey else whole)
-    out = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box))
-    return out[..., None] if grey else out
+        return file.height, file.width

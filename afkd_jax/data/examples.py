@@ -1,74 +1,80 @@
-"""What every source of images gives: labelled images of one split, by random access."""
+"""Examples: the labelled images of one split on the host, by random access."""
 
 import abc
 import dataclasses
 import hashlib
+from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
+from afkd_jax.config import Config
 from afkd_jax.data import decode
 from afkd_jax.errors import UserError
 
+Shape = tuple[int | None, int | None, int]  # (H, W, C); H, W are None where sizes differ
 
-def seen_shape(config: ConfigDict, image_shape: tuple[int | None, ...]) -> tuple[int, int, int]:
-    """Returns the shape in which the networks see images of this stored shape."""
+
+def input_shape(config: Config, image_shape: Shape) -> tuple[int, int, int]:
+    """Returns the shape of the networks' input for images of this stored shape."""
+    height, width, channels = image_shape
     if size := config.data.image_size:
-        return size, size, image_shape[2]
-    if None in image_shape:
+        return size, size, channels
+    if height is None or width is None:
         raise UserError(
             f'config.data.image_size: the images of {config.dataset} have many sizes; give the '
             'one to which they are cropped, e.g. --config.data.image_size=224'
         )
-    return image_shape
+    return height, width, channels
+
+
+def digest(description: Any, *arrays: np.ndarray) -> str:
+    """Returns a SHA-256 of the description's repr and the arrays' bytes, as hex."""
+    result = hashlib.sha256(repr(description).encode())
+    for array in arrays:
+        result.update(np.ascontiguousarray(array).view(np.uint8).data)
+    return result.hexdigest()
 
 
 class Examples(abc.ABC):
-    """Labelled images of one split.
+    """Labelled images of one split."""
 
-    Attributes:
-      image_shape: (H, W, C); H and W are None where the images have many sizes.
-    """
-
-    image_shape: tuple[int | None, int | None, int]
+    image_shape: Shape
 
     @abc.abstractmethod
     def __len__(self) -> int:
-        """How many there are."""
+        """Returns the number of images."""
 
     @abc.abstractmethod
     def __getitem__(self, index: int) -> tuple[np.ndarray | bytes, int]:
-        """Returns (uint8 [H, W, C], or an encoded file; label)."""
+        """Returns (uint8 [H, W, C] or an encoded file, label)."""
 
     @abc.abstractmethod
     def read_labels(self) -> np.ndarray:
-        """Returns int32 [N]; it may have to read every record."""
+        """Returns int32 [N]; may read every record."""
 
     @abc.abstractmethod
     def name(self, index: int) -> str:
-        """Returns where an image is stored, for who must look after it."""
+        """Returns where an image is stored, for messages."""
 
     @abc.abstractmethod
     def fingerprint(self) -> str:
-        """Returns what tells these images from others without reading them, as hex."""
+        """Returns a hash, as hex, that differs for other images; need not read the images."""
 
     def load(self) -> 'Images':
-        """Returns all of them in memory, as they are stored; they must be of one size.
+        """Returns all images in memory, as they are stored.
 
         Raises:
-          decode.Broken: an image cannot be decoded, or is of another size.
+          decode.DecodeError: an image cannot be decoded, or differs in size from the others.
         """
-        pixels = np.empty((len(self), *self.image_shape), np.uint8)
+        shape: Any = self.image_shape  # without None, as images of many sizes are streamed
+        pixels = np.empty((len(self), *shape), np.uint8)
         labels = np.empty(len(self), np.int32)
         for i in range(len(self)):
             image, labels[i] = self[i]
             try:
-                one = decode.pixels(image, self.image_shape[2])
-                if one.shape != self.image_shape:
-                    raise decode.Broken(f'it is {one.shape}, others {self.image_shape}')
-            except decode.Broken as error:
-                raise decode.Broken(f'{self.name(i)}: {error}') from error
-            pixels[i] = one
+                pixels[i] = decode.of_shape(decode.pixels(image, shape[2]), shape)
+            except decode.DecodeError as error:
+                raise decode.DecodeError(f'{self.name(i)}: {error}') from error
         return Images(pixels, labels)
 
 
@@ -77,7 +83,7 @@ class Images(Examples):
     """Images in memory.
 
     Attributes:
-      pixels: uint8 [N, H, W, C].
+      pixels: uint8 [N, H, W, C], C = 1 or 3.
       labels: int32 [N] in 0 .. num_classes - 1.
     """
 
@@ -85,7 +91,7 @@ class Images(Examples):
     labels: np.ndarray
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
+    def image_shape(self) -> tuple[int, int, int]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """(H, W, C)."""
         return self.pixels.shape[1:]
 
@@ -104,11 +110,8 @@ class Images(Examples):
         return f'image {index}'
 
     def fingerprint(self) -> str:
-        """Returns a hash of them all."""
-        digest = hashlib.sha256(repr((self.pixels.shape, self.pixels.dtype.str)).encode())
-        digest.update(np.ascontiguousarray(self.pixels))
-        digest.update(np.ascontiguousarray(self.labels))
-        return digest.hexdigest()
+        """Returns a hash of all pixels and labels."""
+        return digest((self.pixels.shape, self.pixels.dtype.str), self.pixels, self.labels)
 
     def load(self) -> 'Images':
         """Returns itself."""

@@ -1,7 +1,7 @@
-"""RandAugment, on the host, by Pillow.
+"""RandAugment, on the host, with Pillow.
 
 Source: Cubuk et al. 2020; the fourteen operations and, for a magnitude of 0 .. 30, the ranges that
-common implementations use. Geometry fills with black.
+common implementations use. Geometric operations fill with black.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-MOST = 30  # the largest magnitude
+MAX_MAGNITUDE = 30
 
 _Operation = Callable[[Image.Image, float, float], Image.Image]
 
@@ -21,11 +21,11 @@ def _affine(image: Image.Image, *matrix: float) -> Image.Image:
 
 
 def _enhance(kind: type) -> _Operation:
-    """Returns the operation of a Pillow enhancer: factor 1 +- 0.9 strength."""
+    """Returns the operation of a Pillow enhancer with factor 1 +- 0.9 strength."""
     return lambda image, strength, sign: kind(image).enhance(1 + sign * 0.9 * strength)
 
 
-# Of (image, strength in 0 .. 1, sign -1 or 1).
+# Functions of (image, strength in 0 .. 1, sign -1 or 1).
 OPERATIONS: dict[str, _Operation] = {
     'identity': lambda image, strength, sign: image,
     'autocontrast': lambda image, strength, sign: ImageOps.autocontrast(image),
@@ -51,19 +51,12 @@ OPERATIONS: dict[str, _Operation] = {
 
 
 def vary(
-    pixels_HxWxC: np.ndarray, operations: int, magnitude: float, rng: np.random.Generator
-) -> np.ndarray:
-    """Returns the image after that many operations, each drawn anew: uint8, of the same shape.
+    image: Image.Image, operations: int, magnitude: float, rng: np.random.Generator
+) -> Image.Image:
+    """Returns the image after that many operations, each drawn independently.
 
-    Args:
-      pixels_HxWxC: uint8; one channel, or three.
-      operations: at least 1.
-      magnitude: in 0 .. MOST.
-      rng: of this image in this step.
+    The magnitude is in 0 .. MAX_MAGNITUDE; `rng` belongs to this image in this step.
     """
-    grey = pixels_HxWxC.shape[2] == 1
-    image = Image.fromarray(pixels_HxWxC[..., 0] if grey else pixels_HxWxC)
     for name in rng.choice(list(OPERATIONS), operations):
-        image = OPERATIONS[name](image, magnitude / MOST, rng.choice((-1, 1)))
-    out = np.asarray(image)
-    return out[..., None] if grey else out
+        image = OPERATIONS[name](image, magnitude / MAX_MAGNITUDE, rng.choice((-1, 1)))
+    return image

@@ -1,1 +1,1 @@
-"""Devices: the mesh, what runs inside the mapped step, processes, signals, compilers."""
+"""Devices: the mesh, what runs inside the mapped step, processes, signals, compiler workarounds."""

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: the first asks the loop to stop after its step, the second ends at once."""
+"""SIGINT and SIGTERM: the first requests a stop after the step, the second ends the process."""
 
 import contextlib
 import math
@@ -8,10 +8,11 @@ import threading
 import time
 from types import FrameType
 
-KILLED = 130  # exit code of a second signal
-_ONE_S = 1.0  # SIGTERMs that are so close are one
+from afkd_jax.errors import EXIT_KILLED
+
+_SAME_SIGNAL_S = 1.0  # SIGTERMs closer than this count once
 _SHOW_CURSOR = b'\x1b[?25h\n'
-_WORDS = (
+_MESSAGES = (
     b'stopping after this step, with a checkpoint; once more ends at once\n',
     b'error: interrupted; what was written before is intact\n',
 )
@@ -21,7 +22,7 @@ class Interrupt:
     """A context in which the first signal sets `requested` and the second ends the process.
 
     A thread counts them: the main thread may be inside the compiler for seconds, where Python
-    would neither act on signals nor tell two of them from one.
+    neither runs signal handlers nor distinguishes two signals from one.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -32,16 +33,18 @@ class Interrupt:
     def __enter__(self) -> 'Interrupt':
         self._active = threading.current_thread() is threading.main_thread()
         if self._active:
-            # Python writes the number of each signal to this pipe as it comes.
+            # Python writes the number of each signal to this pipe when it arrives.
             self._read, self._write = os.pipe()
             os.set_blocking(self._write, False)
             self._wakeup = signal.set_wakeup_fd(self._write)
-            self._previous = {number: signal.signal(number, self._ask) for number in self.SIGNALS}
+            self._previous = {
+                number: signal.signal(number, self._request) for number in self.SIGNALS
+            }
             self._thread = threading.Thread(target=self._count, daemon=True)
             self._thread.start()
         return self
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
+    def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
 
     def _count(self) -> None:
@@ -50,19 +53,19 @@ class Interrupt:
             if numbers[0] in self.SIGNALS:
                 # Schedulers, and timeout(1), send SIGTERM to a process and at once to its group.
                 now = time.monotonic()
-                again = numbers[0] == signal.SIGTERM and now - terminated_at < _ONE_S
+                again = numbers[0] == signal.SIGTERM and now - terminated_at < _SAME_SIGNAL_S
                 if numbers[0] == signal.SIGTERM:
                     terminated_at = now
                 if again:
                     continue
                 count += 1
-                words = _WORDS[count - 1]
-                if count == len(_WORDS) and os.isatty(2):
-                    words = _SHOW_CURSOR + words  # a progress bar hides it
+                message = _MESSAGES[count - 1]
+                if count == len(_MESSAGES) and os.isatty(2):
+                    message = _SHOW_CURSOR + message  # a progress bar hides it
                 with contextlib.suppress(OSError):  # e.g. a pipe whose reader is gone
-                    os.write(2, words)
-                if count == len(_WORDS):
-                    os._exit(KILLED)
+                    os.write(2, message)
+                if count == len(_MESSAGES):
+                    os._exit(EXIT_KILLED)
 
     def __exit__(self, *_: object) -> None:
         if not self._active:

@@ -1,25 +1,22 @@
-"""The adversary of network k: its discriminator D_k and, where its map does not fit, its T_k."""
+"""The discriminator D_k, and the transfer layer T_k for maps that do not fit the shared shape."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from afkd_jax.models.layers import Conv, Layers, Norm, at_least_float32, relu
+from afkd_jax.models.layers import Layers, at_least_float32, relu
 
 
 class Discriminator(nn.Module):
-    """Tells whose feature map it sees: 1 the teacher's ("real"), 0 the own network's ("fake").
+    """A classifier of feature maps: 1 for the teacher's ("real"), 0 for the student's ("fake").
 
-    Conv 3x3 stride 2 - BatchNorm - LeakyReLU 0.2 - Conv over what is left of the map, 1 channel -
+    Conv 3x3 stride 2 - BatchNorm - LeakyReLU 0.2 - Conv over the rest of the map, 1 channel -
     Sigmoid. The layers are remembered from the paper, not verified. Our choice, where it is
     unknown: as many channels as the map, no bias before the norm (it would cancel), He
     initialisation of the first convolution and Flax's default (LeCun) of the last. Real and fake
-    maps pass as separate batches, each with its own batch statistics; a discriminator is only
-    ever used in training, so it keeps no running ones.
-
-    Attributes:
-      layers: what it is built from.
+    maps are separate batches, each with its own batch statistics; a discriminator is only used in
+    training, so it has no running statistics.
     """
 
     layers: Layers
@@ -37,20 +34,16 @@ class Discriminator(nn.Module):
 class Transfer(nn.Module):
     """T_k: brings a network's map to the shape shared by the cohort.
 
-    Average pooling, where height or width differ, then Conv 1x1 - BatchNorm - ReLU, where the
-    channels do. It exists only where the map does not fit already (its role is told by a third
-    party, its layers are remembered; pooling, and pooling first, is our choice).
+    Average pooling where height or width differ, then Conv 1x1 - BatchNorm - ReLU where the
+    channels do. It is built only where the map does not fit (its role is told by a third party, its
+    layers are remembered; pooling, and pooling first, is our choice).
 
     Attributes:
-      shape: (h, w, c), the shared shape: the smallest height and width and the largest channel
-        count of the cohort.
-      conv: makes a convolution without bias.
-      norm: makes a batch norm from `use_running_average`.
+      shape: (h, w, c), the smallest height and width and the largest channel count of the cohort.
     """
 
     shape: tuple[int, int, int]
-    conv: Conv
-    norm: Norm
+    layers: Layers
 
     @nn.compact
     def __call__(self, maps_BxHxWxC: jax.Array, train: bool) -> jax.Array:
@@ -58,14 +51,14 @@ class Transfer(nn.Module):
         x = average_pool(maps_BxHxWxC, self.shape[:2])
         if x.shape[-1] == self.shape[-1]:
             return x
-        x = self.conv(self.shape[-1], (1, 1))(x)
-        return relu(self.norm(use_running_average=not train)(x))
+        x = self.layers.conv(self.shape[-1], (1, 1))(x)
+        return relu(self.layers.norm(use_running_average=not train)(x))
 
 
 def average_pool(maps_BxHxWxC: jax.Array, shape: tuple[int, int]) -> jax.Array:
     """Returns the maps averaged to a smaller height and width, [B, h, w, C].
 
-    Row i of h is the mean of the rows floor(i H / h) .. ceil((i + 1) H / h) - 1, and likewise for
+    Row i of h is the mean of rows floor(i H / h) .. ceil((i + 1) H / h) - 1, and likewise for
     columns ("adaptive" pooling): plain blocks where h divides H, else blocks that overlap.
 
     Args:
@@ -74,15 +67,15 @@ def average_pool(maps_BxHxWxC: jax.Array, shape: tuple[int, int]) -> jax.Array:
     """
     for axis, size in zip((1, 2), shape, strict=True):
         if maps_BxHxWxC.shape[axis] != size:
-            own = at_least_float32(maps_BxHxWxC)  # a third is no number of bfloat16
-            weights = _averages(own.shape[axis], size).astype(own.dtype)
+            own = at_least_float32(maps_BxHxWxC)  # bfloat16 cannot represent 1/3
+            weights = _pooling_matrix(own.shape[axis], size).astype(own.dtype)
             pooled = jnp.tensordot(own, weights, axes=(axis, 1)).astype(maps_BxHxWxC.dtype)
             maps_BxHxWxC = jnp.moveaxis(pooled, -1, axis)
     return maps_BxHxWxC
 
 
-def _averages(size: int, smaller: int) -> np.ndarray:
-    """Returns the matrix [smaller, size] that averages `size` places to fewer."""
+def _pooling_matrix(size: int, smaller: int) -> np.ndarray:
+    """Returns the matrix [smaller, size] of average_pool along one axis."""
     weights = np.zeros((smaller, size))
     for i in range(smaller):
         first, last = i * size // smaller, -(-(i + 1) * size // smaller)

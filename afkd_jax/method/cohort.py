@@ -1,24 +1,25 @@
-"""The static half of a run: networks, transfers, discriminators, method and optimizers; no arrays.
+"""The cohort: the static half of a run (modules, method, optimizers); holds no arrays.
 
-A cohort is a pure function of the config and of the images' shape. It is what the step closes
-over, and what `describe` prints.
+A cohort is a pure function of the config and the images' shape. The step closes over it, and
+`--mode describe` prints it.
 """
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
-from afkd_jax import config as config_lib
 from afkd_jax import models
-from afkd_jax.errors import UserError
-from afkd_jax.method import optim
-from afkd_jax.method import presets as methods
+from afkd_jax.config import Config, steps_in
+from afkd_jax.errors import UserError, field_error
+from afkd_jax.method import optim, presets
 from afkd_jax.method.adversary import Discriminator, Transfer
 from afkd_jax.method.objective import Objective
 from afkd_jax.method.ring import Ring
 from afkd_jax.models import layers
+
+Shape = tuple[int, int, int]  # (h, w, c)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,14 +29,11 @@ class Cohort:
     Attributes:
       names: of the networks, as listed in the config.
       networks: K modules, each image -> (logits, feature map).
-      transfers: K modules, None where the map fits as it is; () if the maps teach nothing.
-      discriminators: K modules; () if the method has none.
-      optimizers: the rules of update.
-      objective: what is learnt, from whom.
-      map_shapes: K shapes (h, w, c) of the networks' own maps.
-      shared_map: the shape (h, w, c) after the transfers; None if the maps teach nothing.
-      image_shape: (H, W, C).
-      local_statistics: whether batch statistics are of each device's share of the batch.
+      transfers: K; None where the map fits as it is, or no maps are compared.
+      discriminators: K; () if the method has none.
+      map_shapes: K shapes of the networks' own maps.
+      shared_map: the shape after the transfer layers; None if no maps are compared.
+      local_statistics: whether batch statistics are over each device's shard of the batch.
     """
 
     names: tuple[str, ...]
@@ -44,47 +42,52 @@ class Cohort:
     discriminators: tuple[Discriminator, ...]
     optimizers: optim.Optimizers
     objective: Objective
-    map_shapes: tuple[tuple[int, int, int], ...]
-    shared_map: tuple[int, int, int] | None
-    image_shape: tuple[int, int, int]
+    map_shapes: tuple[Shape, ...]
+    shared_map: Shape | None
+    image_shape: Shape
     local_statistics: bool
 
     @property
-    def adversarial(self) -> bool:
-        """Whether there are discriminators, and hence feature and discriminator updates."""
-        return self.objective.method.maps == 'adversarial'
+    def method(self) -> presets.Method:
+        """What logits and maps learn from."""
+        return self.objective.method
 
     @property
-    def maps_teach(self) -> bool:
-        """Whether maps are compared, and hence brought to one shape."""
-        return self.objective.method.maps != 'nothing'
+    def ring(self) -> Ring:
+        """Which network teaches which."""
+        return self.objective.ring
 
     @property
-    def here(self) -> 'Cohort':
-        """The networks that one device has, where they are spread: as many as it has, of K."""
-        count = len(self.names) // self.objective.ring.peers
+    def local(self) -> 'Cohort':
+        """The first K / peers networks: what one device has where they are sharded."""
+        count = len(self.names) // self.ring.peers
         parts = ('names', 'networks', 'transfers', 'discriminators', 'map_shapes')
         return dataclasses.replace(self, **{part: getattr(self, part)[:count] for part in parts})
 
-    def moves(self) -> dict[str, tuple[str, ...]]:
-        """Returns which parts of a network's parameters each of its optimizers moves."""
-        if self.adversarial:
+    def updated_parts(self) -> dict[str, tuple[str, ...]]:
+        """Returns the optimizers of a network -> the parts of its parameters that each updates."""
+        if self.method.adversarial:
             return {'logit': ('trunk', 'head'), 'feature': ('trunk', 'transfer')}
-        return {'logit': ('trunk', 'head', 'transfer') if self.maps_teach else ('trunk', 'head')}
+        if self.method.uses_maps:
+            return {'logit': ('trunk', 'head', 'transfer')}
+        return {'logit': ('trunk', 'head')}
 
 
 @functools.lru_cache(maxsize=64)
-def _map_shape(network: models.Network, image_shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """Returns (h, w, c) of a network's map; no device is touched."""
+def _map_shape(network: Any, image_shape: Shape) -> Shape:
+    """Returns the shape of a network's map; touches no device."""
     image = jax.ShapeDtypeStruct((1, *image_shape), 'float32')
     key = jax.eval_shape(lambda: jax.random.key(0))
     maps, _ = jax.eval_shape(lambda k, x: network.trunk.init_with_output(k, x, False), key, image)
+    if len(getattr(maps, 'shape', ())) != 4:
+        raise UserError(
+            f'config.networks: {type(network.trunk).__name__} must return one feature map '
+            f'[B, h, w, c], but returns {jax.tree.map(lambda leaf: leaf.shape, maps)}'
+        )
     return maps.shape[1:]
 
 
-def _check_size(
-    name: str, shape: tuple[int, int, int], image_shape: tuple[int, int, int], least: int
-) -> None:
+def _check_size(name: str, shape: Shape, image_shape: Shape, least: int) -> None:
     if min(shape[:2]) < least:
         why = ', too small for a discriminator' if least > 1 and min(shape[:2]) else ''
         raise UserError(
@@ -94,24 +97,29 @@ def _check_size(
         )
 
 
-def ring_of(config: ConfigDict) -> Ring:
+def ring_of(config: Config, peers: int = 1) -> Ring:
     """Returns the ring of config.ring_order, which counts networks from 1; () is as listed.
 
     Raises:
-      UserError: it does not name each network once.
+      UserError: it does not name each network once, or the networks cannot be sharded in it.
     """
-    order, listed = tuple(config.ring_order), tuple(range(1, len(config.networks) + 1))
+    order, listed = config.ring_order, tuple(range(1, len(config.networks) + 1))
     if order and sorted(order) != list(listed):
         raise UserError(
             f'config.ring_order: must name each of the networks 1 .. {len(listed)} once, as in '
             f'{(*listed[1:], 1)}, or be () for the order of config.networks, but is {order}'
         )
-    return Ring(tuple(network - 1 for network in order or listed))
+    if peers > 1 and (order or listed) != listed:
+        raise UserError(
+            f'{field_error("ring_order", "() where config.mesh.peer is above 1", order)}: networks '
+            'of one architecture differ only in their seeds'
+        )
+    return Ring(tuple(network - 1 for network in order or listed), peers)
 
 
 def assemble(
-    config: ConfigDict,
-    image_shape: tuple[int, int, int],
+    config: Config,
+    image_shape: Shape,
     num_classes: int,
     train_examples: int,
     axis_name: str | None = None,
@@ -120,62 +128,42 @@ def assemble(
     """Returns the cohort of a config.
 
     Args:
-      config: valid (config.validate).
+      config: checked.
       image_shape: (H, W, C).
       num_classes: of the data set.
       train_examples: images in one epoch; schedules are fractions of the run's epochs.
-      axis_name: the mapped axis over which the batch is split, None where nothing is mapped.
-      peers: over how many devices the networks are spread.
+      axis_name: the mesh axis over which the batch is sharded; None where nothing is mapped.
+      peers: devices over which the networks are sharded.
 
     Raises:
-      UserError: an unknown method or network, a wrong ring, images too small for a network, or an
-        order of the ring in which it cannot be spread.
+      UserError: an unknown method or network, a wrong ring, or images too small for a network.
     """
-    method, names = methods.named(config.method), tuple(config.networks)
-    # One module serves all networks of one name: modules hold no parameters.
+    method, ring, names = presets.named(config.method), ring_of(config, peers), config.networks
     local = config.batch_statistics == 'local'
     parts = layers.layers(axis_name, dtype=config.dtype, local_statistics=local)
+    # One module serves all networks of one name: modules hold no parameters.
     modules = {name: models.build(name, num_classes, image_shape, parts) for name in names}
     shapes = {name: _map_shape(module, image_shape) for name, module in modules.items()}
-    adversarial = method.maps == 'adversarial'
     for name, shape in shapes.items():
-        # Our choice: where the map is a single point a discriminator would see no map at all.
-        _check_size(name, shape, image_shape, least=2 if adversarial else 1)
-    shared, transfers = None, ()
-    if method.maps != 'nothing':
+        # Our choice: a discriminator would see no map where it is a single point.
+        _check_size(name, shape, image_shape, least=2 if method.adversarial else 1)
+    shared = None
+    if method.uses_maps:
         heights, widths, channels = zip(*shapes.values(), strict=True)
         shared = (min(heights), min(widths), max(channels))
-        transfers = tuple(
-            None if shapes[name] == shared else Transfer(shared, parts.conv, parts.norm)
-            for name in names
-        )
 
-    ring = dataclasses.replace(ring_of(config), peers=peers)
-    if peers > 1 and ring.order != tuple(range(len(names))):
-        raise UserError(
-            f'config.ring_order: must be () where config.mesh.peer is above 1, but is '
-            f'{tuple(config.ring_order)}: networks of one architecture differ in their seeds alone'
-        )
-
-    def steps_in(fraction):
-        return config_lib.steps_in(fraction * config.epochs, train_examples, config.batch_size)
+    def run_steps(fraction: float) -> int:
+        return steps_in(fraction * config.epochs, train_examples, config.batch_size)
 
     return Cohort(
         names=names,
         networks=tuple(modules[name] for name in names),
-        transfers=transfers,
-        discriminators=tuple(Discriminator(parts) for _ in names if adversarial),
-        optimizers=optim.create(config, adversarial, steps_in),
-        objective=Objective(
-            method=method,
-            ring=ring,
-            temperature=config.loss.temperature,
-            label_smoothing=config.loss.label_smoothing,
-            kl_weight=config.loss.kl_weight,
-            kl_ramp_steps=steps_in(config.loss.kl_ramp_up),
-            l1_weight=config.loss.l1_weight,
-            adversarial_weight=config.loss.adversarial_weight,
+        transfers=tuple(
+            Transfer(shared, parts) if shared and shapes[name] != shared else None for name in names
         ),
+        discriminators=tuple(Discriminator(parts) for _ in names if method.adversarial),
+        optimizers=optim.create(config, method.adversarial, run_steps),
+        objective=Objective(method, ring, config.loss, run_steps(config.loss.kl_ramp_up)),
         map_shapes=tuple(shapes[name] for name in names),
         shared_map=shared,
         image_shape=image_shape,

@@ -1,21 +1,9 @@
-"""The losses: pure functions of arrays, one value per example; the step takes the one mean."""
+"""The losses: pure functions with one value per example; the step takes the one mean."""
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 
-
-@flax.struct.dataclass
-class Mixed:
-    """What an image is mixed with.
-
-    Attributes:
-      labels: int32 [B], of the other image.
-      share: float [B], of the image itself; its label weighs as much in the cross-entropy.
-    """
-
-    labels: jax.Array
-    share: jax.Array
+from afkd_jax.registry import register_map_loss
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
@@ -23,7 +11,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) 
 
     Args:
       logits: [..., B, C].
-      labels: integers [B] in 0 .. C - 1; the same for every leading axis of the logits.
+      labels: integers [B] in 0 .. C - 1, the same for every leading axis of the logits.
       smoothing: of the labels, in [0, 1); 0 leaves -log softmax(logits)[label].
 
     Returns:
@@ -40,13 +28,13 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) 
 
 
 def mimicry_kl(logits: jax.Array, teacher_logits: jax.Array, temperature: float) -> jax.Array:
-    """Returns T^2 KL(softmax(teacher / T) || softmax(own / T)).
+    """Returns T^2 KL(softmax(teacher / T) || softmax(student / T)).
 
     The factor T^2 keeps the scale of the gradient as T grows (Hinton et al. 2015).
 
     Args:
-      logits: the pupil's, [..., B, C].
-      teacher_logits: the teacher's, the same shape; the caller stops their gradient (ring.py).
+      logits: the student's, [..., B, C].
+      teacher_logits: the same shape; the caller stops their gradient (ring.py).
       temperature: T, above 0.
 
     Returns:
@@ -66,42 +54,43 @@ def ramp_up(step: jax.Array, steps: int) -> jax.Array:
       step: counted from 0.
       steps: above 0; from this step on the weight is 1.
 
-    Source: Laine and Aila 2017, as in the neighbours' online distillation; not known of AFD.
+    Source: Laine and Aila 2017, as in related online distillation; unknown for AFD.
     """
     return jnp.exp(-5.0 * jnp.square(1.0 - jnp.minimum(step / steps, 1.0)))
 
 
-def absolute_difference(maps: jax.Array, teacher_maps: jax.Array) -> jax.Array:
-    """Returns the mean of |own - teacher| over a map's elements.
+@register_map_loss('l1')
+def l1(maps: jax.Array, teacher_maps: jax.Array) -> jax.Array:
+    """Returns the mean of |student - teacher| over a map's elements.
 
     Args:
-      maps: the pupil's, [..., B, H, W, C].
-      teacher_maps: the teacher's, the same shape; the caller stops their gradient (ring.py).
+      maps: the student's, [..., B, H, W, C].
+      teacher_maps: the same shape; the caller stops their gradient (ring.py).
 
     Returns:
-      [..., B], at least 0, in the maps' own unit.
+      [..., B], at least 0, in the unit of the maps.
 
     Source: the paper's L1 baseline, told by a third party; the mean over elements is our choice.
     """
     return jnp.abs(maps - teacher_maps).mean((-3, -2, -1))
 
 
-def fool(d_own: jax.Array) -> jax.Array:
-    """Returns (1 - D(own map))^2: network k wants its map called the teacher's.
+def generator_loss(d_own: jax.Array) -> jax.Array:
+    """Returns (1 - D(student's map))^2: the student's map shall be taken for the teacher's.
 
     Args:
-      d_own: the discriminator's output on the own map, in (0, 1), any shape.
+      d_own: the discriminator's output on the student's map, in (0, 1), any shape.
 
     Source: paper, L_G, least-squares form.
     """
     return jnp.square(1.0 - d_own)
 
 
-def discern(d_own: jax.Array, d_teacher: jax.Array) -> jax.Array:
-    """Returns (1 - D(teacher's map))^2 + D(own map)^2: teacher is real (1), own is fake (0).
+def discriminator_loss(d_own: jax.Array, d_teacher: jax.Array) -> jax.Array:
+    """Returns (1 - D(teacher's map))^2 + D(student's map)^2: teacher is real (1), student fake (0).
 
     Args:
-      d_own: the discriminator's output on the own map, in (0, 1), any shape.
+      d_own: the discriminator's output on the student's map, in (0, 1), any shape.
       d_teacher: its output on the teacher's map, the same shape.
 
     Source: paper, L_D, least-squares form.

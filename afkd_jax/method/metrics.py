@@ -1,8 +1,11 @@
-"""Device side of the metrics: sums over steps, so that nothing is fetched step by step.
+"""Metrics: sums over steps on the device, so that nothing is fetched per step; and evaluations.
 
-Steps in which a value is no finite number are counted and left out of the sums; the values of the
-first of them are kept, for the reader who wants to know what went wrong.
+Steps with a value that is not finite are counted and left out of the sums; the values of the first
+of them are stored for the error report.
 """
+
+import dataclasses
+from typing import Any
 
 import flax.struct
 import jax
@@ -32,14 +35,15 @@ class Sums:
 def zeros(shapes: dict[str, tuple[int, ...]]) -> Sums:
     """Returns empty sums for values of these names and shapes, on the host."""
 
-    def empty():
+    def empty() -> dict[str, Any]:
         return {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
 
-    return Sums(np.int32(0), empty(), np.int32(0), np.int32(0), empty())
+    zero: Any = np.int32(0)
+    return Sums(zero, empty(), zero, zero, empty())
 
 
 def finite(values: dict[str, jax.Array]) -> jax.Array:
-    """Returns whether every value is a finite number: a bool scalar, on the device."""
+    """Returns whether every value is finite: a bool scalar, on the device."""
     return jnp.stack([jnp.isfinite(value).all() for value in jax.tree.leaves(values)]).all()
 
 
@@ -48,13 +52,13 @@ def add(sums: Sums, values: dict[str, jax.Array], ok: jax.Array, step: jax.Array
 
     Args:
       sums: so far.
-      values: of the step; the names must be those of the sums.
+      values: of the step, with the names of the sums.
       ok: bool scalar, finite(values): if not, the step is counted as skipped and left out.
       step: int32 scalar, the step's number, counted from 1.
     """
     is_first = ~ok & (sums.skipped == 0)
 
-    def where(condition, a, b):
+    def where(condition: jax.Array, a: Any, b: Any) -> Any:
         return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
 
     return Sums(
@@ -66,9 +70,14 @@ def add(sums: Sums, values: dict[str, jax.Array], ok: jax.Array, step: jax.Array
     )
 
 
-# Up to so many classes which class is taken for which is counted too.
+def means(sums: Sums) -> dict[str, list[float] | float]:
+    """Returns name -> mean over the steps, at least one, of fetched sums."""
+    return {name: (total / sums.steps).tolist() for name, total in sums.totals.items()}
+
+
+# Up to so many classes the confusion matrix is counted too.
 CONFUSION_CLASSES = 100
-# Above so many classes it is counted whether the label is among the five most probable.
+# Above so many classes top-5 accuracy is counted too.
 TOP5_CLASSES = 10
 
 
@@ -77,19 +86,20 @@ def prediction_counts(
 ) -> dict[str, jax.Array]:
     """Returns counts of predictions over the masked images, on the device: int32.
 
-    correct [K, C]: of each class, those that are predicted right; of equal probabilities the
-    first class's counts. top5 [K], above TOP5_CLASSES classes: the label is among the first five.
-    confusion [K, C, C], up to CONFUSION_CLASSES: of label i, predicted as j.
+    correct [K, C]: correct predictions of each class; of equal probabilities the first class is the
+      prediction.
+    top5 [K], above TOP5_CLASSES classes: the label is among the five most probable classes.
+    confusion [K, C, C], up to CONFUSION_CLASSES classes: label i predicted as j.
     """
     (networks, _, classes), int32 = log_p_KxBxC.shape, jnp.int32
     rows_Kx1, labels_1xB = jnp.arange(networks)[:, None], labels_B[None]
     own_KxBx1 = jnp.take_along_axis(log_p_KxBxC, labels_B[None, :, None], -1)
     before_C = jnp.arange(classes)[None, None] < labels_B[None, :, None]
     ahead = (log_p_KxBxC > own_KxBx1) | ((log_p_KxBxC == own_KxBx1) & before_C)
-    ahead |= jnp.isnan(own_KxBx1)  # what is no number is never right
+    ahead |= jnp.isnan(own_KxBx1)  # NaN is never correct
     rank_KxB = ahead.sum(-1)
 
-    def among(first):
+    def among(first: int) -> jax.Array:
         return ((rank_KxB < first) & mask_B[None]).astype(int32)
 
     correct = jnp.zeros((networks, classes), int32).at[rows_Kx1, labels_1xB].add(among(1))
@@ -103,11 +113,29 @@ def prediction_counts(
     return counts
 
 
-def fetch(sums: Sums) -> Sums:
-    """Returns the sums on the host, as NumPy arrays; waits until they are there."""
-    return jax.device_get(sums)
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """An evaluation on one split; each list holds the K networks and, last, the ensemble.
 
+    Attributes:
+      accuracy: top-1, percent.
+      cross_entropy: mean over the images, nats.
+      top5: percent; None for up to TOP5_CLASSES classes.
+      counts: the sums of eval_step over the split; None where they are not stored.
+    """
 
-def means(sums: Sums) -> dict[str, list[float] | float]:
-    """Returns name -> means over the steps of fetched sums; of steps there must be some."""
-    return {name: (total / sums.steps).tolist() for name, total in sums.totals.items()}
+    accuracy: list[float]
+    cross_entropy: list[float]
+    top5: list[float] | None
+    counts: dict[str, np.ndarray] | None = None
+
+    @classmethod
+    def of(cls, counts: dict[str, np.ndarray]) -> 'Evaluation':
+        """Returns the evaluation of the sums over a whole split."""
+        images = counts['images'].sum()
+        return cls(
+            (100 * counts['correct'].sum(1) / images).tolist(),
+            (counts['cross_entropy'] / images).tolist(),
+            (100 * counts['top5'] / images).tolist() if 'top5' in counts else None,
+            counts,
+        )

@@ -1,7 +1,7 @@
-"""The three optimizers and their schedules; given in fractions of the run, converted here.
+"""The three optimizers and their schedules, given in fractions of the run and converted here.
 
 The learning rate is a function of the state's one step counter. (Adam's own count, in its state,
-serves its bias correction alone.)
+only corrects its bias.)
 """
 
 import dataclasses
@@ -10,7 +10,8 @@ from typing import Any
 
 import jax
 import optax
-from ml_collections import ConfigDict
+
+from afkd_jax import config as config_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Schedule:
     changes: tuple[tuple[int, float], ...]
     steps: int
 
-    def __call__(self, step: jax.Array) -> jax.Array:
+    def __call__(self, step: jax.Array) -> Any:
         """Returns the learning rate at `step`."""
         if self.kind == 'cosine':
             return optax.cosine_decay_schedule(self.initial, self.steps)(step)
@@ -44,9 +45,7 @@ class Optimizer:
     """A direction from optax, and the learning rate that scales it.
 
     Attributes:
-      facts: what it is, for a reader: ('rule', its name), and what that rule is set to.
-      direction: from optax.
-      schedule: of the learning rate.
+      facts: the rule's name and settings, for `--mode describe`.
     """
 
     facts: tuple[tuple[str, Any], ...]
@@ -66,10 +65,10 @@ class Optimizer:
 
 @dataclasses.dataclass(frozen=True)
 class Optimizers:
-    """The logit optimizer moves G_k and C_k, feature G_k and T_k, discriminator D_k.
+    """The optimizers that the method uses; the others are None.
 
-    Where maps learn by L1, which is part of the logit loss, logit moves T_k too. What the method
-    has no use for is None.
+    logit updates G_k and C_k (and T_k where a loss between maps is part of the logit loss), feature
+    updates G_k and T_k, discriminator D_k.
     """
 
     logit: Optimizer
@@ -77,43 +76,47 @@ class Optimizers:
     discriminator: Optimizer | None
 
     def used(self) -> dict[str, Optimizer]:
-        """Returns those that there are, by name, in the order in which they are applied."""
+        """Returns name -> optimizer, in the order in which they are applied."""
         return {name: rule for name, rule in vars(self).items() if rule}
 
 
-def _optimizer(
-    c: ConfigDict,
-    facts: dict[str, Any],
-    direction: optax.GradientTransformation,
-    steps_in: Callable[[float], int],
-) -> Optimizer:
-    changes = ()
-    if c.schedule == 'steps':
-        changes = tuple((steps_in(fraction), c.factor) for fraction in c.boundaries)
-    # Coupled weight decay, on every parameter, as in the neighbours' recipes.
-    decay = optax.add_decayed_weights(c.weight_decay) if c.weight_decay else optax.identity()
-    schedule = Schedule(c.schedule, float(c.learning_rate), changes, steps_in(1))
-    facts = (*facts.items(), ('weight_decay', c.weight_decay))
-    return Optimizer(facts, optax.chain(decay, direction), schedule)
-
-
-def create(config: ConfigDict, adversarial: bool, steps_in: Callable[[float], int]) -> Optimizers:
-    """Returns the optimizers of one run.
+def create(
+    config: config_lib.Config, adversarial: bool, run_steps: Callable[[float], int]
+) -> Optimizers:
+    """Returns the optimizers of a run.
 
     Logit: SGD, v <- momentum v + (g + decay w), w <- w - rate v. Feature and discriminator: Adam
-    with betas 0.9 and 0.999, epsilon 1e-8. Source: method's settings; remembered, not verified.
+    with betas 0.9 and 0.999, epsilon 1e-8. Source: settings in docs/method.md; remembered, not
+    verified.
 
     Args:
       config: the whole config.
       adversarial: whether the method has discriminators.
-      steps_in: fraction of the run -> steps.
+      run_steps: fraction of the run -> steps.
     """
     sgd = {'rule': 'SGD', 'momentum': config.logit.momentum}
-    logit = _optimizer(config.logit, sgd, optax.trace(config.logit.momentum), steps_in)
+    logit = _optimizer(config.logit, sgd, optax.trace(config.logit.momentum), run_steps)
     if not adversarial:
         return Optimizers(logit, None, None)
-    return Optimizers(
-        logit,
-        _optimizer(config.feature, {'rule': 'Adam'}, optax.scale_by_adam(), steps_in),
-        _optimizer(config.discriminator, {'rule': 'Adam'}, optax.scale_by_adam(), steps_in),
+    feature, discriminator = (
+        _optimizer(section, {'rule': 'Adam'}, optax.scale_by_adam(), run_steps)
+        for section in (config.feature, config.discriminator)
     )
+    return Optimizers(logit, feature, discriminator)
+
+
+def _optimizer(
+    section: config_lib.Optimizer,
+    facts: dict[str, Any],
+    direction: optax.GradientTransformation,
+    run_steps: Callable[[float], int],
+) -> Optimizer:
+    changes = ()
+    if section.schedule == 'steps':
+        changes = tuple((run_steps(fraction), section.factor) for fraction in section.boundaries)
+    # Coupled weight decay, on every parameter, as in related recipes.
+    decay = section.weight_decay
+    decayed = optax.add_decayed_weights(decay) if decay else optax.identity()
+    schedule = Schedule(section.schedule, float(section.learning_rate), changes, run_steps(1))
+    facts = facts | {'weight_decay': decay}
+    return Optimizer(tuple(facts.items()), optax.chain(decayed, direction), schedule)

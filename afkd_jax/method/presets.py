@@ -1,14 +1,15 @@
-"""Method name -> two independent choices: whom the logits, and how the maps, learn from.
+"""Method name -> two independent choices: what the logits learn from, and what the maps.
 
 Nothing else in the package knows a preset's name.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 from afkd_jax.errors import UserError, nearest
+from afkd_jax.registry import MAP_LOSSES
 
 LOGITS = ('nobody', 'ring', 'all')
-MAPS = ('nothing', 'l1', 'adversarial')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,17 +17,32 @@ class Method:
     """A method of online distillation.
 
     Attributes:
-      logits: 'nobody' (cross-entropy alone), 'ring' (and the KL to the predecessor's logits) or
-        'all' (and the mean of the KLs to the logits of all others).
-      maps: 'nothing', 'l1' (the mean absolute difference to the predecessor's map, in the logit
-        loss) or 'adversarial' (fool a discriminator that knows the predecessor's map).
+      logits: 'nobody' (cross-entropy only), 'ring' (plus the KL to the predecessor's logits) or
+        'all' (plus the mean of the KLs to the logits of all other networks).
+      maps: 'nothing', 'adversarial' (discriminators) or the name of a loss to the predecessor's map
+        that is part of the logit loss ('l1', or a registered one).
     """
 
     logits: str
     maps: str
 
+    @property
+    def adversarial(self) -> bool:
+        """Whether there are discriminators, and hence feature and discriminator updates."""
+        return self.maps == 'adversarial'
+
+    @property
+    def uses_maps(self) -> bool:
+        """Whether maps are compared, and hence brought to one shape."""
+        return self.maps != 'nothing'
+
+    @property
+    def map_loss(self) -> Callable | None:
+        """The loss between maps; None if there is none."""
+        return MAP_LOSSES.get(self.maps) if self.uses_maps and not self.adversarial else None
+
     def hops(self, networks: int) -> range:
-        """Returns how many places along the ring the teachers of a network's logits stand."""
+        """Returns how many hops along the ring each teacher of a network's logits is away."""
         return {'nobody': range(0), 'ring': range(1, 2), 'all': range(1, networks)}[self.logits]
 
 
@@ -47,12 +63,13 @@ def named(name: str) -> Method:
     Raises:
       UserError: there is no such method.
     """
-    logits, plus, maps = name.partition('+')
-    if plus and logits in LOGITS and maps in MAPS:
-        return Method(logits, maps)
-    if name not in PRESETS:
-        raise UserError(
-            f'config.method: no method is called "{name}"{nearest(name, PRESETS)} '
-            f'(or LOGITS+MAPS, of {", ".join(LOGITS)} and {", ".join(MAPS)})'
-        )
-    return PRESETS[name]
+    if name in PRESETS:
+        return PRESETS[name]
+    maps = ('nothing', 'adversarial', *MAP_LOSSES.names())
+    choice = Method(*name.split('+', 1)) if '+' in name else None
+    if choice and choice.logits in LOGITS and choice.maps in maps:
+        return choice
+    raise UserError(
+        f'config.method: there is no method "{name}"{nearest(name, PRESETS)} '
+        f'(or LOGITS+MAPS, of {", ".join(LOGITS)} and {", ".join(maps)})'
+    )

@@ -1,14 +1,14 @@
-"""Who teaches whom: the teacher of network k is its predecessor, 1 -> 2, 2 -> 3, ..., K -> 1.
+"""The ring: the teacher of network k is its predecessor, 1 -> 2, 2 -> 3, ..., K -> 1.
 
     K = 3:   teacher   1   2   3
                        |   |   |          D_2: real = map 1, fake = map 2
-             pupil     2   3   1          D_3: real = map 2, fake = map 3      D_1: real = map 3, fake = map 1
+             student   2   3   1          D_3: real = map 2, fake = map 3      D_1: real = map 3, fake = map 1
 
 For K = 2 the ring is the plain mutual pair. Source: paper, figure of the cyclic scheme.
 
-The networks may be spread over devices, L = K / peers on each: device p has the networks
-pL .. (p + 1)L - 1, counted from 0. Then what a teacher hands over hops to the next device, and this
-is the only room that knows of it.
+The networks may be sharded over devices, L = K / peers on each: device p has networks
+pL .. (p + 1)L - 1, counted from 0. Then the teachers' arrays hop to the next device; no other
+module depends on it.
 """  # noqa: E501 - the drawing
 
 import dataclasses
@@ -17,65 +17,63 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from afkd_jax.devices.mesh import PEER, rolled
+from afkd_jax.devices.spmd import PEER, roll_across_devices
 
 
 @dataclasses.dataclass(frozen=True)
 class Ring:
-    """K networks in a circle.
+    """K networks in a ring.
 
     Attributes:
-      order: the networks, counted from 0, as one teaches the next and the last the first; a
-        permutation of 0 .. K - 1.
-      peers: over how many devices, along the axis PEER, the networks are spread; a divisor of K.
-        Above 1 the order must be as listed (run.py sees to it).
+      order: the networks, counted from 0; each teaches the next and the last the first.
+      peers: devices along PEER over which the networks are sharded; a divisor of K. Above 1 the
+        order is 0 .. K - 1 (checked in cohort.py).
     """
 
     order: tuple[int, ...]
     peers: int = 1
 
     def teacher_of(self, network: int, hops: int = 1) -> int:
-        """Returns the network that stands `hops` places before `network`, counted from 0."""
+        """Returns the network `hops` places before `network`, counted from 0."""
         return self.order[(self.order.index(network) - hops) % len(self.order)]
 
-    def teachers(self, own_Lx: jax.Array, hops: int = 1) -> jax.Array:
-        """Returns what each network's teacher hands over, gradient stopped.
+    def teachers(self, x_Lx: jax.Array, hops: int = 1) -> jax.Array:
+        """Returns each network's teacher's array, gradient stopped: entry k is x[teacher_of(k)].
 
-        Entry k is own_Kx[teacher_of(k, hops)]. Every teacher enters every loss through this one
-        stop_gradient.
+        Every teacher enters every loss through this one stop_gradient.
 
         Args:
-          own_Lx: logits or feature maps of the networks of this device, stacked on the leading
-            axis: of all K where they are not spread.
-          hops: how many places along the ring they travel, in 1 .. K - 1.
+          x_Lx: logits or feature maps of this device's networks, stacked on the leading axis; of
+            all K networks where they are not sharded.
+          hops: along the ring, in 1 .. K - 1.
         """
         if self.peers > 1:
-            moved_Lx = rolled(own_Lx, hops, PEER)
+            rolled_Lx = roll_across_devices(x_Lx, hops, PEER)
         elif self.order == tuple(range(len(self.order))):
-            moved_Lx = jnp.roll(own_Lx, shift=hops, axis=0)
+            rolled_Lx = jnp.roll(x_Lx, shift=hops, axis=0)
         else:
-            place_K = np.argsort(self.order)
-            moved_Lx = jnp.roll(own_Lx[np.array(self.order)], shift=hops, axis=0)[place_K]
-        return jax.lax.stop_gradient(moved_Lx)
+            inverse_K = np.argsort(self.order)
+            rolled_Lx = jnp.roll(x_Lx[np.array(self.order)], shift=hops, axis=0)[inverse_K]
+        return jax.lax.stop_gradient(rolled_Lx)
 
-    def first(self, here: int) -> jax.Array | int:
-        """Returns the number, counted from 0, of the first of the `here` networks of a device."""
-        return jax.lax.axis_index(PEER) * here if self.peers > 1 else 0
+    def first(self, local: int) -> jax.Array | int:
+        """Returns the index of this device's first network, given how many it has."""
+        return jax.lax.axis_index(PEER) * local if self.peers > 1 else 0
 
     def gathered(self, values: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """Returns name -> [K, ...] of all networks, on every device, from [L, ...] of its own.
 
-        One small sum over the devices; meant for numbers, not for arrays of size.
+        One small sum over the devices, for numbers and not for large arrays.
         """
         if self.peers == 1:
             return values
         flat = [value.reshape(len(value), -1) for value in values.values()]
         own_LxN = jnp.concatenate(flat, axis=1)
-        none_KxN = jnp.zeros((len(self.order), own_LxN.shape[1]), own_LxN.dtype)
-        place = self.first(len(own_LxN))
+        zeros_KxN = jnp.zeros((len(self.order), own_LxN.shape[1]), own_LxN.dtype)
+        first = self.first(len(own_LxN))
         all_KxN = jax.lax.psum(
             jax.lax.dynamic_update_slice_in_dim(
-                jax.lax.pcast(none_KxN, PEER, to='varying'), own_LxN, place, axis=0
+                jax.lax.pcast(zeros_KxN, PEER, to='varying'), own_LxN, first, axis=0
             ),
             PEER,
         )

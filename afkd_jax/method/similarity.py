@@ -1,16 +1,17 @@
-"""How alike the networks of a ring are: their maps, and their predictions, edge by edge.
+"""Similarity of each network and its teacher (an edge of the ring): maps and predictions.
 
-An edge is a network and its teacher. Device side: sums over a batch. Host side: the figures.
+On the device: sums over a batch. On the host: the figures.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from afkd_jax.devices.mesh import DATA
+from afkd_jax.devices.spmd import DATA
 from afkd_jax.method.cohort import Cohort
 from afkd_jax.method.state import NetworkState
 from afkd_jax.models.layers import at_least_float32
@@ -25,10 +26,10 @@ def sums(
 ) -> dict[str, jax.Array]:
     """Returns sums over the masked global batch, one per edge: [K], entry k of k and its teacher.
 
-    Runs on one device, inside a mapped function, in evaluation mode: B is this device's share.
+    Runs on one device, inside a mapped function, in evaluation mode: B is this device's shard.
 
     Args:
-      cohort: whose ring, as this device has it (Cohort.here).
+      cohort: this device's part (Cohort.local).
       networks: their states.
       pixels_BxHxWxC: standardised images.
       labels_B: integers.
@@ -39,7 +40,7 @@ def sums(
       predictions; hsic_own and hsic_cross, see _hsic(). Where the maps have one shape, after the
       transfer layers if there are any: l1, l2 and cosine, see figures().
     """
-    ring = cohort.objective.ring
+    ring = cohort.ring
     logits, own_maps = zip(
         *(
             module.apply(state.variables(), pixels_BxHxWxC, False)
@@ -66,17 +67,16 @@ def sums(
 
 
 def _in_one_shape(
-    cohort: Cohort, networks: tuple[NetworkState, ...], maps: tuple[jax.Array, ...]
+    cohort: Cohort, networks: tuple[NetworkState, ...], maps: Sequence[jax.Array]
 ) -> jax.Array | None:
     """Returns the maps as the method compares them, [K, B, H, W, C]; None if it cannot."""
-    if cohort.maps_teach:
-        maps = [
-            module.apply(state.transfer_variables(), own, False) if module else own
-            for own, module, state in zip(maps, cohort.transfers, networks, strict=True)
-        ]
-    elif len(set(cohort.map_shapes)) > 1:
+    if not cohort.method.uses_maps and len(set(cohort.map_shapes)) > 1:
         return None
-    return at_least_float32(jnp.stack(maps))
+    shared: list[Any] = [
+        module.apply(state.transfer_variables(), own, False) if module else own
+        for own, module, state in zip(maps, cohort.transfers, networks, strict=True)
+    ]
+    return at_least_float32(jnp.stack(shared))
 
 
 def _distances(maps_KxBxHxWxC: jax.Array, teacher_maps: jax.Array) -> dict[str, jax.Array]:
@@ -90,10 +90,10 @@ def _distances(maps_KxBxHxWxC: jax.Array, teacher_maps: jax.Array) -> dict[str, 
     }
 
 
-def _hsic(cohort: Cohort, maps: tuple[jax.Array, ...], mask_B: jax.Array) -> dict[str, jax.Array]:
+def _hsic(cohort: Cohort, maps: Sequence[jax.Array], mask_B: jax.Array) -> dict[str, jax.Array]:
     """Returns n HSIC_1(K_k, K_k) and n HSIC_1(K_k, K_p) of the global batch, n its images: [K].
 
-    And `power`, the sum over the images of a map's squares, which tells HSIC from rounding.
+    And `power`, the sum over the images of a map's squares, to separate HSIC from rounding.
 
     K_k is the matrix of inner products between the images' own maps, and HSIC_1 the unbiased
     estimator: its mean over random batches tends to that of the whole split, whatever their size;
@@ -103,8 +103,8 @@ def _hsic(cohort: Cohort, maps: tuple[jax.Array, ...], mask_B: jax.Array) -> dic
     """
     images = jax.lax.psum(mask_B.sum(), DATA).astype(at_least_float32(maps[0]).dtype)
     mask_all = jax.lax.all_gather(mask_B, DATA, tiled=True)
-    place = jax.lax.axis_index(DATA) * len(mask_B) + jnp.arange(len(mask_B))
-    pairs = mask_B[:, None] & mask_all[None] & (place[:, None] != jnp.arange(len(mask_all))[None])
+    index = jax.lax.axis_index(DATA) * len(mask_B) + jnp.arange(len(mask_B))
+    pairs = mask_B[:, None] & mask_all[None] & (index[:, None] != jnp.arange(len(mask_all))[None])
 
     def inner_products(map_BxHxWxC):
         flat = map_BxHxWxC.reshape(len(map_BxHxWxC), -1)
@@ -115,7 +115,7 @@ def _hsic(cohort: Cohort, maps: tuple[jax.Array, ...], mask_B: jax.Array) -> dic
 
     # This device's rows of the symmetric matrices; the sums over rows are completed by psum.
     rows = [inner_products(at_least_float32(own)) for own in maps]
-    teachers = cohort.objective.ring.teachers(jnp.stack(rows))
+    teachers = cohort.ring.teachers(jnp.stack(rows))
 
     def hsic(own, other):
         trace, by_own, by_other, by_both = jax.lax.psum(
@@ -159,16 +159,16 @@ def figures(cohort: Cohort, parts: list[dict[str, np.ndarray]]) -> list[dict[str
     choice).
 
     Args:
-      cohort: whose ring.
+      cohort: of all networks.
       parts: sums() of every batch, on the host.
     """
-    total = {
+    total: dict[str, Any] = {
         name: np.sum([part[name] for part in parts], axis=0, dtype=np.float64) for name in parts[0]
     }
     images, edges = total['images'], []
     for k in range(len(cohort.names)):
-        teacher = cohort.objective.ring.teacher_of(k)
-        edge = {'network': k + 1, 'teacher': teacher + 1}
+        teacher = cohort.ring.teacher_of(k)
+        edge: dict[str, Any] = {'network': k + 1, 'teacher': teacher + 1}
         for name in ('l1', 'l2', 'cosine'):
             edge[name] = float(total[name][k] / images) if name in total else None
         if edge['l2'] is not None:

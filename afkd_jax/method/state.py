@@ -1,7 +1,7 @@
-"""Everything that changes while training, as pure pytrees: arrays only, and how they start."""
+"""The train state: everything that changes while training, as pure pytrees, and how it starts."""
 
 import functools
-import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from afkd_jax.devices import arrays
 from afkd_jax.method.cohort import Cohort
 
 
@@ -19,8 +20,7 @@ class NetworkState:
     Attributes:
       params: {'trunk': G_k, 'head': C_k, 'transfer': T_k}; T_k is None where there is none.
       batch_stats: {'network': ..., 'transfer': ...}, the running statistics of the norms.
-      opt: state of each optimizer that moves this network ('logit', 'feature'), by name, each
-        over the parts that it moves (Cohort.moves).
+      opt: optimizer name -> its state over the parts that it updates (Cohort.updated_parts).
     """
 
     params: dict[str, Any]
@@ -28,12 +28,12 @@ class NetworkState:
     opt: dict[str, Any]
 
     def variables(self) -> dict[str, Any]:
-        """Returns what the network's module is applied to: G_k, C_k and their statistics."""
+        """Returns the variables of the network's module."""
         params = {name: part for name, part in self.params.items() if name != 'transfer'}
         return {'params': params, 'batch_stats': self.batch_stats['network']}
 
     def transfer_variables(self) -> dict[str, Any]:
-        """Returns what the transfer layer's module is applied to."""
+        """Returns the variables of the transfer layer's module."""
         return {
             'params': self.params['transfer'],
             'batch_stats': self.batch_stats['transfer'],
@@ -50,42 +50,113 @@ class DiscriminatorState:
 
 @flax.struct.dataclass
 class TrainState:
-    """The whole run.
+    """The state of a run.
 
     Attributes:
-      step: int32 scalar, steps taken; what schedules and random keys count by.
-      networks: K NetworkState.
-      discriminators: K DiscriminatorState; () if the method has none.
+      step: int32 scalar, steps taken; schedules and random keys are functions of it.
+      networks: K.
+      discriminators: K; () if the method has none.
     """
 
     step: jax.Array
     networks: tuple[NetworkState, ...]
     discriminators: tuple[DiscriminatorState, ...]
 
+    @property
+    def stackable(self) -> bool:
+        """Whether all networks have arrays of the same names, dtypes and shapes."""
+        layouts = [arrays.layout(network) for network in self.networks]
+        return all(other == layouts[0] for other in layouts)
 
-def _create_network(cohort: Cohort, index: int, key: jax.Array) -> NetworkState:
-    image = jnp.zeros((1, *cohort.image_shape))
-    variables = cohort.networks[index].init(key, image, False)
-    params = {**variables['params'], 'transfer': None}
-    stats = {'network': variables.get('batch_stats', {}), 'transfer': None}
-    if cohort.maps_teach and (module := cohort.transfers[index]):
-        maps = jnp.zeros((1, *cohort.map_shapes[index]))
-        variables = module.init(jax.random.fold_in(key, 1), maps, False)
-        # Empty where the transfer only pools.
-        params['transfer'] = variables.get('params', {})
-        stats['transfer'] = variables.get('batch_stats', {})
-    rules = cohort.optimizers.used()
-    opt = {
-        name: rules[name].init({part: params[part] for part in parts})
-        for name, parts in cohort.moves().items()
-    }
-    return NetworkState(params, stats, opt)
+    def stack(self) -> 'StackedState':
+        """Returns the same state, stacked on a leading axis K."""
+        return StackedState(self.step, stack(self.networks), stack(self.discriminators))
+
+    def unstack(self) -> 'TrainState':
+        """Returns itself."""
+        return self
+
+    def local_parts(self) -> dict[int, Any]:
+        """Returns k -> (network, discriminator or ()), on the host, of this process's networks."""
+        discriminators = self.discriminators or ((),) * len(self.networks)
+        return dict(
+            enumerate(jax.device_get(list(zip(self.networks, discriminators, strict=True))))
+        )
 
 
-def _create_discriminator(cohort: Cohort, index: int, key: jax.Array) -> DiscriminatorState:
-    maps = jnp.zeros((1, *cohort.shared_map))
-    params = cohort.discriminators[index].init(jax.random.fold_in(key, 2), maps)['params']
-    return DiscriminatorState(params, cohort.optimizers.discriminator.init(params))
+@flax.struct.dataclass
+class StackedState:
+    """The state of a cohort of one architecture, stacked on a leading axis K.
+
+    So its networks can be sharded over devices. The methods are those of TrainState.
+
+    Attributes:
+      networks: one NetworkState, every array [K, ...].
+      discriminators: likewise; () if the method has none.
+    """
+
+    step: jax.Array
+    networks: Any
+    discriminators: Any
+
+    @property
+    def stackable(self) -> bool:
+        """See TrainState."""
+        return True
+
+    def stack(self) -> 'StackedState':
+        """Returns itself."""
+        return self
+
+    def unstack(self) -> TrainState:
+        """Returns the same state as a tuple of networks."""
+        return TrainState(self.step, unstack(self.networks), unstack(self.discriminators))
+
+    def local_parts(self) -> dict[int, Any]:
+        """See TrainState."""
+        whole = self.networks, self.discriminators
+
+        def row(leaf: jax.Array, k: int) -> np.ndarray:
+            for shard in leaf.addressable_shards:
+                first, end, _ = shard.index[0].indices(len(leaf))
+                if first <= k < end:
+                    return np.asarray(shard.data)[k - first]
+            raise IndexError(k)
+
+        one = jax.tree.leaves(whole)[0]
+        spans = [shard.index[0].indices(len(one))[:2] for shard in one.addressable_shards]
+        local = sorted({k for first, end in spans for k in range(first, end)})
+        return {k: jax.tree.map(lambda leaf, k=k: row(leaf, k), whole) for k in local}
+
+
+State = TrainState | StackedState
+
+
+def stack(parts: tuple) -> Any:
+    """Returns trees of one structure as one tree of stacked arrays; () of none."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts) if parts else ()
+
+
+def unstack(whole: Any) -> tuple:
+    """Returns the trees that were stacked."""
+    leaves = jax.tree.leaves(whole)
+    count = len(leaves[0]) if leaves else 0
+    return tuple(jax.tree.map(lambda leaf, k=k: leaf[k], whole) for k in range(count))
+
+
+def digests(parts: Mapping[int, Any]) -> dict[str, str]:
+    """Returns k -> fingerprint of network k and its discriminator, of State.local_parts()."""
+    return {str(k): arrays.fingerprint(part) for k, part in parts.items()}
+
+
+def nonfinite(parts: Mapping[int, Any]) -> str | None:
+    """Returns the name of an array that is not finite, of State.local_parts(); None if all are."""
+    for k, pair in parts.items():
+        for kind, part in zip(('networks', 'discriminators'), pair, strict=True):
+            for path, leaf in jax.tree_util.tree_leaves_with_path(part):
+                if jnp.issubdtype(leaf.dtype, jnp.inexact) and not np.isfinite(leaf).all():
+                    return f'.{kind}[{k}]{jax.tree_util.keystr(path)}'
+    return None
 
 
 def create(cohort: Cohort, key: jax.Array) -> TrainState:
@@ -102,95 +173,32 @@ def create(cohort: Cohort, key: jax.Array) -> TrainState:
 
 @functools.lru_cache(maxsize=1)
 def abstract(cohort: Cohort) -> TrainState:
-    """Returns the state's shapes and dtypes; no array is made."""
+    """Returns the state's shapes and dtypes; makes no array."""
     return jax.eval_shape(lambda: create(cohort, jax.random.key(0)))
 
 
-def stacked(state: TrainState) -> TrainState:
-    """Returns the state with the networks, and the discriminators, stacked on a leading axis.
-
-    Each of both is then one NetworkState or DiscriminatorState, or () if there are none. They must
-    be of one architecture.
-    """
-    return state.replace(networks=stack(state.networks), discriminators=stack(state.discriminators))
-
-
-def stack(parts: tuple) -> Any:
-    """Returns trees of one structure as one, their arrays stacked; () of none."""
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts) if parts else ()
-
-
-def unstack(whole: Any) -> tuple:
-    """Returns the trees that were stacked."""
-    leaves = jax.tree.leaves(whole)
-    count = len(leaves[0]) if leaves else 0
-    return tuple(jax.tree.map(lambda leaf, k=k: leaf[k], whole) for k in range(count))
-
-
-def unstacked(state: TrainState) -> TrainState:
-    """Returns the state as it was before stacked()."""
-    return state.replace(
-        networks=unstack(state.networks), discriminators=unstack(state.discriminators)
-    )
-
-
-def alike(state: TrainState) -> bool:
-    """Returns whether the networks have arrays of the same names, dtypes and shapes."""
-    layouts = [layout(network) for network in state.networks]
-    return all(other == layouts[0] for other in layouts)
-
-
-def parameter_count(params: Any) -> int:
-    """Returns the number of scalars in a tree of arrays, or of their shapes."""
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
-
-
-def fingerprint(arrays: Any) -> str:
-    """Returns a SHA-256 over every array: name, dtype, shape and bytes, in the tree's order.
-
-    Two runs whose states have one fingerprint are the same run, bit for bit.
-    """
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(arrays)):
-        array = np.ascontiguousarray(leaf)
-        digest.update(f'{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n'.encode())
-        digest.update(array.reshape(-1).view(np.uint8))
-    return digest.hexdigest()
-
-
-def digests(state: TrainState) -> dict[int, str]:
-    """Returns network, counted from 0 -> fingerprint of it and its discriminator.
-
-    Of those networks that this process has, and the same whether they are stacked or not.
-    """
-    if isinstance(state.networks, tuple):
-        discriminators = state.discriminators or ((),) * len(state.networks)
-        parts = dict(enumerate(zip(state.networks, discriminators, strict=True)))
-    else:
-        whole = state.networks, state.discriminators
-        here = {k for span, _ in _spans(jax.tree.leaves(whole)[0]) for k in range(*span)}
-        parts = {k: jax.tree.map(lambda leaf, k=k: _row(leaf, k), whole) for k in here}
-    return {k: fingerprint(part) for k, part in parts.items()}
-
-
-def _spans(stacked: jax.Array) -> list[tuple[tuple[int, int], jax.Array]]:
-    """Returns ((first row, end), rows) of the parts of a stacked array that this process has."""
-    return [
-        (shard.index[0].indices(len(stacked))[:2], shard.data)
-        for shard in stacked.addressable_shards
-    ]
-
-
-def _row(stacked: jax.Array, k: int) -> np.ndarray:
-    """Returns the row of a stacked array, which this process has."""
-    return next(
-        np.asarray(rows)[k - first] for (first, end), rows in _spans(stacked) if first <= k < end
-    )
-
-
-def layout(arrays: Any) -> dict[str, str]:
-    """Returns name -> dtype and shape of every array, or of every abstract one, of a tree."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator='/'): f'{leaf.dtype}{[*leaf.shape]}'
-        for path, leaf in jax.tree_util.tree_leaves_with_path(arrays)
+def _create_network(cohort: Cohort, index: int, key: jax.Array) -> NetworkState:
+    image = jnp.zeros((1, *cohort.image_shape))
+    variables = cohort.networks[index].init(key, image, False)
+    params = {**variables['params'], 'transfer': None}
+    stats = {'network': variables.get('batch_stats', {}), 'transfer': None}
+    if module := cohort.transfers[index]:
+        maps = jnp.zeros((1, *cohort.map_shapes[index]))
+        variables = module.init(jax.random.fold_in(key, 1), maps, False)
+        # Empty where the transfer layer only pools.
+        params['transfer'] = variables.get('params', {})
+        stats['transfer'] = variables.get('batch_stats', {})
+    rules = cohort.optimizers.used()
+    opt = {
+        name: rules[name].init({part: params[part] for part in parts})
+        for name, parts in cohort.updated_parts().items()
     }
+    return NetworkState(params, stats, opt)
+
+
+def _create_discriminator(cohort: Cohort, index: int, key: jax.Array) -> DiscriminatorState:
+    assert cohort.shared_map
+    assert cohort.optimizers.discriminator
+    maps = jnp.zeros((1, *cohort.shared_map))
+    params = cohort.discriminators[index].init(jax.random.fold_in(key, 2), maps)['params']
+    return DiscriminatorState(params, cohort.optimizers.discriminator.init(params))

@@ -1,11 +1,11 @@
-"""Who updates what: the training step and the evaluation step of one device, pure.
+"""The training step and the evaluation step of one device, pure.
 
 One forward pass of every network gives (logits, map). The losses (objective.py) are pulled back
 through that one pass, once per optimizer, and all gradients are taken at the step's starting
-parameters; then the updates are applied in the order logit, feature, discriminator. So the step
-is a pure function of (state, batch, key).
-Source: separate optimizers and the single pass are told by a third party; the discriminator's
-place in the order is our choice.
+parameters; then the updates are applied in the order logit, feature, discriminator. So the step is
+a pure function of (state, batch, key).
+Source: separate optimizers and the single pass are told by a third party; the discriminator's place
+in the order is our choice.
 """
 
 import dataclasses
@@ -18,31 +18,33 @@ import jax.numpy as jnp
 import optax
 
 from afkd_jax.data import augment
-from afkd_jax.devices.mesh import DATA, varying
+from afkd_jax.data.images import DeviceImages
+from afkd_jax.devices.spmd import DATA, varying
 from afkd_jax.method import losses, metrics
 from afkd_jax.method.cohort import Cohort
+from afkd_jax.method.objective import DiscriminatorFn
 from afkd_jax.method.state import DiscriminatorState, NetworkState, TrainState
 
 
 def value_shapes(cohort: Cohort) -> dict[str, tuple[int, ...]]:
-    """Returns the names and shapes of the values that a step of this cohort reports.
+    """Returns the names and shapes of the values that a step reports.
 
     One per network, [K]: the losses (Objective.value_names); accuracy, in percent; grad_norm_*,
     the L2 norms of the gradients. One per step: learning_rate_*, of each optimizer.
     """
     used = cohort.optimizers.used()
     names = [*cohort.objective.value_names(), 'accuracy', *(f'grad_norm_{name}' for name in used)]
-    shapes = dict.fromkeys(names, (len(cohort.names),))
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(names, (len(cohort.names),))
     return shapes | {f'learning_rate_{name}': () for name in used}
 
 
 @dataclasses.dataclass(frozen=True)
 class _Pass:
-    """What one network's forward pass, in training mode, leaves behind.
+    """One network's forward pass in training mode.
 
     Attributes:
       logits: [B, C].
-      maps: its feature map; after the transfer layer if there is one.
+      maps: the feature map, after the transfer layer if there is one.
       batch_stats: the new running statistics, as in NetworkState.
       pull: (cotangent of logits, cotangent of maps) -> gradients of trunk, head and transfer.
     """
@@ -58,7 +60,7 @@ def _forward(
 ) -> tuple[Any, Callable, Any]:
     """Returns (outputs, pullback to (params, inputs), new batch statistics)."""
 
-    def apply(params, inputs):
+    def apply(params: Any, inputs: jax.Array) -> Any:
         all_variables = {'params': params, 'batch_stats': variables['batch_stats']}
         return module.apply(
             all_variables, inputs, True, mutable=['batch_stats'], rngs={'dropout': key}
@@ -76,12 +78,12 @@ def _pass(
         cohort.networks[k], state.variables(), images_BxHxWxC, key
     )
     batch_stats, pull_transfer = {'network': stats, 'transfer': None}, None
-    if cohort.maps_teach and cohort.transfers[k]:
+    if module := cohort.transfers[k]:
         maps, pull_transfer, batch_stats['transfer'] = _forward(
-            cohort.transfers[k], state.transfer_variables(), maps, key
+            module, state.transfer_variables(), maps, key
         )
 
-    def pull(to_logits, to_maps):
+    def pull(to_logits: jax.Array, to_maps: jax.Array) -> dict[str, Any]:
         to_transfer = None
         if pull_transfer:
             to_transfer, to_maps = pull_transfer(to_maps)
@@ -97,12 +99,22 @@ def _updated_network(
     """Returns the network after its logit update and then, if there is one, its feature update."""
     params, opt = state.params, {}
     rules = cohort.optimizers.used()
-    for name, parts in cohort.moves().items():
-        moved, opt[name] = rules[name].apply(
+    for name, parts in cohort.updated_parts().items():
+        updated, opt[name] = rules[name].apply(
             gradients[name], state.opt[name], {part: params[part] for part in parts}, step
         )
-        params = {**params, **moved}
+        params = {**params, **updated}
     return NetworkState(params, batch_stats, opt)
+
+
+def _discriminator_fn(module: nn.Module) -> DiscriminatorFn:
+    """Returns a discriminator as a function; its running statistics are dropped."""
+
+    def apply(params: Any, maps: jax.Array) -> jax.Array:
+        outputs, _ = module.apply({'params': params}, maps, mutable=['batch_stats'])
+        return outputs
+
+    return apply
 
 
 def update(
@@ -111,43 +123,44 @@ def update(
     images_BxHxWxC: jax.Array,
     labels_B: jax.Array,
     key: jax.Array,
-    mixed: losses.Mixed | None = None,
+    mixed: augment.Mixed | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Returns the state after one step on this batch, and the step's values (value_shapes).
 
-    Runs on one device, inside a mapped function: B is this device's share of the batch. Batch
-    statistics (unless they are local), losses and gradients are over the global batch. The
-    networks are those of this device; where they are spread, the ring brings what others teach.
+    Runs on one device, inside a mapped function: B is this device's shard of the batch. Batch
+    statistics (unless local), losses and gradients are over the global batch. Where the networks
+    are sharded, these are this device's, and the ring brings the teachers' arrays.
 
     Args:
-      cohort: what is trained, as this device has it (Cohort.here).
+      cohort: this device's part (Cohort.local).
       state: before the step.
       images_BxHxWxC: standardised.
       labels_B: integers.
       key: of this step, for dropout.
-      mixed: with what the images are mixed; `accuracy` is of their own labels.
+      mixed: what the images are mixed with; `accuracy` is of their own labels.
     """
-    objective, used = cohort.objective, cohort.optimizers.used()
-    ring, here = objective.ring, len(state.networks)
+    objective, ring, used = cohort.objective, cohort.ring, cohort.optimizers.used()
+    first = ring.first(len(state.networks))
     passes = [
-        _pass(cohort, k, network, images_BxHxWxC, jax.random.fold_in(key, ring.first(here) + k))
+        _pass(cohort, k, network, images_BxHxWxC, jax.random.fold_in(key, first + k))
         for k, network in enumerate(state.networks)
     ]
     logits_KxBxC = jnp.stack([own.logits for own in passes])
     to_logits, values = objective.of_logits(logits_KxBxC, labels_B, state.step, mixed)
     values['accuracy'] = 100.0 * (logits_KxBxC.argmax(-1) == labels_B[None]).mean(1)
 
-    # What each optimizer pulls back, (to logits, to maps): entries of k, or zeros for all.
+    # What each optimizer pulls back: (to logits, to maps), entry k or zeros.
     no_logits = [jnp.zeros_like(own.logits) for own in passes]
     no_maps = [jnp.zeros_like(own.maps) for own in passes]
-    cotangents, gradients = {'logit': (to_logits, no_maps)}, {}
-    if cohort.maps_teach:
+    cotangents: dict[str, tuple[Any, Any]] = {'logit': (to_logits, no_maps)}
+    gradients: dict[str, list[Any]] = {}
+    if cohort.method.uses_maps:
         maps_KxBxHxWxC = jnp.stack([own.maps for own in passes])
-        if cohort.adversarial:
-            judges = [_judge(module) for module in cohort.discriminators]
-            params = [varying(judge.params) for judge in state.discriminators]
+        if cohort.method.adversarial:
             to_maps, gradients['discriminator'], more = objective.of_adversaries(
-                judges, params, maps_KxBxHxWxC
+                [_discriminator_fn(module) for module in cohort.discriminators],
+                [varying(discriminator.params) for discriminator in state.discriminators],
+                maps_KxBxHxWxC,
             )
             cotangents['feature'] = (no_logits, to_maps)
         else:
@@ -156,7 +169,7 @@ def update(
         values |= more
     for name, (to_logits, to_maps) in cotangents.items():
         pulled = [own.pull(to_logits[k], to_maps[k]) for k, own in enumerate(passes)]
-        parts = cohort.moves()[name]
+        parts = cohort.updated_parts()[name]
         gradients[name] = [{part: own[part] for part in parts} for own in pulled]
 
     batch_stats = [own.batch_stats for own in passes]
@@ -174,7 +187,7 @@ def update(
         _updated_network(
             cohort,
             network,
-            {name: gradients[name][k] for name in cohort.moves()},
+            {name: gradients[name][k] for name in cohort.updated_parts()},
             batch_stats[k],
             state.step,
         )
@@ -189,42 +202,37 @@ def update(
     return TrainState(state.step + 1, networks, discriminators), values
 
 
-def _judge(module: nn.Module) -> Callable[[Any, jax.Array], jax.Array]:
-    """Returns a discriminator as a function of its parameters; it keeps no running statistics."""
-    return lambda params, maps: module.apply({'params': params}, maps, mutable=['batch_stats'])[0]
-
-
 def train_step(
     cohort: Cohort,
-    recipe: augment.Recipe,
+    augmentation: augment.Augmentation,
     state: TrainState,
     sums: metrics.Sums,
-    images: augment.Table,
+    images: DeviceImages,
     index_B: jax.Array,
     key: jax.Array,
 ) -> tuple[TrainState, metrics.Sums]:
-    """Returns (state, sums) after gathering, varying and learning this device's batch.
+    """Returns (state, sums) after gathering, augmenting and learning this device's batch.
 
-    Where a loss, another reported value or the norm of a gradient is no finite number, nothing of
-    the step remains but its number: parameters, statistics and optimizers stay as they were, and
-    the sums count it as skipped. Whether the run goes on after that is for the host to say.
+    Where a reported value or the norm of a gradient is not finite, only the step counter changes:
+    parameters, statistics and optimizers stay as they were, and the sums count a skipped step.
+    Whether the run continues is decided on the host.
 
     Args:
-      cohort: what is trained.
-      recipe: how the images are varied.
+      cohort: this device's part (Cohort.local).
+      augmentation: of the training images.
       state: before the step.
       sums: of the steps since the last fetch.
       images: all images, or those of the batch.
-      index_B: this device's share of the batch's indices.
+      index_B: this device's shard of the batch's indices.
       key: of the run; what is random in a step is a function of (key, step).
     """
     augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
-    pixels, labels, mixed = augment.training_batch(images, index_B, augment_key, recipe)
-    moved, values = update(cohort, state, pixels, labels, dropout_key, mixed)
+    pixels, labels, mixed = augment.training_batch(images, index_B, augment_key, augmentation)
+    updated, values = update(cohort, state, pixels, labels, dropout_key, mixed)
     ok = metrics.finite(values)
-    kept = state.replace(step=moved.step)
-    state = jax.tree.map(lambda new, old: jnp.where(ok, new, old), moved, kept)
-    return state, metrics.add(sums, values, ok, moved.step)
+    skipped = dataclasses.replace(state, step=updated.step)
+    state = jax.tree.map(lambda new, old: jnp.where(ok, new, old), updated, skipped)
+    return state, metrics.add(sums, values, ok, updated.step)
 
 
 def eval_step(
@@ -234,20 +242,20 @@ def eval_step(
     labels_B: jax.Array,
     mask_B: jax.Array,
 ) -> dict[str, jax.Array]:
-    """Returns sums over the masked global batch, each network's and, last, the ensemble's.
+    """Returns sums over the masked global batch, of each network and, last, of the ensemble.
 
     Args:
-      cohort: what is evaluated.
+      cohort: this device's part (Cohort.local).
       networks: their states; the running batch statistics are used.
-      pixels_BxHxWxC: standardised images, this device's share of the batch.
+      pixels_BxHxWxC: standardised images, this device's shard of the batch.
       labels_B: integers.
-      mask_B: bool; False leaves an entry out of every sum.
+      mask_B: bool; False leaves an image out of every sum.
 
     Returns:
-      cross_entropy [K + 1], metrics.prediction_counts of K + 1, and images, int32 [C]: how many of
-      each class were counted. The ensemble is the mean of the probabilities.
+      cross_entropy [K + 1], metrics.prediction_counts of K + 1, and images, int32 [C]: the number
+      of each class. The ensemble is the mean of the probabilities.
     """
-    ring = cohort.objective.ring
+    ring = cohort.ring
     log_p_KxBxC = jnp.stack(
         [
             jax.nn.log_softmax(module.apply(state.variables(), pixels_BxHxWxC, False)[0])
@@ -256,7 +264,7 @@ def eval_step(
     )
     ensemble_BxC = ring.logsumexp(log_p_KxBxC) - jnp.log(len(ring.order))
 
-    def sums(log_p_KxBxC):
+    def sums(log_p_KxBxC: jax.Array) -> dict[str, jax.Array]:
         entropy_KxB = jnp.where(mask_B[None], losses.cross_entropy(log_p_KxBxC, labels_B), 0.0)
         counts = metrics.prediction_counts(log_p_KxBxC, labels_B, mask_B)
         return counts | {'cross_entropy': entropy_KxB.sum(1)}

@@ -1,28 +1,27 @@
 """Network name -> network. Every network returns (logits, feature map).
 
-A family is a file with NAMES (for suggestions) and from_name(name, layers, large) -> trunk, or
-None where the name is of another family. A trunk maps (images, train) to its feature map, and its
-`stem` says in words how it treats the image first.
+A family is a module that registers a function (name, layers, large) -> trunk. A trunk is a Flax
+module that maps (images, train) to its feature map; its `stem`, if it has one, describes its first
+layers in words.
 """
 
 import flax.linen as nn
 import jax
 
-from afkd_jax.errors import UserError, nearest
-from afkd_jax.models import (
-    densenet,
-    layers,
-    mobilenet_v2,
-    resnet,
-    resnet_cifar,
-    shufflenet_v2,
-    vgg,
-    wide_resnet,
-)
+from afkd_jax.models import layers
+from afkd_jax.models.layers import Dtype, Layers
+from afkd_jax.registry import NETWORKS
 
-# In the order in which they are asked: `resnet50` is the ImageNet network.
-_FAMILIES = (resnet, resnet_cifar, wide_resnet, vgg, densenet, mobilenet_v2, shufflenet_v2)
-NAMES = tuple(name for family in _FAMILIES for name in family.NAMES)
+# In the order in which their patterns are tried.
+from afkd_jax.models import (  # isort: skip
+    resnet as resnet,
+    resnet_cifar as resnet_cifar,
+    wide_resnet as wide_resnet,
+    vgg as vgg,
+    densenet as densenet,
+    mobilenet_v2 as mobilenet_v2,
+    shufflenet_v2 as shufflenet_v2,
+)
 
 # From this side on, images get the strided stem of the ImageNet networks. Our choice.
 _LARGE = 96
@@ -32,7 +31,7 @@ class Classifier(nn.Module):
     """C_k: mean over height and width, then one dense layer."""
 
     num_classes: int
-    dtype: layers.Dtype = None
+    dtype: Dtype = None
 
     @nn.compact
     def __call__(self, maps_BxHxWxC: jax.Array) -> jax.Array:
@@ -55,7 +54,7 @@ class Network(nn.Module):
 
         Args:
           images: standardised, [B, H, W, C].
-          train: whether the norms use, and update, the batch's own statistics, and dropout drops.
+          train: whether norms use, and update, the statistics of the batch, and dropout is active.
         """
         maps_BxHxWxC = self.trunk(images, train)
         return self.head(maps_BxHxWxC), maps_BxHxWxC
@@ -65,22 +64,19 @@ def build(
     name: str,
     num_classes: int,
     image_shape: tuple[int, int, int],
-    parts: layers.Layers | None = None,
+    parts: Layers | None = None,
 ) -> Network:
-    """Returns the network called `name`; no parameters are made and no device is touched.
+    """Returns the network called `name`; makes no parameters and touches no device.
 
     Args:
-      name: e.g. 'resnet20', 'wrn-16-2', 'mobilenet_v2x0.5'; NAMES lists the usual ones.
+      name: registered, e.g. 'resnet20', 'wrn-16-2', 'mobilenet_v2x0.5'.
       num_classes: at least 2.
       image_shape: (H, W, C); its smaller side decides the stem.
-      parts: what it is built from; None: of single precision, and nothing is mapped.
+      parts: the layers to build from; None: single precision, nothing mapped.
 
     Raises:
-      UserError: no network has this name.
+      UserError: there is no such network.
     """
     large, parts = min(image_shape[:2]) >= _LARGE, parts or layers.layers(None)
-    for family in _FAMILIES:
-        trunk = family.from_name(name, parts, large)
-        if trunk is not None:
-            return Network(trunk, Classifier(num_classes, parts.dtype))
-    raise UserError(f'config.networks: no network is called "{name}"{nearest(name, NAMES)}')
+    trunk = NETWORKS.get(name)(name, parts, large)
+    return Network(trunk, Classifier(num_classes, parts.dtype))

@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from afkd_jax.models import names
-from afkd_jax.models.layers import Conv, Layers, Norm, relu
+from afkd_jax.models.layers import Layers, relu
+from afkd_jax.registry import register_network
 
-NAMES = ('densenet-40-12', 'densenet-100-12')
-_NAME = re.compile(r'densenet-([1-9][0-9]{0,3})-([0-9]{1,3})')
+_NAMES = ('densenet-40-12', 'densenet-100-12')
+_PATTERN = r'densenet-([1-9][0-9]{0,3})-([0-9]{1,3})'
 
 
 class DenseNet(nn.Module):
@@ -25,15 +26,12 @@ class DenseNet(nn.Module):
     Attributes:
       blocks: n, per stage.
       growth: k.
-      conv: makes a convolution without bias.
-      norm: makes a batch norm from `use_running_average`.
       stem: in words; the same for images of any size.
     """
 
     blocks: int
     growth: int
-    conv: Conv
-    norm: Norm
+    layers: Layers
     stem: str = 'conv 3x3'
 
     @nn.compact
@@ -41,29 +39,24 @@ class DenseNet(nn.Module):
         """Returns the feature map, [B, H / 4, W / 4, C]; heights and widths are rounded down."""
 
         def activated(x):
-            return relu(self.norm(use_running_average=not train)(x))
+            return relu(self.layers.norm(use_running_average=not train)(x))
 
-        x = self.conv(2 * self.growth, (3, 3), padding=1)(images)
+        x = self.layers.conv(2 * self.growth, (3, 3), padding=1)(images)
         for stage in range(3):
             if stage > 0:
-                x = self.conv(x.shape[-1] // 2, (1, 1))(activated(x))
+                x = self.layers.conv(x.shape[-1] // 2, (1, 1))(activated(x))
                 x = nn.avg_pool(x, (2, 2), (2, 2))
             for _ in range(self.blocks):
-                y = self.conv(4 * self.growth, (1, 1))(activated(x))
-                y = self.conv(self.growth, (3, 3), padding=1)(activated(y))
+                y = self.layers.conv(4 * self.growth, (1, 1))(activated(x))
+                y = self.layers.conv(self.growth, (3, 3), padding=1)(activated(y))
                 x = jnp.concatenate([x, y], axis=-1)
         return activated(x)
 
 
-def from_name(name: str, layers: Layers, large: bool) -> DenseNet | None:
-    """Returns the trunk called `name`, None where the name is of another family.
-
-    Raises:
-      UserError: the depth is not 6n + 4, or the growth rate is 0.
-    """
-    match = _NAME.fullmatch(name)
-    if not match:
-        return None
+@register_network(*_NAMES, pattern=_PATTERN)
+def _build(name: str, layers: Layers, large: bool) -> DenseNet:
+    match = re.fullmatch(_PATTERN, name)
+    assert match
     blocks = names.blocks(name, int(match[1]), offset=4)
     growth = names.at_least_1(name, 'growth rate', int(match[2]))
-    return DenseNet(blocks, growth, layers.conv, layers.norm)
+    return DenseNet(blocks, growth, layers)

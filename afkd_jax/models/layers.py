@@ -3,12 +3,13 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from afkd_jax.devices import xla_cpu as cpu
+from afkd_jax.devices import xla_cpu
 
 Conv = Callable[..., nn.Module]
 Norm = Callable[..., nn.Module]
@@ -23,7 +24,7 @@ def batch_norm(axis_name: str | None, dtype: Dtype = None) -> Norm:
     """Returns a batch norm whose statistics, in single precision, are over the global batch.
 
     Args:
-      axis_name: the mapped axis of the devices; None: over this device's share alone.
+      axis_name: the mesh axis of the batch; None: over this device's shard only.
       dtype: of its output.
     """
     return functools.partial(
@@ -39,12 +40,12 @@ def at_least_float32(x: jax.Array) -> jax.Array:
 class Dropout(nn.Module):
     """Zeroes each element with probability `rate` and divides the others by 1 - rate.
 
-    What is zeroed in an image is a function of the step's key, the layer and the image's place in
-    the global batch, so that the number of devices changes nothing.
+    The zeroed elements are a function of the step's key, the layer and the image's index in the
+    global batch, so that the number of devices changes nothing.
 
     Attributes:
-      rate: in [0, 1); 0 leaves everything as it is.
-      axis_name: the mapped axis of the devices; None where nothing is mapped.
+      rate: in [0, 1); 0: identity.
+      axis_name: the mesh axis of the batch; None where nothing is mapped.
     """
 
     rate: float
@@ -56,21 +57,21 @@ class Dropout(nn.Module):
         if not train or not self.rate:
             return x
         device = jax.lax.axis_index(self.axis_name) if self.axis_name else 0
-        place_B = device * len(x) + jnp.arange(len(x))
-        keys_B = jax.vmap(jax.random.fold_in, (None, 0))(self.make_rng('dropout'), place_B)
+        index_B = device * len(x) + jnp.arange(len(x))
+        keys_B = jax.vmap(jax.random.fold_in, (None, 0))(self.make_rng('dropout'), index_B)
         keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.rate, x.shape[1:]))(keys_B)
         return jnp.where(keep, x / (1 - self.rate), 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Layers:
-    """What a family builds its networks from.
+    """The layers that networks, transfer layers and discriminators are built from.
 
     Attributes:
       conv: makes a convolution without bias.
       norm: makes a batch norm from `use_running_average`.
       dropout: makes a dropout from a rate.
-      dtype: in which they compute; parameters and statistics are in single precision.
+      dtype: of the computation; parameters and statistics are in single precision.
     """
 
     conv: Conv
@@ -81,14 +82,14 @@ class Layers:
 
 @functools.cache  # so that equal networks are equal modules
 def layers(axis_name: str | None, dtype: str = 'float32', local_statistics: bool = False) -> Layers:
-    """Returns the layers of a mapped axis.
+    """Returns the layers for a mesh axis.
 
     Args:
-      axis_name: over which the batch is split; None where nothing is mapped.
+      axis_name: the mesh axis of the batch; None where nothing is mapped.
       dtype: config.dtype.
-      local_statistics: whether batch statistics are of each device's share of the batch.
+      local_statistics: whether batch statistics are over each device's shard of the batch.
     """
-    # None, not 'float32': then the whole computation can be had in double precision too.
+    # None, not 'float32': then tests can run the whole computation in double precision.
     compute = None if dtype == 'float32' else dtype
     return Layers(
         functools.partial(conv, dtype=compute),
@@ -100,28 +101,33 @@ def layers(axis_name: str | None, dtype: str = 'float32', local_statistics: bool
 
 def relu(x: jax.Array) -> jax.Array:
     """Returns max(x, 0)."""
-    return cpu.kept(nn.relu(x))
+    return xla_cpu.computed_once(nn.relu(x))
 
 
 def relu6(x: jax.Array) -> jax.Array:
     """Returns min(max(x, 0), 6)."""
-    return cpu.kept(nn.relu6(x))
+    return xla_cpu.computed_once(nn.relu6(x))
+
+
+def padded_max_pool(x: jax.Array) -> jax.Array:
+    """Returns the maximum over 3x3 with stride 2, padded by 1."""
+    padding: Any = ((1, 1), (1, 1))  # Flax declares a str
+    return nn.max_pool(x, (3, 3), (2, 2), padding)
 
 
 class ConvNorm(nn.Module):
     """Convolution and norm, padded so that stride 1 keeps height and width."""
 
+    layers: Layers
     channels: int
     kernel: int
-    conv: Conv
-    norm: Norm
     stride: int = 1
     groups: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Returns the normed output, not activated."""
-        x = self.conv(
+        """Returns the normalised output, not activated."""
+        x = self.layers.conv(
             self.channels,
             (self.kernel, self.kernel),
             self.stride,
@@ -129,4 +135,4 @@ class ConvNorm(nn.Module):
             feature_group_count=self.groups,
             name='conv',
         )(x)
-        return self.norm(use_running_average=not train, name='norm')(x)
+        return self.layers.norm(use_running_average=not train, name='norm')(x)

@@ -11,12 +11,13 @@ import re
 import flax.linen as nn
 import jax
 
-from afkd_jax.devices import xla_cpu as cpu
+from afkd_jax.devices import xla_cpu
 from afkd_jax.errors import UserError
-from afkd_jax.models.layers import Conv, ConvNorm, Layers, Norm, relu6
+from afkd_jax.models.layers import ConvNorm, Layers, relu6
+from afkd_jax.registry import register_network
 
-NAMES = ('mobilenet_v2', 'mobilenet_v2x0.5', 'mobilenet_v2x0.75', 'mobilenet_v2x1.4')
-_NAME = re.compile(r'mobilenet_v2(?:x([0-9]\.[0-9]{1,2}))?')
+_NAMES = ('mobilenet_v2', 'mobilenet_v2x0.5', 'mobilenet_v2x0.75', 'mobilenet_v2x1.4')
+_PATTERN = r'mobilenet_v2(?:x([0-9]\.[0-9]{1,2}))?'
 # Expansion, channels, blocks, stride of the first block.
 _STAGES = (
     *((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2)),
@@ -36,18 +37,17 @@ class Block(nn.Module):
     channels: int
     stride: int
     expansion: int
-    conv: Conv
-    norm: Norm
+    layers: Layers
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Returns the block's output, not activated."""
         y, wide = x, self.expansion * x.shape[-1]
         if self.expansion != 1:
-            y = relu6(ConvNorm(wide, 1, self.conv, self.norm)(y, train))
-        y = relu6(ConvNorm(wide, 3, self.conv, self.norm, self.stride, wide)(y, train))
-        y = ConvNorm(self.channels, 1, self.conv, self.norm)(y, train)
-        return cpu.kept(x + y) if self.stride == 1 and x.shape == y.shape else y
+            y = relu6(ConvNorm(self.layers, wide, 1)(y, train))
+        y = relu6(ConvNorm(self.layers, wide, 3, self.stride, wide)(y, train))
+        y = ConvNorm(self.layers, self.channels, 1)(y, train)
+        return xla_cpu.computed_once(x + y) if self.stride == 1 and x.shape == y.shape else y
 
 
 class MobileNetV2(nn.Module):
@@ -56,14 +56,11 @@ class MobileNetV2(nn.Module):
     Attributes:
       width: multiplies every channel count but the last, which it never shrinks.
       large: whether the strides are those for large images.
-      conv: makes a convolution without bias.
-      norm: makes a batch norm from `use_running_average`.
     """
 
     width: float
     large: bool
-    conv: Conv
-    norm: Norm
+    layers: Layers
 
     @property
     def stem(self) -> str:
@@ -77,7 +74,7 @@ class MobileNetV2(nn.Module):
         C is 1280, above width 1 more; sizes are rounded up.
         """
         stride = 2 if self.large else 1
-        stem = ConvNorm(_rounded(32 * self.width), 3, self.conv, self.norm, stride)
+        stem = ConvNorm(self.layers, _rounded(32 * self.width), 3, stride)
         x = relu6(stem(images, train))
         for stage, (expansion, channels, blocks, stage_stride) in enumerate(_STAGES):
             stride = stage_stride if self.large or stage != 1 else 1
@@ -86,24 +83,18 @@ class MobileNetV2(nn.Module):
                     channels=_rounded(channels * self.width),
                     stride=stride if block == 0 else 1,
                     expansion=expansion,
-                    conv=self.conv,
-                    norm=self.norm,
+                    layers=self.layers,
                     name=f'stage{stage + 1}_block{block + 1}',
                 )(x, train)
         last = _rounded(1280 * max(1.0, self.width))
-        return relu6(ConvNorm(last, 1, self.conv, self.norm)(x, train))
+        return relu6(ConvNorm(self.layers, last, 1)(x, train))
 
 
-def from_name(name: str, layers: Layers, large: bool) -> MobileNetV2 | None:
-    """Returns the trunk called `name`, None where the name is of another family.
-
-    Raises:
-      UserError: the width multiplier is 0.
-    """
-    match = _NAME.fullmatch(name)
-    if not match:
-        return None
+@register_network(*_NAMES, pattern=_PATTERN)
+def _build(name: str, layers: Layers, large: bool) -> MobileNetV2:
+    match = re.fullmatch(_PATTERN, name)
+    assert match
     width = float(match[1] or 1)
     if not width:
         raise UserError(f'config.networks: "{name}" has width multiplier 0; it must be above 0')
-    return MobileNetV2(width, large, layers.conv, layers.norm)
+    return MobileNetV2(width, large, layers)

@@ -10,7 +10,8 @@ output after its ReLU, before pooling.
 import flax.linen as nn
 import jax
 
-from afkd_jax.models.layers import Conv, ConvNorm, Layers, Norm, relu
+from afkd_jax.models.layers import ConvNorm, Layers, padded_max_pool, relu
+from afkd_jax.registry import register_network
 
 # Blocks per stage, and whether they are bottlenecks.
 _NETWORKS = {
@@ -20,7 +21,6 @@ _NETWORKS = {
     'resnet101': ((3, 4, 23, 3), True),
     'resnet152': ((3, 8, 36, 3), True),
 }
-NAMES = tuple(_NETWORKS)
 
 
 class Block(nn.Module):
@@ -29,15 +29,14 @@ class Block(nn.Module):
     channels: int
     stride: int
     bottleneck: bool
-    conv: Conv
-    norm: Norm
+    layers: Layers
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Returns the block's output after its ReLU."""
 
         def layer(channels, kernel, stride=1, name=None):
-            return ConvNorm(channels, kernel, self.conv, self.norm, stride, name=name)
+            return ConvNorm(self.layers, channels, kernel, stride, name=name)
 
         if self.bottleneck:
             y = relu(layer(self.channels, 1)(x, train))
@@ -58,15 +57,12 @@ class ResNet(nn.Module):
       blocks: per stage.
       bottleneck: of which kind they are.
       large: whether the stem is the one for large images.
-      conv: makes a convolution without bias.
-      norm: makes a batch norm from `use_running_average`.
     """
 
     blocks: tuple[int, ...]
     bottleneck: bool
     large: bool
-    conv: Conv
-    norm: Norm
+    layers: Layers
 
     @property
     def stem(self) -> str:
@@ -80,24 +76,21 @@ class ResNet(nn.Module):
         C is 512, with bottlenecks 2048; sizes are rounded up.
         """
         kernel, stride = (7, 2) if self.large else (3, 1)
-        x = relu(ConvNorm(64, kernel, self.conv, self.norm, stride)(images, train))
+        x = relu(ConvNorm(self.layers, 64, kernel, stride)(images, train))
         if self.large:
-            x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+            x = padded_max_pool(x)
         for stage, blocks in enumerate(self.blocks):
             for block in range(blocks):
                 x = Block(
                     channels=64 * 2**stage,
                     stride=2 if stage > 0 and block == 0 else 1,
                     bottleneck=self.bottleneck,
-                    conv=self.conv,
-                    norm=self.norm,
+                    layers=self.layers,
                     name=f'stage{stage + 1}_block{block + 1}',
                 )(x, train)
         return x
 
 
-def from_name(name: str, layers: Layers, large: bool) -> ResNet | None:
-    """Returns the trunk called `name`, None where the name is of another family."""
-    if name not in _NETWORKS:
-        return None
-    return ResNet(*_NETWORKS[name], large, layers.conv, layers.norm)
+@register_network(*_NETWORKS)
+def _build(name: str, layers: Layers, large: bool) -> ResNet:
+    return ResNet(*_NETWORKS[name], large, layers)

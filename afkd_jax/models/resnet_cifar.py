@@ -15,10 +15,11 @@ import jax.numpy as jnp
 
 from afkd_jax.errors import UserError
 from afkd_jax.models import names
-from afkd_jax.models.layers import Conv, Layers, Norm, relu
+from afkd_jax.models.layers import Layers, relu
+from afkd_jax.registry import register_network
 
-NAMES = tuple(f'resnet{depth}' for depth in (8, 14, 20, 26, 32, 38, 44, 56, 110))
-_NAME = re.compile(r'resnet([1-9][0-9]{0,3})(?:x([0-9]{1,2}))?(?:-(A|B))?')
+_NAMES = tuple(f'resnet{depth}' for depth in (8, 14, 20, 26, 32, 38, 44, 56, 110))
+_PATTERN = r'resnet([1-9][0-9]{0,3})(?:x([0-9]{1,2}))?(?:-(A|B))?'
 _IMAGENET_DEPTHS = (50, 152, 200)  # of the form 6n + 2
 
 
@@ -28,16 +29,15 @@ class Block(nn.Module):
     channels: int
     stride: int
     shortcut: str
-    conv: Conv
-    norm: Norm
+    layers: Layers
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Returns the block's output after its ReLU."""
-        y = self.conv(self.channels, (3, 3), self.stride, padding=1, name='conv1')(x)
-        y = relu(self.norm(use_running_average=not train, name='norm1')(y))
-        y = self.conv(self.channels, (3, 3), padding=1, name='conv2')(y)
-        y = self.norm(use_running_average=not train, name='norm2')(y)
+        y = self.layers.conv(self.channels, (3, 3), self.stride, padding=1, name='conv1')(x)
+        y = relu(self.layers.norm(use_running_average=not train, name='norm1')(y))
+        y = self.layers.conv(self.channels, (3, 3), padding=1, name='conv2')(y)
+        y = self.layers.norm(use_running_average=not train, name='norm2')(y)
         if x.shape != y.shape:
             if self.shortcut == 'A':
                 more = self.channels - x.shape[-1]
@@ -46,8 +46,10 @@ class Block(nn.Module):
                     ((0, 0), (0, 0), (0, 0), (more // 2, more - more // 2)),
                 )
             else:
-                x = self.conv(self.channels, (1, 1), self.stride, padding=0, name='conv_short')(x)
-                x = self.norm(use_running_average=not train, name='norm_short')(x)
+                x = self.layers.conv(
+                    self.channels, (1, 1), self.stride, padding=0, name='conv_short'
+                )(x)
+                x = self.layers.norm(use_running_average=not train, name='norm_short')(x)
         return relu(x + y)
 
 
@@ -59,45 +61,36 @@ class ResNetCifar(nn.Module):
       width: multiplies every channel count.
       shortcut: where a stage changes the shape: 'A' subsamples and pads channels with zeros (no
         parameters), 'B' is a 1x1 convolution with norm.
-      conv: makes a convolution without bias.
-      norm: makes a batch norm from `use_running_average`.
       stem: in words; the same for images of any size.
     """
 
     blocks: int
     width: int
     shortcut: str
-    conv: Conv
-    norm: Norm
+    layers: Layers
     stem: str = 'conv 3x3'
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
         """Returns the feature map, [B, H / 4, W / 4, 64 width], sizes rounded up."""
-        x = self.conv(16 * self.width, (3, 3), padding=1, name='conv')(images)
-        x = relu(self.norm(use_running_average=not train, name='norm')(x))
+        x = self.layers.conv(16 * self.width, (3, 3), padding=1, name='conv')(images)
+        x = relu(self.layers.norm(use_running_average=not train, name='norm')(x))
         for stage in range(3):
             for block in range(self.blocks):
                 x = Block(
                     channels=16 * self.width * 2**stage,
                     stride=2 if stage > 0 and block == 0 else 1,
                     shortcut=self.shortcut,
-                    conv=self.conv,
-                    norm=self.norm,
+                    layers=self.layers,
                     name=f'stage{stage + 1}_block{block + 1}',
                 )(x, train)
         return x
 
 
-def from_name(name: str, layers: Layers, large: bool) -> ResNetCifar | None:
-    """Returns the trunk called `name`, None where the name is of another family.
-
-    Raises:
-      UserError: the depth is not 6n + 2, or needs its shortcut named, or the width is 0.
-    """
-    match = _NAME.fullmatch(name)
-    if not match:
-        return None
+@register_network(*_NAMES, pattern=_PATTERN)
+def _build(name: str, layers: Layers, large: bool) -> ResNetCifar:
+    match = re.fullmatch(_PATTERN, name)
+    assert match
     blocks = names.blocks(name, int(match[1]), offset=2)
     if int(match[1]) in _IMAGENET_DEPTHS and not match[3]:
         raise UserError(
@@ -105,4 +98,4 @@ def from_name(name: str, layers: Layers, large: bool) -> ResNetCifar | None:
             f'this depth, name its shortcut: "{name}-B" or "{name}-A"'
         )
     width = names.at_least_1(name, 'width multiplier', int(match[2] or 1))
-    return ResNetCifar(blocks, width, match[3] or 'B', layers.conv, layers.norm)
+    return ResNetCifar(blocks, width, match[3] or 'B', layers)

@@ -10,7 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from afkd_jax.models.layers import Conv, ConvNorm, Layers, Norm, relu
+from afkd_jax.models.layers import ConvNorm, Layers, padded_max_pool, relu
+from afkd_jax.registry import register_network
 
 # Channels of the three stages and of the map.
 _NETWORKS = {
@@ -19,7 +20,6 @@ _NETWORKS = {
     'shufflenet_v2x1.5': (176, 352, 704, 1024),
     'shufflenet_v2x2.0': (244, 488, 976, 2048),
 }
-NAMES = tuple(_NETWORKS)
 
 
 class Unit(nn.Module):
@@ -31,8 +31,7 @@ class Unit(nn.Module):
 
     channels: int
     first: bool
-    conv: Conv
-    norm: Norm
+    layers: Layers
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -40,11 +39,11 @@ class Unit(nn.Module):
         half, stride = self.channels // 2, 2 if self.first else 1
 
         def pointwise(x):
-            return relu(ConvNorm(half, 1, self.conv, self.norm)(x, train))
+            return relu(ConvNorm(self.layers, half, 1)(x, train))
 
         def depthwise(x):
             channels = x.shape[-1]
-            return ConvNorm(channels, 3, self.conv, self.norm, stride, channels)(x, train)
+            return ConvNorm(self.layers, channels, 3, stride, channels)(x, train)
 
         if self.first:
             left, right = pointwise(depthwise(x)), x
@@ -60,14 +59,11 @@ class ShuffleNetV2(nn.Module):
     Attributes:
       channels: of the three stages and of the map.
       large: whether the stem is the one for large images.
-      conv: makes a convolution without bias.
-      norm: makes a batch norm from `use_running_average`.
     """
 
     channels: tuple[int, ...]
     large: bool
-    conv: Conv
-    norm: Norm
+    layers: Layers
 
     @property
     def stem(self) -> str:
@@ -80,24 +76,21 @@ class ShuffleNetV2(nn.Module):
 
         C is 1024, in the widest network 2048; sizes are rounded up.
         """
-        stem = ConvNorm(24, 3, self.conv, self.norm, 2 if self.large else 1)
+        stem = ConvNorm(self.layers, 24, 3, 2 if self.large else 1)
         x = relu(stem(images, train))
         if self.large:
-            x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+            x = padded_max_pool(x)
         for stage, units in enumerate((4, 8, 4)):
             for unit in range(units):
                 x = Unit(
                     channels=self.channels[stage],
                     first=unit == 0,
-                    conv=self.conv,
-                    norm=self.norm,
+                    layers=self.layers,
                     name=f'stage{stage + 1}_unit{unit + 1}',
                 )(x, train)
-        return relu(ConvNorm(self.channels[3], 1, self.conv, self.norm)(x, train))
+        return relu(ConvNorm(self.layers, self.channels[3], 1)(x, train))
 
 
-def from_name(name: str, layers: Layers, large: bool) -> ShuffleNetV2 | None:
-    """Returns the trunk called `name`, None where the name is of another family."""
-    if name not in _NETWORKS:
-        return None
-    return ShuffleNetV2(_NETWORKS[name], large, layers.conv, layers.norm)
+@register_network(*_NETWORKS)
+def _build(name: str, layers: Layers, large: bool) -> ShuffleNetV2:
+    return ShuffleNetV2(_NETWORKS[name], large, layers)

@@ -11,7 +11,8 @@ has a bias (it would cancel in the norm), so the published counts are higher by 
 import flax.linen as nn
 import jax
 
-from afkd_jax.models.layers import Conv, ConvNorm, Layers, Norm, relu
+from afkd_jax.models.layers import ConvNorm, Layers, relu
+from afkd_jax.registry import register_network
 
 # Convolutions per stage.
 _NETWORKS = {
@@ -21,7 +22,6 @@ _NETWORKS = {
     'vgg16': (2, 2, 3, 3, 3),
     'vgg19': (2, 2, 4, 4, 4),
 }
-NAMES = tuple(_NETWORKS)
 CHANNELS = (64, 128, 256, 512, 512)
 
 
@@ -31,14 +31,11 @@ class VGG(nn.Module):
     Attributes:
       convolutions: per stage.
       large: whether the fourth stage is pooled too.
-      conv: makes a convolution without bias.
-      norm: makes a batch norm from `use_running_average`.
     """
 
     convolutions: tuple[int, ...]
     large: bool
-    conv: Conv
-    norm: Norm
+    layers: Layers
 
     @property
     def stem(self) -> str:
@@ -58,12 +55,10 @@ class VGG(nn.Module):
             if 0 < stage < (5 if self.large else 4):
                 x = nn.max_pool(x, (2, 2), (2, 2))
             for _ in range(convolutions):
-                x = relu(ConvNorm(channels, 3, self.conv, self.norm)(x, train))
+                x = relu(ConvNorm(self.layers, channels, 3)(x, train))
         return x
 
 
-def from_name(name: str, layers: Layers, large: bool) -> VGG | None:
-    """Returns the trunk called `name`, None where the name is of another family."""
-    if name not in _NETWORKS:
-        return None
-    return VGG(_NETWORKS[name], large, layers.conv, layers.norm)
+@register_network(*_NETWORKS)
+def _build(name: str, layers: Layers, large: bool) -> VGG:
+    return VGG(_NETWORKS[name], large, layers)

@@ -7,20 +7,20 @@ the last norm and ReLU, so that it is activated as those of the other families (
 """
 
 import re
-from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 
-from afkd_jax.devices import xla_cpu as cpu
+from afkd_jax.devices import xla_cpu
 from afkd_jax.errors import UserError
 from afkd_jax.models import names
-from afkd_jax.models.layers import Conv, Dropout, Layers, Norm, relu
+from afkd_jax.models.layers import Layers, relu
+from afkd_jax.registry import register_network
 
-NAMES = tuple(
+_NAMES = tuple(
     f'wrn-{size}' for size in ('16-1', '16-2', '16-4', '28-2', '28-4', '28-10', '40-1', '40-2')
 )
-_NAME = re.compile(r'wrn-([1-9][0-9]{0,3})-([0-9]{1,3})(?:-drop([0-9]*\.?[0-9]+))?')
+_PATTERN = r'wrn-([1-9][0-9]{0,3})-([0-9]{1,3})(?:-drop([0-9]*\.?[0-9]+))?'
 
 
 class Block(nn.Module):
@@ -32,21 +32,21 @@ class Block(nn.Module):
     channels: int
     stride: int
     rate: float
-    conv: Conv
-    norm: Norm
-    dropout: Callable[[float], Dropout]
+    layers: Layers
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Returns the block's output, not activated."""
-        y = relu(self.norm(use_running_average=not train, name='norm1')(x))
+        y = relu(self.layers.norm(use_running_average=not train, name='norm1')(x))
         if x.shape[-1] != self.channels or self.stride != 1:
-            x = self.conv(self.channels, (1, 1), self.stride, padding=0, name='conv_short')(y)
-        y = self.conv(self.channels, (3, 3), self.stride, padding=1, name='conv1')(y)
-        y = relu(self.norm(use_running_average=not train, name='norm2')(y))
-        y = self.dropout(self.rate)(y, train)
-        y = self.conv(self.channels, (3, 3), padding=1, name='conv2')(y)
-        return cpu.kept(x + y)
+            x = self.layers.conv(self.channels, (1, 1), self.stride, padding=0, name='conv_short')(
+                y
+            )
+        y = self.layers.conv(self.channels, (3, 3), self.stride, padding=1, name='conv1')(y)
+        y = relu(self.layers.norm(use_running_average=not train, name='norm2')(y))
+        y = self.layers.dropout(self.rate)(y, train)
+        y = self.layers.conv(self.channels, (3, 3), padding=1, name='conv2')(y)
+        return xla_cpu.computed_once(x + y)
 
 
 class WideResNet(nn.Module):
@@ -56,51 +56,39 @@ class WideResNet(nn.Module):
       blocks: n, per stage.
       width: k.
       rate: of dropout, in [0, 1); 0: none.
-      conv: makes a convolution without bias.
-      norm: makes a batch norm from `use_running_average`.
-      dropout: makes a dropout from a rate.
       stem: in words; the same for images of any size.
     """
 
     blocks: int
     width: int
     rate: float
-    conv: Conv
-    norm: Norm
-    dropout: Callable[[float], Dropout]
+    layers: Layers
     stem: str = 'conv 3x3'
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
         """Returns the feature map, [B, H / 4, W / 4, 64 width], sizes rounded up."""
-        x = self.conv(16, (3, 3), padding=1, name='conv')(images)
+        x = self.layers.conv(16, (3, 3), padding=1, name='conv')(images)
         for stage in range(3):
             for block in range(self.blocks):
                 x = Block(
                     channels=16 * self.width * 2**stage,
                     stride=2 if stage > 0 and block == 0 else 1,
                     rate=self.rate,
-                    conv=self.conv,
-                    norm=self.norm,
-                    dropout=self.dropout,
+                    layers=self.layers,
                     name=f'stage{stage + 1}_block{block + 1}',
                 )(x, train)
-        return relu(self.norm(use_running_average=not train, name='norm')(x))
+        return relu(self.layers.norm(use_running_average=not train, name='norm')(x))
 
 
-def from_name(name: str, layers: Layers, large: bool) -> WideResNet | None:
-    """Returns the trunk called `name`, None where the name is of another family.
-
-    Raises:
-      UserError: the depth is not 6n + 4, the width is 0, or the rate not between 0 and 1.
-    """
-    match = _NAME.fullmatch(name)
-    if not match:
-        return None
+@register_network(*_NAMES, pattern=_PATTERN)
+def _build(name: str, layers: Layers, large: bool) -> WideResNet:
+    match = re.fullmatch(_PATTERN, name)
+    assert match
     blocks = names.blocks(name, int(match[1]), offset=4)
     width, rate = names.at_least_1(name, 'width', int(match[2])), float(match[3] or 0)
     if match[3] and not 0 < rate < 1:
         raise UserError(
             f'config.networks: "{name}" has dropout {rate:g}; it must be above 0 and below 1'
         )
-    return WideResNet(blocks, width, rate, layers.conv, layers.norm, layers.dropout)
+    return WideResNet(blocks, width, rate, layers)

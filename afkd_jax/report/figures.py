@@ -1,70 +1,108 @@
 """curves.png: a run's losses, accuracies and discriminator outputs, one colour per network."""
 
-import contextlib
-import json
 import pathlib
+from typing import Any
 
+from afkd_jax.report import jsonl
 
-def _lines(path: pathlib.Path) -> list[dict]:
-    """Returns the lines of a file, without those that a killed process has cut."""
-    lines = []
-    for text in path.read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            lines.append(json.loads(text))
-    return lines
+# Values of a 'train' line that share a panel: title, unit, value -> (line style, meaning).
+_PANELS: list[tuple[str, str, dict[str, tuple[str, str]]]] = [
+    ('Training cross-entropy', 'nats', {'cross_entropy': ('-', '')}),
+    ('KL to the teachers', 'nats', {'mimicry_kl': ('-', '')}),
+    (
+        'Adversarial losses',
+        'squared error',
+        {'adversarial': ('-', 'network'), 'discriminator': ('--', 'discriminator')},
+    ),
+    (
+        'Discriminator outputs',
+        'mean output',
+        {'d_own': ('-', "student's map"), 'd_teacher': ('--', "teacher's map")},
+    ),
+]
+_NOT_LOSSES = {'name', 'accuracy'}
 
 
 def draw(workdir: pathlib.Path) -> None:
-    """Draws curves.png from metrics.jsonl; of lines that name one step twice the last counts."""
+    """Draws curves.png from metrics.jsonl."""
+    # Figure objects without pyplot, so that no backend is chosen.
     import matplotlib as mpl
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
-    mpl.use('Agg')
-    from matplotlib import pyplot as plt
-
-    lines = _lines(workdir / 'metrics.jsonl')
+    lines = jsonl.read(workdir / 'metrics.jsonl')
     train = list({line['step']: line for line in lines if line['kind'] == 'train'}.values())
-    evaluations = {
-        (line['split'], line['step']): line for line in lines if line['kind'] == 'evaluation'
-    }
-    split = 'validation' if any(key[0] == 'validation' for key in evaluations) else 'test'
-    evaluated = [line for (name, _), line in evaluations.items() if name == split]
-    # Title, lines of metrics.jsonl, their values with a style each, limits of the axis.
-    panels = [
-        ('logit loss', train, {'cross_entropy': '-', 'mimicry_kl': '--'}, None),
-        (f'{split} accuracy, %', evaluated, {'accuracy': '-'}, None),
-        ("maps' L1", train, {'l1': '-'}, None),
-        ('adversarial losses', train, {'adversarial': '-', 'discriminator': '--'}, None),
-        ('discriminator outputs', train, {'d_own': '-', 'd_teacher': '--'}, (0, 1)),
-    ]
-    # A method draws only what it has.
-    panels = [
-        panel for panel in panels if panel[1] and panel[2].keys() & panel[1][0]['networks'][0]
-    ]
+    splits: dict[str, dict[int, Any]] = {}
+    for line in lines:
+        if line['kind'] == 'evaluation':
+            splits.setdefault(line['split'], {})[line['step']] = line
+    names = [network['name'] for network in train[0]['networks']] if train else []
+    panels = [panel for panel in _panels(train) if train]
 
-    def label(index: int, name: str) -> str:
-        return name if name == 'ensemble' else f'{index + 1} {name}'
-
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(4.5 * len(panels), 3.6), layout='constrained', squeeze=False
-    )
-    for axis, (title, rows, styles, limits) in zip(axes[0], panels, strict=True):
-        for k, network in enumerate(rows[0]['networks']):
-            for name, style in styles.items():
-                if name in network:
-                    axis.plot(
-                        [row['epoch'] for row in rows],
-                        [row['networks'][k][name] for row in rows],
-                        style,
-                        color='black' if network['name'] == 'ensemble' else f'C{k}',
-                        linewidth=1.2,
-                        label=f'{label(k, network["name"])}: {name}',
-                    )
-        axis.set_ylim(limits)
-        axis.set_title(title)
-        axis.set_xlabel('epoch')
-        axis.legend(fontsize='x-small')
-        axis.grid(alpha=0.3)
-    temporary = workdir / 'curves.png.tmp'
-    figure.savefig(temporary, dpi=120, format='png')
+    with mpl.rc_context({'font.size': 11, 'axes.grid': True, 'grid.alpha': 0.3}):
+        count = len(panels) + 1
+        columns = min(count, 3)
+        rows = -(-count // columns)
+        figure = Figure(figsize=(5.2 * columns, 3.8 * rows + 0.5), layout='constrained')
+        axes = figure.subplots(rows, columns, squeeze=False).ravel()
+        _draw_accuracies(axes[0], splits, Line2D)
+        for axis, (title, unit, values) in zip(axes[1:], panels, strict=False):
+            epochs = [line['epoch'] for line in train]
+            for name, (style, _) in values.items():
+                for k in range(len(names)):
+                    ys = [line['networks'][k].get(name) for line in train]
+                    axis.plot(epochs, ys, style, color=f'C{k}', linewidth=1.4)
+            _label(axis, title, unit, {word: style for style, word in values.values()}, Line2D)
+            if 'd_own' in values:
+                axis.set_ylim(0, 1)
+        for axis in axes[count:]:
+            axis.remove()
+        colours = [
+            Line2D([], [], color=f'C{k}', label=f'{k + 1} {name}') for k, name in enumerate(names)
+        ]
+        ensemble = Line2D([], [], color='black', label='ensemble')
+        figure.legend(handles=[*colours, ensemble], loc='outside upper center', ncols=6)
+        temporary = workdir / 'curves.png.tmp'
+        figure.savefig(temporary, dpi=150, format='png')
     temporary.replace(workdir / 'curves.png')
-    plt.close(figure)
+
+
+def _panels(train: list[dict]) -> list[tuple[str, str, dict[str, tuple[str, str]]]]:
+    """Returns the panels of the values that this run reports; a loss between maps has its own."""
+    if not train:
+        return []
+    reported = [
+        name
+        for name in train[0]['networks'][0]
+        if name not in _NOT_LOSSES and not name.startswith('grad_norm')
+    ]
+    known = {name for _, _, values in _PANELS for name in values}
+    own = [
+        (f'Loss between maps: {name}', name, {name: ('-', '')})
+        for name in reported
+        if name not in known
+    ]
+    return [panel for panel in _PANELS if panel[2].keys() <= set(reported)] + own
+
+
+def _draw_accuracies(axis: Any, splits: dict[str, dict[int, Any]], line2d: Any) -> None:
+    styles = {'validation': '-', 'test': '--'} if len(splits) > 1 else dict.fromkeys(splits, '-')
+    for split, by_step in splits.items():
+        evaluations = [by_step[step] for step in sorted(by_step)]
+        epochs = [line['epoch'] for line in evaluations]
+        for k, network in enumerate(evaluations[0]['networks']):
+            accuracies = [line['networks'][k]['accuracy'] for line in evaluations]
+            colour = 'black' if network['name'] == 'ensemble' else f'C{k}'
+            style, marker = styles[split], 'o' if len(epochs) == 1 else ''
+            axis.plot(epochs, accuracies, style, color=colour, marker=marker, linewidth=1.4)
+    _label(axis, 'Accuracy', 'top-1, %', styles, line2d)
+
+
+def _label(axis: Any, title: str, unit: str, styles: dict[str, str], line2d: Any) -> None:
+    """Labels a panel; a legend of line styles only where there are several meanings."""
+    axis.set_title(title)
+    axis.set_xlabel('epoch')
+    axis.set_ylabel(unit)
+    if any(styles):
+        handles = [line2d([], [], color='grey', linestyle=s, label=w) for w, s in styles.items()]
+        axis.legend(handles=handles)

@@ -1,12 +1,13 @@
-"""--mode benchmark: how fast the real train step of a config is, on the devices at hand.
+"""--mode benchmark: how fast the train step of a config is, on the devices at hand.
 
-Needs no data: images are random, of the set's shape, and lie on the devices like the set itself.
-Every time is a median over blocks of steps, without warm-up and compilation, and ends when its
-results are there.
+Needs no data: images are random, of the set's shape. Every time is a median over blocks of steps,
+without warm-up and compilation, and ends when its results are ready.
 """
 
 import dataclasses
+import json
 import os
+import pathlib
 import platform
 import resource
 import statistics
@@ -18,16 +19,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
-from afkd_jax.data import augment
-from afkd_jax.data import dataset as sources
-from afkd_jax.data import pipelines as feeds
-from afkd_jax.devices import mesh as parallel
-from afkd_jax.report import metrics_log as writer
-from afkd_jax.report import summary
-from afkd_jax.tools import plan
-from afkd_jax.training import run as run_lib
+from afkd_jax.command import Command
+from afkd_jax.config import Config
+from afkd_jax.data import augment, dataset, pipelines
+from afkd_jax.data.images import DeviceImages
+from afkd_jax.data.pipelines.memory import InMemory
+from afkd_jax.devices import mesh
+from afkd_jax.devices.memory import StepBytes
+from afkd_jax.devices.mesh import BATCH_SHARDED, REPLICATED
+from afkd_jax.report.console import log
+from afkd_jax.report.tables import table as empty_table
+from afkd_jax.report.versions import versions
+from afkd_jax.tools import sweep as sweeps
+from afkd_jax.training.run import Run
 
 _BLOCKS = 7
 _BLOCK_S = 0.5  # of steps in a block, at least; one step if it takes longer
@@ -35,24 +40,20 @@ _MOST_BYTES = 1 << 30  # of random images
 _PRODUCT = 2048  # side of the matrices of the reference product
 
 
-def _run(config: ConfigDict) -> run_lib.Run:
+def _run(config: Config) -> Run:
     """Returns the run of a config on random images."""
-    info = sources.info(config)
-    devices = run_lib.devices_of(config)
+    info = dataset.info(config)
+    devices = mesh.devices_of(config)
     fit = _MOST_BYTES // int(np.prod(info.image_shape))
     count = max(config.batch_size, min(info.train, fit))
     info = dataclasses.replace(info, train=count, validation=0, test=0)
-    rng, channels = np.random.default_rng(config.seed), info.image_shape[-1]
+    rng = np.random.default_rng(config.seed)
     pixels = rng.integers(0, 256, (count, *info.image_shape), dtype=np.uint8)
     labels = rng.integers(0, info.num_classes, count, dtype=np.int32)
-    standard = np.full(channels, 0.5, np.float32), np.full(channels, 0.25, np.float32)
-    if feeds.placement(config, info, devices) == 'device':
-        table = devices.replicate(augment.Table(pixels, labels, *standard))
-        feed = feeds.OnDevice(config, info, devices, '', table)
-    else:  # in memory all the same: what decoding takes is not the step's
-        table = augment.Table(pixels, labels, *devices.replicate(standard))
-        feed = feeds.OnHost(config, info, devices, '', table)
-    return run_lib.Run(config, info, devices, feed)
+    mean_std = np.full(info.image_shape[-1], 0.5, np.float32)
+    images = DeviceImages(pixels, labels, mean_std, mean_std / 2)  # pyright: ignore
+    pipeline = pipelines.in_memory(config, info, devices, images, '')
+    return Run(config, info, devices, pipeline)
 
 
 def _median_of(function: Callable[[], Any]) -> float:
@@ -66,17 +67,17 @@ def _median_of(function: Callable[[], Any]) -> float:
     return statistics.median(seconds)
 
 
-def _product_flops(devices: parallel.Devices, dtype: str) -> float:
+def _product_flops(devices: mesh.Devices, dtype: str) -> float:
     """Returns the operations per second of a large matrix product on every device at once."""
-    split, n = parallel.SPLIT, _PRODUCT
-    ones = np.ones((n * devices.shares, n), jnp.dtype(dtype))
-    product = devices.map(lambda a, b: a @ b, (split, parallel.WHOLE), split)
+    n = _PRODUCT
+    ones = np.ones((n * devices.shards, n), jnp.dtype(dtype))
+    product = devices.map(lambda a, b: a @ b, (BATCH_SHARDED, REPLICATED), BATCH_SHARDED)
     rows, square = devices.split(ones), devices.replicate(ones[:n])
     return 2 * n**3 * devices.mesh.size / _median_of(lambda: product(rows, square))
 
 
-def _peak_bytes(device: jax.Device) -> int:
-    """Returns the most memory used so far: of the device, or of this process if it tells none."""
+def _peak_bytes(device: mesh.Device) -> int:
+    """Returns the most memory used so far: of the device, else of this process."""
     if (stats := device.memory_stats()) and 'peak_bytes_in_use' in stats:
         return stats['peak_bytes_in_use']
     kilobyte = 1 if sys.platform == 'darwin' else 1024
@@ -84,28 +85,30 @@ def _peak_bytes(device: jax.Device) -> int:
 
 
 class _Loop:
-    """The loop that trains, without what it logs and saves.
+    """The training loop without logging and saving.
 
     Attributes:
-      dispatch_s: of each step, what the host did for it: order, transfer and dispatch.
+      dispatch_s: of each step, the host's time for order, transfer and dispatch.
     """
 
-    def __init__(self, run: run_lib.Run, step: Callable[..., Any], key: jax.Array):
+    def __init__(self, run: Run, step: Callable[..., Any], key: jax.Array):
         self._run, self._step, self._key = run, step, key
-        self._state, self._sums, self._taken = run.initial_state(), run.no_sums(), 0
+        self._state, self._sums, self._taken = run.initial_state(), run.zero_sums(), 0
         self.dispatch_s: list[float] = []
 
-    def batch(self, step: int) -> tuple[augment.Table, jax.Array]:
+    def batch(self, step: int) -> tuple[Any, Any]:
         """Returns the batch of a step; after an epoch the same again."""
         order = self._run.order
-        return self._run.feed.batch(order.indices(step % order.end_of(1)))
+        pipeline = self._run.pipeline
+        assert isinstance(pipeline, InMemory)
+        return pipeline.batch(order.indices(step % order.end_of(1)))
 
     def block(self, steps: int, queued: bool = False) -> float:
         """Returns the seconds per step of some steps.
 
         Args:
           steps: how many.
-          queued: give the devices all of them at once, batches made before: they never wait.
+          queued: dispatch all of them at once, with batches made before, so that no device waits.
         """
         ready = [self.batch(self._taken + n) for n in range(steps)] if queued else None
         begin = time.perf_counter()
@@ -121,21 +124,21 @@ class _Loop:
         return (time.perf_counter() - begin) / steps
 
 
-def benchmark(config: ConfigDict) -> dict[str, Any]:
-    """Returns what one step takes, as JSON; seconds, bytes, operations.
+def benchmark(config: Config) -> dict[str, Any]:
+    """Returns the times, operations and memory of one step, as JSON; seconds, bytes, operations.
 
-    `step_s` is the median block's time per step in the loop that trains, `step_s_quartiles` its
-    spread; `queued_step_s` that of steps which are given to the devices all at once, so that these
-    never wait for the host. `host_s` is what the host does between two steps: order, transfer and
-    dispatch. `augment_s` is gathering and augmenting a batch, alone. `flops_per_s` counts the
-    operations of XLA's own analysis. `matmul_flops_per_s` is of a product of matrices of
-    2048 x 2048 in the same dtype, in the same process.
+    `step_s` is the median block's time per step in the training loop, `step_s_quartiles` its
+    spread; `queued_step_s` that of steps that are dispatched all at once, so that the devices never
+    wait for the host. `host_s` is the host's time between two steps: order, transfer and dispatch.
+    `augment_s` is gathering and augmenting a batch. `flops_per_s` counts the operations of XLA's
+    own analysis. `matmul_flops_per_s` is of a product of matrices of 2048 x 2048 in the same dtype,
+    in the same process.
 
     Raises:
       UserError: the config does not fit its images or devices.
     """
     run = _run(config)
-    devices, whole, split = run.devices, parallel.WHOLE, parallel.SPLIT
+    devices = run.devices
     key = devices.replicate(run.step_key)
     begin = time.perf_counter()
     lowered = run.lowered_step(*run.abstract_arguments())
@@ -147,20 +150,21 @@ def benchmark(config: ConfigDict) -> dict[str, Any]:
     loop.block(2)
     steps = max(1, round(_BLOCK_S / loop.block(2)))
     loop.dispatch_s.clear()
-    # In turn: a machine's speed drifts.
+    # Alternating, because a machine's speed drifts.
     both = [(loop.block(steps), loop.block(steps, queued=True)) for _ in range(_BLOCKS)]
     blocks, queued = zip(*both, strict=True)
     step_s, quartiles = statistics.median(blocks), statistics.quantiles(blocks, n=4)
 
-    recipe = augment.Recipe.of(config)
-    varied = devices.map(
-        lambda table, index_B, key: augment.training_batch(table, index_B, key, recipe),
-        (feeds.table_place(run.feed.placement), split, whole),
-        split,
+    augmentation = augment.Augmentation.of(config)
+    augmented = devices.map(
+        lambda images, index_B, key: augment.training_batch(images, index_B, key, augmentation),
+        (run.pipeline.images_spec, BATCH_SHARDED, REPLICATED),
+        BATCH_SHARDED,
     )
-    one = loop.batch(0)
-    augment_s = _median_of(lambda: varied(*one, key))
-    flops = compiled.cost_analysis()['flops'] * devices.mesh.size
+    batch = loop.batch(0)
+    cost = compiled.cost_analysis()
+    assert cost
+    flops = cost['flops'] * devices.mesh.size
     product = _product_flops(devices, config.dtype)
     return {
         'networks': list(config.networks),
@@ -171,7 +175,7 @@ def benchmark(config: ConfigDict) -> dict[str, Any]:
         'device': devices.name,
         'machine': platform.processor() or platform.machine(),
         'cores': os.cpu_count(),
-        'versions': writer.versions(),
+        'versions': versions(),
         'images_per_s': config.batch_size / step_s,
         'step_s': step_s,
         'step_s_quartiles': [quartiles[0], quartiles[2]],
@@ -184,27 +188,26 @@ def benchmark(config: ConfigDict) -> dict[str, Any]:
         'share_of_matmul': flops / step_s / product,
         'queued_step_s': statistics.median(queued),
         'host_s': statistics.median(loop.dispatch_s),
-        'augment_s': augment_s,
-        'planned_bytes': plan.Bytes.of(compiled).total,
-        'peak_bytes': _peak_bytes(devices.mesh.devices.flat[0]),
+        'augment_s': _median_of(lambda: augmented(*batch, key)),
+        'planned_bytes': StepBytes.of(compiled).total,
+        'peak_bytes': _peak_bytes(devices.first),
     }
 
 
 def table(result: dict[str, Any]) -> Any:
     """Returns a result as a table for the terminal."""
     names = ' + '.join(result['networks'])
-    rows = summary.table(
+    rows = empty_table(
         f'{names}, {result["method"]}, batch {result["batch_size"]}, {result["dtype"]}, '
         f'{result["device"]}',
         ('',),
     )
     low, high = result['step_s_quartiles']
     ms = 1e3
-
     for name, text in (
         ('images per second', f'{result["images_per_s"]:,.1f}'),
         ('step', f'{ms * result["step_s"]:,.2f} ms ({ms * low:,.2f} to {ms * high:,.2f})'),
-        ('step, if all are queued', f'{ms * result["queued_step_s"]:,.2f} ms'),
+        ('step, all dispatched at once', f'{ms * result["queued_step_s"]:,.2f} ms'),
         ('host, per step', f'{ms * result["host_s"]:,.2f} ms'),
         ('gather and augment', f'{ms * result["augment_s"]:,.2f} ms'),
         ('trace and compile', f'{result["compile_s"]:,.1f} s'),
@@ -215,3 +218,16 @@ def table(result: dict[str, Any]) -> Any:
     ):
         rows.add_row(name, text)
     return rows
+
+
+def main(command: Command, _: object) -> int:
+    """Prints each result as a table and as JSON; returns the exit code."""
+    file, sweep = pathlib.Path('runs/benchmark.csv'), command.options.sweep
+    for config in sweeps.configs(command.config, sweep) if sweep else (command.config,):
+        result = benchmark(config)
+        log(table(result))
+        if sweep:
+            sweeps.append(result, file)
+            log(f'appended to {file}')
+        print(json.dumps(result), flush=True)
+    return 0

@@ -1,4 +1,4 @@
-"""What a compiled step sends between devices: read in its optimised HLO."""
+"""The collectives of a compiled step, read in its optimised HLO."""
 
 import dataclasses
 import re
@@ -6,7 +6,7 @@ import re
 import jax
 import numpy as np
 
-from afkd_jax.devices.mesh import DATA, PEER
+from afkd_jax.devices.spmd import DATA, PEER
 
 _OPERATIONS = (
     'all-reduce',
@@ -28,13 +28,11 @@ class Collective:
     """Operations of one kind in one execution of a program.
 
     Attributes:
-      operation: in XLA's words, e.g. 'all-reduce'.
-      axis: along which axis of the mesh, 'peer' or 'data'; 'all' for both.
-      count: how many.
-      bytes: per device and execution, of the arrays that come out: for an all-reduce what is
-        summed, for a collective-permute what a device gets. How often the algorithm of the
-        network hands them on is not in it.
-      largest: of these, the bytes of the largest operation.
+      operation: XLA's name, e.g. 'all-reduce'.
+      axis: of the mesh, 'peer' or 'data'; 'all' for both.
+      bytes: per device and execution, of the results: for an all-reduce what is summed, for a
+        collective-permute what a device receives. Hops within the interconnect are not counted.
+      largest: the bytes of the largest operation.
     """
 
     operation: str
@@ -44,18 +42,18 @@ class Collective:
     largest: int
 
 
-def of(compiled: jax.stages.Compiled, shape: tuple[int, int]) -> list[Collective]:
-    """Returns the collectives of a compiled program, those that move most first.
+def collectives(compiled: jax.stages.Compiled, shape: tuple[int, int]) -> list[Collective]:
+    """Returns the collectives of a compiled program, by decreasing bytes.
 
     Args:
       compiled: for a mesh of several devices.
       shape: of the mesh, (peer, data).
     """
-    return parse(compiled.as_text(), shape)
+    return parse(compiled.as_text() or '', shape)
 
 
 def parse(hlo: str, shape: tuple[int, int]) -> list[Collective]:
-    """Returns the collectives in a text of optimised HLO; see of()."""
+    """Returns the collectives in a text of optimised HLO; see collectives()."""
     found: dict[tuple[str, str], list[int]] = {}
     for line in hlo.splitlines():
         if match := _LINE.search(line):
@@ -85,7 +83,7 @@ def _bytes(types: str) -> list[int]:
 
 
 def _group(line: str) -> list[int]:
-    """Returns the devices, counted along the mesh, that one of the groups of a collective joins."""
+    """Returns the devices, by index in the mesh, of one group of a collective."""
     if match := _PAIRS.search(line):
         first, second = match[1].lstrip('{').split('}')[0].split(',')
         return [int(first), int(second)]
@@ -93,7 +91,7 @@ def _group(line: str) -> list[int]:
         return [int(device) for device in match[1].split(',')] if match[1] else []
     if match := _IOTA.search(line):
         groups, dims, order = (
-            [int(x) for x in part.split(',')] if part else None for part in match.groups()
+            [int(x) for x in part.split(',')] if part else [] for part in match.groups()
         )
         devices = np.arange(np.prod(dims)).reshape(dims)
         return (devices.transpose(order) if order else devices).reshape(groups)[0].tolist()
@@ -101,8 +99,8 @@ def _group(line: str) -> list[int]:
 
 
 def _axis(members: list[int], shape: tuple[int, int]) -> str:
-    peers, shares = np.unravel_index(members, shape)
-    along_peer, along_data = len(set(peers)) > 1, len(set(shares)) > 1
+    peers, shards = np.unravel_index(members, shape)
+    along_peer, along_data = len(set(peers)) > 1, len(set(shards)) > 1
     if along_peer and along_data:
         return 'all'
     return PEER if along_peer else DATA

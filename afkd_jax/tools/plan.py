@@ -1,10 +1,11 @@
-"""--mode plan: what the real train step needs on devices that need not be there.
+"""--mode plan: what the train step needs on devices that need not exist.
 
-The step is compiled ahead of time, for a TPU topology or for the devices at hand, and what the
-compiler knows of it is reported. All figures are the compiler's estimates; nothing is run.
+The step is compiled ahead of time, for a TPU topology or for the devices at hand. All figures are
+the compiler's estimates; nothing is run.
 """
 
 import dataclasses
+import json
 import re
 import time
 from collections.abc import Callable
@@ -12,19 +13,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
-from afkd_jax.data import dataset as sources
-from afkd_jax.data import pipelines as feeds
-from afkd_jax.devices import mesh as parallel
+from afkd_jax.command import Command
+from afkd_jax.config import Config
+from afkd_jax.data import dataset, pipelines
+from afkd_jax.devices import memory, mesh
+from afkd_jax.devices.arrays import byte_count
+from afkd_jax.devices.memory import StepBytes
 from afkd_jax.errors import UserError
 from afkd_jax.method import cohort as cohort_lib
 from afkd_jax.method import state as state_lib
-from afkd_jax.report import summary
-from afkd_jax.tools import describe
-from afkd_jax.tools import hlo as collectives
-from afkd_jax.tools import tpu as topology_lib
-from afkd_jax.training import run as run_lib
+from afkd_jax.report.console import log
+from afkd_jax.report.tables import shape, size, table
+from afkd_jax.tools import hlo, tpu
+from afkd_jax.tools.flops import multiply_adds
+from afkd_jax.training.run import Run
 
 _IMAGES = {
     'device': 'the whole set on every device',
@@ -38,67 +41,29 @@ class _TooLarge(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class Bytes:
-    """What a compiled step needs on one device; outputs that take no argument's place."""
-
-    arguments: int
-    outputs: int
-    temporaries: int
-    program: int
-
-    @classmethod
-    def of(cls, step: jax.stages.Compiled) -> 'Bytes':
-        """Returns what the compiler says."""
-        memory = step.memory_analysis()
-        return cls(
-            memory.argument_size_in_bytes,
-            memory.output_size_in_bytes - memory.alias_size_in_bytes,
-            memory.temp_size_in_bytes,
-            memory.generated_code_size_in_bytes,
-        )
-
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return self.arguments + self.outputs + self.temporaries + self.program
-
-
-@dataclasses.dataclass(frozen=True)
 class Plan:
-    """A config on devices that need not be there.
+    """A config on devices that need not exist."""
 
-    Attributes:
-      config: valid.
-      info: of its images.
-      devices: the mesh.
-    """
-
-    config: ConfigDict
-    info: sources.Info
-    devices: parallel.Devices
+    config: Config
+    info: dataset.Info
+    devices: mesh.Devices
 
     @property
     def memory(self) -> int | None:
-        """Bytes of one device; None if not known."""
-        return topology_lib.memory_of(self.devices.mesh.devices.flat[0])
+        """Bytes of one device; None if unknown."""
+        return memory.device_bytes(self.devices.first)
 
-    @property
-    def placement(self) -> str:
-        """Where the images are: see config.data.placement."""
-        return feeds.placement(self.config, self.info, self.devices)
-
-    def run(self, batch_size: int) -> run_lib.Run:
-        """Returns the run with this batch; of its images only the shapes are known."""
-        config = self.config.copy_and_resolve_references()
-        config.batch_size = batch_size
-        feed = feeds.Absent(config, self.info, self.devices, '', self.placement)
-        return run_lib.Run(config, self.info, self.devices, feed)
+    def run(self, batch_size: int) -> Run:
+        """Returns the run with this batch; it has only the shapes of its images."""
+        config = self.config.replace(batch_size=batch_size)
+        pipeline = pipelines.shapes_only(config, self.info, self.devices)
+        return Run(config, self.info, self.devices, pipeline)
 
     def compile(self, batch_size: int) -> tuple[jax.stages.Compiled, float]:
         """Returns the compiled step, and how many seconds that took.
 
         Raises:
-          _TooLarge: the compiler refuses it for want of memory.
+          _TooLarge: the compiler rejects it for lack of memory.
         """
         run = self.run(batch_size)
         begin = time.perf_counter()
@@ -114,36 +79,36 @@ class Plan:
     def fits(self, batch_size: int) -> bool:
         """Returns whether a step of this batch fits into the memory of a device."""
         try:
-            total = Bytes.of(self.compile(batch_size)[0]).total
+            total = StepBytes.of(self.compile(batch_size)[0]).total
         except _TooLarge:
             return False
         return self.memory is None or total <= self.memory
 
-    def largest_batch(self, tell: Callable[[str], None]) -> int | None:
+    def largest_batch(self, log: Callable[[str], None]) -> int | None:
         """Returns the largest batch that fits, to an eighth; None if the smallest does not.
 
-        Searched by compiling: powers of two times the number of shares, then their eighths.
+        Searched by compiling: powers of two times the number of shards, then their eighths.
         """
-        share, most = self.devices.shares, self.info.train
+        shards, most = self.devices.shards, self.info.train
         tried: dict[int, bool] = {}
 
-        def fits(batch):
+        def fits(batch: int) -> bool:
             if batch not in tried:
-                tell(f'trying a batch of {batch:,}')
+                log(f'trying a batch of {batch:,}')
                 tried[batch] = self.fits(batch)
             return tried[batch]
 
-        size = share
-        while size * 2 <= self.config.batch_size:
-            size *= 2
-        while size >= share and not fits(size):
-            size //= 2
-        if size < share:
+        batch = shards
+        while batch * 2 <= self.config.batch_size:
+            batch *= 2
+        while batch >= shards and not fits(batch):
+            batch //= 2
+        if batch < shards:
             return None
-        while size * 2 <= most and fits(size * 2):
-            size *= 2
-        step = max(share, size // 8 // share * share)
-        best, worst = size, 2 * size
+        while batch * 2 <= most and fits(batch * 2):
+            batch *= 2
+        step = max(shards, batch // 8 // shards * shards)
+        best, worst = batch, 2 * batch
         while worst - best > step:
             middle = best + (worst - best) // 2 // step * step
             if middle in (best, worst):
@@ -156,87 +121,82 @@ class Plan:
 
 
 def _state_bytes(cohort: cohort_lib.Cohort, peers: int) -> dict[str, int]:
-    """Returns the bytes that one device holds of each part of the state."""
-
-    def size(tree):
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
+    """Returns the bytes of each part of the state on one device."""
     state = state_lib.abstract(cohort)
-    networks, judges = state.networks, state.discriminators
+    parts = (*state.networks, *state.discriminators)
     return {
-        'parameters': size([part.params for part in (*networks, *judges)]) // peers,
-        'optimizer_states': size([part.opt for part in (*networks, *judges)]) // peers,
-        'batch_statistics': size([network.batch_stats for network in networks]) // peers,
+        'parameters': byte_count([part.params for part in parts]) // peers,
+        'optimizer_states': byte_count([part.opt for part in parts]) // peers,
+        'batch_statistics': byte_count([part.batch_stats for part in state.networks]) // peers,
     }
 
 
 def _network_flops(cohort: cohort_lib.Cohort, k: int) -> int:
-    """Returns the operations per image of network k's forward pass and of its pullbacks.
+    """Returns the operations per image of network k's forward pass and its pullbacks.
 
-    Those of convolutions and matrix products, by formula, two a multiply-add.
+    Those of convolutions and matrix products, by formula, two per multiply-add.
     """
     module, state = cohort.networks[k], state_lib.abstract(cohort).networks[k]
     variables = state.variables()
 
-    def passes(params, image, logits, maps):
-        def forward(params):
+    def passes(params: Any, image: Any, logits: Any, maps: Any) -> list[Any]:
+        def forward(params: Any) -> Any:
             stats = variables['batch_stats']
             stats = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), stats)
             return module.apply({'params': params, 'batch_stats': stats}, image, False)
 
         _, pull = jax.vjp(forward, params)
         pulled = [pull((logits, maps))]
-        if cohort.adversarial:  # the same maps once more, for the other optimizer
+        if cohort.method.adversarial:  # the same maps once more, for the other optimizer
             pulled.append(pull((logits, maps)))
         return pulled
 
     image = jax.ShapeDtypeStruct((1, *cohort.image_shape), jnp.float32)
     logits, maps = jax.eval_shape(lambda v, x: module.apply(v, x, False), variables, image)
-    return 2 * describe.multiply_adds(passes, variables['params'], image, logits, maps)
+    return 2 * multiply_adds(passes, variables['params'], image, logits, maps)
 
 
 def plan(
-    config: ConfigDict,
+    config: Config,
     topology: str | None,
     search: bool,
-    tell: Callable[[str], None] = lambda words: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Returns what a config's train step needs, and sends, as JSON.
+    """Returns what a config's train step needs and sends, as JSON.
 
     Args:
-      config: valid.
+      config: checked.
       topology: a TPU's name; None for the devices at hand.
       search: whether to search the largest batch that fits.
-      tell: is given a line where one waits.
+      log: takes a line where one has to wait.
 
     Raises:
-      UserError: the config does not fit its images or the mesh, or the topology cannot be had.
+      UserError: the config does not fit its images or the mesh, or the topology is unavailable.
     """
     if config.mapping == 'pmap':
         raise UserError("config.mapping: a plan is of 'shard_map'; 'pmap' maps the same step")
-    info = sources.info(config)
-    found = topology_lib.devices(topology) if topology else parallel.available()
-    devices = run_lib.devices_of(config, found)
+    info = dataset.info(config)
+    devices = mesh.devices_of(config, tpu.devices(topology) if topology else None)
     it = Plan(config, info, devices)
     whole = cohort_lib.assemble(config, info.image_shape, info.num_classes, info.train)
-    result = {
+    result: dict[str, Any] = {
         'topology': topology,
         'device': devices.kind,
         'devices': devices.mesh.size,
-        'mesh': {'peer': devices.peers, 'data': devices.shares},
+        'mesh': {'peer': devices.peers, 'data': devices.shards},
         'method': config.method,
         'dtype': config.dtype,
         'batch_statistics': config.batch_statistics,
         'batch_size': config.batch_size,
         'image_shape': list(info.image_shape),
-        'images': _IMAGES[it.placement],
+        'images': _IMAGES[it.run(config.batch_size).pipeline.placement],
         'memory_per_device': it.memory,
         'networks': [
             {'name': name, 'flops_per_image': _network_flops(whole, k)}
             for k, name in enumerate(whole.names)
         ],
     }
-    tell(f'compiling the step for {devices.kind}')
+    log(f'compiling the step for {devices.kind}')
     parts = _state_bytes(whole, devices.peers)
     try:
         step, seconds = it.compile(config.batch_size)
@@ -246,16 +206,17 @@ def plan(
         result |= {
             'fits': False,
             'bytes_per_device': {**parts, 'total': None},
-            'why': f'{used[1]} are needed, {used[2]} are there' if used else words[:300],
+            'why': f'{used[1]} are needed, {used[2]} exist' if used else words[:300],
         }
     else:
-        state = sum(parts.values())
-        flops, needed = step.cost_analysis()['flops'] * devices.mesh.size, Bytes.of(step)
+        cost, needed = step.cost_analysis(), StepBytes.of(step)
+        assert cost
+        flops = cost['flops'] * devices.mesh.size
         result |= {
             'fits': it.memory is None or needed.total <= it.memory,
             'bytes_per_device': {
                 **parts,
-                'images_and_other_arguments': needed.arguments - state,
+                'images_and_other_arguments': needed.arguments - sum(parts.values()),
                 'temporaries': needed.temporaries,
                 'program': needed.program,
                 'total': needed.total,
@@ -264,59 +225,45 @@ def plan(
             'flops_per_image': flops / config.batch_size,
             'collectives': [
                 dataclasses.asdict(row)
-                for row in collectives.of(step, (devices.peers, devices.shares))
+                for row in hlo.collectives(step, (devices.peers, devices.shards))
             ],
             'compile_s': seconds,
         }
     if search:
-        result['largest_batch'] = it.largest_batch(tell)
+        result['largest_batch'] = it.largest_batch(log)
     return result
 
 
-def _size(count: float | None) -> str:
-    if count is None:
-        return '-'
-    for unit, scale in (('GB', 1e9), ('MB', 1e6), ('kB', 1e3)):
-        if count >= scale:
-            return f'{count / scale:,.2f} {unit}'
-    return f'{count:,.0f} B'
-
-
 def tables(result: dict[str, Any]) -> list[Any]:
-    """Returns the plan for the terminal: words, and tables."""
+    """Returns the plan for the terminal: lines and tables."""
     where = f'{result["topology"]}: ' if result['topology'] else ''
-    lines = [
-        f'{where}{result["device"]}; {result["method"]}, batch {result["batch_size"]:,}, '
-        f'{result["dtype"]}, {"x".join(map(str, result["image_shape"]))}; images: '
-        f'{result["images"]}. Estimates of the compiler; nothing was run.'
-    ]
-    memory = summary.table('per device', ('bytes',))
+    memory_table = table('per device', ('bytes',))
     for name, count in result['bytes_per_device'].items():
-        memory.add_row(name.replace('_', ' '), _size(count))
-    memory.add_row('memory there is', _size(result['memory_per_device']))
+        memory_table.add_row(name.replace('_', ' '), size(count))
+    memory_table.add_row('memory of the device', size(result['memory_per_device']))
     fits = 'it fits' if result['fits'] else 'it does not fit'
-    parts: list[Any] = [*lines, memory, fits + (f': {result["why"]}' if 'why' in result else '')]
-    work = summary.table('floating-point operations', ('',))
+    parts: list[Any] = [
+        f'{where}{result["device"]}; {result["method"]}, batch {result["batch_size"]:,}, '
+        f'{result["dtype"]}, {shape(result["image_shape"])}; images: {result["images"]}. '
+        "The compiler's estimates; nothing was run.",
+        memory_table,
+        fits + (f': {result["why"]}' if 'why' in result else ''),
+    ]
+    work = table('floating-point operations', ('',))
     if 'flops_per_step' in result:
         work.add_row('per step, all devices', f'{result["flops_per_step"]:.3e}')
         work.add_row('per image, all networks', f'{result["flops_per_image"]:.3e}')
     for k, network in enumerate(result['networks'], 1):
         work.add_row(
-            f'per image, {k} {network["name"]}: convolutions and products alone',
+            f'per image, {k} {network["name"]}: convolutions and products only',
             f'{network["flops_per_image"]:.3e}',
         )
     parts.append(work)
     if 'collectives' in result:
-        columns = ('axis', 'count', 'bytes per device', 'largest')
-        sent = summary.table('collective', columns)
+        sent = table('collective', ('axis', 'count', 'bytes per device', 'largest'))
         for row in result['collectives']:
-            sent.add_row(
-                row['operation'],
-                row['axis'],
-                str(row['count']),
-                _size(row['bytes']),
-                _size(row['largest']),
-            )
+            values = row['axis'], str(row['count']), size(row['bytes']), size(row['largest'])
+            sent.add_row(row['operation'], *values)
         parts += [sent if result['collectives'] else 'no collectives']
         parts.append(f'compiled in {result["compile_s"]:.1f} s')
     if 'largest_batch' in result:
@@ -325,3 +272,13 @@ def tables(result: dict[str, Any]) -> list[Any]:
             f'largest batch that fits, to an eighth: {largest:,}' if largest else 'no batch fits'
         )
     return parts
+
+
+def main(command: Command, _: object) -> int:
+    """Prints the plan, and as JSON last; returns the exit code."""
+    options = command.options
+    result = plan(command.config, options.topology, options.largest_batch, log)
+    for part in tables(result):
+        log(part)
+    print(json.dumps(result))
+    return 0

@@ -1,53 +1,62 @@
-"""--mode prepare: brings a set to the disk, once, and reads a little of it."""
+"""--mode prepare: brings a data set to the disk, once, and reads a little of it."""
 
-import dataclasses
+import functools
+import json
 import time
 from collections.abc import Callable
 from typing import Any
 
-from ml_collections import ConfigDict
-
-from afkd_jax.data import dataset as sources
+from afkd_jax.command import Command
+from afkd_jax.config import Config
+from afkd_jax.data import dataset as dataset_lib
 from afkd_jax.data import decode
 from afkd_jax.errors import UserError
 
 
-def prepare(config: ConfigDict, tell: Callable[[str], None]) -> dict[str, Any]:
-    """Returns where a config's images are and how many, as JSON, once they are there.
+def prepare(config: Config, log: Callable[[str], None]) -> dict[str, Any]:
+    """Returns, as JSON, where a config's images are and how many, after preparing them.
 
-    The first and the last image of each split, in its shuffled order, are decoded: so a directory
-    that was copied from another machine is tried before a run needs it.
+    The first and the last image of each split, in its shuffled order, are decoded, which tests a
+    directory that was copied from another machine before a run needs it.
 
     Args:
-      config: valid.
-      tell: is given a line where one waits.
+      log: called with a line before long work.
 
     Raises:
-      UserError: the set cannot be had, is broken, or does not fit the config.
+      UserError: the set is unavailable, broken, or does not fit the config.
     """
-    begin, path = time.perf_counter(), None
-    kind, _, name = config.dataset.partition(':')
-    if kind == 'tfds':
-        from afkd_jax.data.sources import tfds as tfds_source
+    start = time.perf_counter()
+    name, _, path = config.dataset.partition(':')
+    if name == 'tfds' and path:
+        from afkd_jax.data.sources import tfds
 
-        path = tfds_source.prepare(config, name, tell)
-    elif kind != 'digits':
-        path = name
-    dataset = sources.dataset(config)
+        path = tfds.prepare(config, path, log)
+    dataset = dataset_lib.dataset(config)
     for split in ('train', *dataset.info.held_out()):
-        places = dataset.info.places(split)
-        for place in (places[0], places[-1]):
+        indices = dataset.info.indices(split)
+        for index in (indices[0], indices[-1]):
             try:
-                dataset.view.evaluation(dataset[place][0], dataset.info.image_shape[2])
-            except decode.Broken as error:
+                dataset.view.evaluation(dataset[index][0], dataset.info.image_shape[2])
+            except decode.DecodeError as error:
                 raise UserError(
-                    f'config.dataset: {dataset.name(place)} cannot be decoded ({error}); mend '
+                    f'config.dataset: {dataset.name(index)} cannot be decoded ({error}); repair '
                     'or remove it, or prepare the set anew elsewhere'
                 ) from None
     return {
         'dataset': config.dataset,
-        'path': path and str(path),
-        **dataclasses.asdict(dataset.info),
+        'path': str(path) if path else None,
+        **dataset.info.sizes(),
         'fingerprint': dataset.fingerprint(),
-        'wall_s': time.perf_counter() - begin,
+        'wall_s': time.perf_counter() - start,
     }
+
+
+def main(command: Command, _: object) -> int:
+    """Prints the sizes of the splits, and the facts as JSON last; returns the exit code."""
+    result = prepare(command.config, functools.partial(print, flush=True))
+    print(
+        f'{result["dataset"]}: {result["train"]:,} images to train on, {result["validation"]:,} '
+        f'held out, {result["test"]:,} to test, {result["num_classes"]:,} classes'
+    )
+    print(json.dumps(result))
+    return 0

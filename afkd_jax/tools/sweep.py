@@ -1,4 +1,4 @@
-"""--sweep of --mode benchmark: which configs it means, and the file its results are kept in."""
+"""--sweep of --mode benchmark: its configs, and the CSV file of its results."""
 
 import csv
 import itertools
@@ -6,22 +6,20 @@ import json
 import pathlib
 from typing import Any
 
-from ml_collections import ConfigDict
-
-from afkd_jax import config as config_lib
+from afkd_jax.config import Config
+from afkd_jax.devices import mesh
 from afkd_jax.errors import UserError
-from afkd_jax.method import presets as methods
-from afkd_jax.training import run as run_lib
+from afkd_jax.method import presets
 
-# What may vary: fields of the config, and k, how many networks.
+# Fields of the config that a sweep may vary, and k, the number of networks.
 _AXES = ('k', 'batch_size', 'dtype', 'method')
 
 
-def configs(config: ConfigDict, words: str) -> list[ConfigDict]:
+def configs(config: Config, words: str) -> list[Config]:
     """Returns the configs of a sweep, checked before the first is measured.
 
     Args:
-      config: valid.
+      config: checked.
       words: e.g. 'k=2,4;batch_size=64,128;dtype=float32,bfloat16;method=afd,vanilla'; k networks
         of the config's first.
 
@@ -41,15 +39,14 @@ def configs(config: ConfigDict, words: str) -> list[ConfigDict]:
             raise UserError(f'--sweep: {name} must be whole numbers, but is {values}')
     found = []
     for values in itertools.product(*axes.values()):
-        one = config.copy_and_resolve_references()
-        for name, value in zip(axes, values, strict=True):
-            if name == 'k':
-                one.networks = (config.networks[0],) * int(value)
-            else:
-                one[name] = int(value) if name == 'batch_size' else value
-        config_lib.validate(one)
-        methods.named(one.method)
-        run_lib.devices_of(one)
+        fields: dict[str, Any] = dict(zip(axes, values, strict=True))
+        if 'k' in fields:
+            fields['networks'] = (config.networks[0],) * int(fields.pop('k'))
+        if 'batch_size' in fields:
+            fields['batch_size'] = int(fields['batch_size'])
+        one = config.replace(**fields)
+        presets.named(one.method)
+        mesh.devices_of(one)
         found.append(one)
     return found
 
@@ -57,7 +54,7 @@ def configs(config: ConfigDict, words: str) -> list[ConfigDict]:
 def append(result: dict[str, Any], path: pathlib.Path) -> None:
     """Appends a result to a CSV file, whose first line names the columns.
 
-    A file with other columns, as of another version, is set aside under a name of its own.
+    A file with other columns, as of another version, is renamed.
     """
     row = {
         name: value if isinstance(value, (str, int, float)) else json.dumps(value)

@@ -1,10 +1,10 @@
-"""TPUs by their names, as devices that need not be there; and how much memory a device has."""
+"""TPU names -> devices for ahead-of-time compilation; no TPU need be attached."""
 
 import contextlib
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -12,16 +12,7 @@ from jax.experimental import topologies
 
 from afkd_jax.errors import UserError
 
-# Memory of one device in bytes, where the runtime does not tell: a chip of v4 on, a core before.
-_MEMORY = {
-    'TPU v2': 8 * 2**30,
-    'TPU v3': 16 * 2**30,
-    'TPU v4': 32 * 2**30,
-    'TPU v5 lite': 16 * 2**30,
-    'TPU v5': 95 * 2**30,
-    'TPU v6 lite': 32 * 2**30,
-}
-# Chips -> their layout, as the generations arrange them.
+# Chips -> layout, as each generation arranges them.
 _FLAT = {1: '1x1', 4: '2x2', 8: '2x4', 16: '4x4', 32: '4x8', 64: '8x8', 128: '8x16', 256: '16x16'}
 _CUBES = {
     4: '2x2x1',
@@ -73,20 +64,20 @@ def layout_of(name: str) -> tuple[str, str]:
 
 
 def devices(name: str) -> Sequence[Any]:
-    """Returns the devices of a TPU that need not be there.
+    """Returns the devices of a TPU for ahead-of-time compilation.
 
     Raises:
       UserError: there is no such TPU, or its compiler is not installed.
     """
     generation, layout = layout_of(name)
-    # It would look for the machine's own TPU first, and wait for an answer.
+    # Otherwise libtpu first queries the machine's metadata server, and waits.
     os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
-    # No chip is used, so it does not matter who uses one.
+    # No chip is used, so another process may use one.
     os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
     options: dict[str, Any] = {}
     if math.prod(map(int, layout.split('x'))) == 1:
         options['chips_per_host_bounds'] = (1, 1, 1)
-    if generation == 'v4':  # as it is used: both cores of a chip are one device
+    if generation == 'v4':  # in use, both cores of a chip are one device
         options['chip_config_name'] = 'megacore'
     try:
         with _silent():
@@ -100,13 +91,13 @@ def devices(name: str) -> Sequence[Any]:
                 f'--topology: {name} needs the compiler for TPUs, which is not installed: '
                 f'python -m pip install "jax[tpu]=={jax.__version__}"'
             ) from error
-        raise UserError(f'--topology: {name} cannot be had ({words[:300]})') from error
+        raise UserError(f'--topology: {name} is unavailable ({words[:300]})') from error
     return description.devices
 
 
 @contextlib.contextmanager
-def _silent():
-    """Lets the compiler's loader print nothing: it complains of the TPU that is not there."""
+def _silent() -> Iterator[None]:
+    """Hides the output of the compiler's loader, which reports the missing TPU."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, 2)
@@ -115,12 +106,3 @@ def _silent():
         os.dup2(kept, 2)
         os.close(kept)
         os.close(nowhere)
-
-
-def memory_of(device: Any) -> int | None:
-    """Returns the bytes of a device's memory; None if they are not known."""
-    if device.platform == 'cpu':  # all share that of the machine
-        return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-    with contextlib.suppress(Exception):  # what is not there has no statistics
-        return device.memory_stats()['bytes_limit']
-    return _MEMORY.get(device.device_kind)

@@ -1,95 +1,86 @@
-"""What a reader of the log would be alarmed by: numbers that are not finite, dead adversaries."""
+"""Health checks: values that are not finite, and discriminators that are saturated."""
 
 import math
-import pathlib
 from typing import Any
 
-from afkd_jax.checkpoints import workdir as workdir_lib
-from afkd_jax.checkpoints.progress import Progress
+import jax
+
+from afkd_jax.checkpoints import files
 from afkd_jax.devices import processes
 from afkd_jax.errors import UserError
 from afkd_jax.method.metrics import Sums
-from afkd_jax.report.metrics_log import Writer
-from afkd_jax.training.run import Run
+from afkd_jax.training.session import Session
 
-# A discriminator whose mean outputs are this near to 0 or 1, on own and on teacher's maps, passes
-# next to no gradient through its sigmoid. Our choice.
+# A discriminator whose mean outputs are this close to 0 or 1, on the student's and the teacher's
+# maps, passes hardly any gradient through its sigmoid. Our choice.
 SATURATED = 0.02
 
-# So many skipped steps, in whole log lines, and the run counts as lost. Our choice.
+# After so many skipped steps, in whole log lines, the run is ended. Our choice.
 GIVE_UP = 50
 
 
-class Watch:
-    """Looks at the sums of each log line, and before each checkpoint.
+class Health:
+    """Checks the sums of each log line, and before each checkpoint."""
 
-    Args:
-      run: what is watched.
-      workdir: where nonfinite.json is written.
-      progress: of the run; what was seen is counted there.
-      out: where warnings go.
-    """
+    def __init__(self, session: Session):
+        self._run, self._workdir, self._tracker = session.run, session.workdir, session.tracker
+        self._progress = session.snapshot.progress
 
-    def __init__(self, run: Run, workdir: pathlib.Path, progress: Progress, out: Writer):
-        self._run, self._workdir, self._progress, self._out = run, workdir, progress, out
-
-    def line(self, step: int, sums: Sums) -> None:
-        """Counts what a log line's sums tell, once per line.
+    def check_line(self, step: int, sums: Sums) -> None:
+        """Checks a log line's sums, once per line.
 
         Args:
           step: of the line.
           sums: fetched.
 
         Raises:
-          UserError: see finite(); or the last GIVE_UP steps were all skipped.
+          UserError: see check_finite; or the last GIVE_UP steps were all skipped.
         """
-        self.finite(sums)
-        progress = self._progress
-        progress.skipped += int(sums.skipped)
-        progress.skipped_in_a_row += int(sums.skipped)
+        self.check_finite(sums)
+        progress, skipped = self._progress, int(sums.skipped)
+        progress.skipped += skipped
+        progress.skipped_in_a_row += skipped
         if sums.steps:
             progress.skipped_in_a_row = 0
-            self._saturation(step, sums)
-        if sums.skipped:
-            self._out.warning(
-                step,
-                f'{sums.skipped} steps skipped, {progress.skipped} in the whole run; '
-                f'{self._culprit(sums)}',
-            )
+            self._check_saturation(step, sums)
+        if skipped:
+            text = f'{skipped} steps skipped, {progress.skipped} in the whole run; '
+            self._warn(step, text + self._first_bad(sums))
         if progress.skipped_in_a_row >= GIVE_UP:
             raise UserError(
                 f'step {step}: the last {progress.skipped_in_a_row} steps were all skipped, '
-                f'{self._culprit(sums)}; the run does not recover and is ended: '
+                f'{self._first_bad(sums)}; the run does not recover and is ended: '
                 'lower config.logit.learning_rate, in a new --workdir'
             )
 
-    def finite(self, sums: Sums) -> None:
-        """Refuses to go on after a step with a value that is no finite number, unless told to.
+    def check_finite(self, sums: Sums) -> None:
+        """Writes nonfinite.json after a step with a value that is not finite, and ends the run.
 
-        Such a step has changed no array. Either way nonfinite.json tells what is known of it.
-
-        Args:
-          sums: fetched.
+        Such a step has changed no array. With config.on_nonfinite = 'skip' the run continues.
 
         Raises:
           UserError: there was such a step, and config.on_nonfinite is 'stop'.
         """
+        sums = jax.device_get(sums)
         if not sums.skipped:
             return
         path = self._workdir / 'nonfinite.json'
-        if processes.leads():
-            workdir_lib.write_json(path, self._diagnosis(sums))
+        if processes.is_primary():
+            files.write_json(path, self._diagnosis(sums))
         if self._run.config.on_nonfinite == 'stop':
             raise UserError(
-                f'{self._culprit(sums)}; the run has diverged and is ended, its checkpoints are '
+                f'{self._first_bad(sums)}; the run has diverged and is ended, its checkpoints are '
                 'from before: lower config.logit.learning_rate, in a new --workdir, or continue '
                 f'with --config.on_nonfinite=skip (see {path})'
             )
 
+    def _warn(self, step: int, text: str) -> None:
+        self._tracker.warning(step, text)
+
     def _bad(self, sums: Sums) -> list[tuple[str, int | None, float]]:
         """Returns (value's name, network counted from 0 or None, value) of the first skipped step.
 
-        Losses come first, and of them the cross-entropy: what else is bad follows from it.
+        Losses come first, and the cross-entropy before the others, which follow from it.
         """
         values = sums.skipped_values
         order = sorted(
@@ -102,13 +93,13 @@ class Watch:
         ]
         return [row for row in rows if not math.isfinite(row[2])]
 
-    def _culprit(self, sums: Sums) -> str:
+    def _first_bad(self, sums: Sums) -> str:
         name, k, value = self._bad(sums)[0]
         whose = '' if k is None else f' of network {k + 1} ({self._run.cohort.names[k]})'
         return f'step {sums.first_skipped}: {name}{whose} is {value}'
 
     def _diagnosis(self, sums: Sums) -> dict[str, Any]:
-        """Returns what is known of the first skipped step; in words what JSON has no number for."""
+        """Returns the facts of the first skipped step, as JSON; non-finite values as strings."""
 
         def plain(value: float) -> float | str:
             return value if math.isfinite(value) else str(value)
@@ -124,7 +115,7 @@ class Watch:
             ],
             'networks': [
                 {'name': names[k]}
-                | {name: plain(value[k]) for name, value in values.items() if value.ndim}
+                | {name: plain(float(value[k])) for name, value in values.items() if value.ndim}
                 for k in range(len(names))
             ],
             **{name: plain(float(value)) for name, value in values.items() if not value.ndim},
@@ -132,21 +123,21 @@ class Watch:
             'training_images': self._run.order.indices(step - 1).tolist(),
         }
 
-    def _saturation(self, step: int, sums: Sums) -> None:
+    def _check_saturation(self, step: int, sums: Sums) -> None:
         limit, counts = self._run.config.saturation_steps, self._progress.saturated
         if not limit or 'd_own' not in sums.totals:
             return
         outputs = [sums.totals[name] / sums.steps for name in ('d_own', 'd_teacher')]
         for k, (own, teacher) in enumerate(zip(*outputs, strict=True)):
-            dead = all(min(output, 1 - output) < SATURATED for output in (own, teacher))
-            counts[k] = counts[k] + int(sums.steps) if dead else 0
-            tell = counts[k] >= limit
-            if tell and not self._progress.warned[k]:
-                self._out.warning(
+            saturated = all(min(output, 1 - output) < SATURATED for output in (own, teacher))
+            counts[k] = counts[k] + int(sums.steps) if saturated else 0
+            warn = counts[k] >= limit
+            if warn and not self._progress.warned[k]:
+                self._warn(
                     step,
                     f'the discriminator of network {k + 1} ({self._run.cohort.names[k]}) has been '
                     f'saturated for {counts[k]} steps: mean output {own:.4f} on own and '
                     f"{teacher:.4f} on its teacher's maps; its network learns next to nothing from "
                     'it (a lower config.discriminator.learning_rate may help)',
                 )
-            self._progress.warned[k] = tell
+            self._progress.warned[k] = warn

@@ -1,39 +1,40 @@
-"""The loop: steps, log lines, evaluations and checkpoints, in their order."""
+"""The training loop: steps, log lines, evaluations and checkpoints, in their order."""
 
-import contextlib
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-from ml_collections import ConfigDict
-
+from afkd_jax.checkpoints import files
 from afkd_jax.checkpoints import workdir as workdir_lib
-from afkd_jax.checkpoints.progress import Progress
-from afkd_jax.checkpoints.store import Checkpoints, Point
+from afkd_jax.checkpoints.store import Snapshot
+from afkd_jax.command import Command
+from afkd_jax.config import Config
 from afkd_jax.devices import processes
 from afkd_jax.devices.signals import Interrupt
-from afkd_jax.method import metrics
-from afkd_jax.report import figures as curves
-from afkd_jax.report import metrics_log as writer
-from afkd_jax.report import summary
-from afkd_jax.training import resume
+from afkd_jax.errors import EXIT_RESUMABLE
+from afkd_jax.report import figures, summary
+from afkd_jax.report.console import log, log_from_any
+from afkd_jax.report.tables import result_tables
 from afkd_jax.training import run as run_lib
-from afkd_jax.training.evaluate import Evaluator
-from afkd_jax.training.health import Watch
-
-_tell = writer.console.print
+from afkd_jax.training import session as session_lib
+from afkd_jax.training.clock import Clock
+from afkd_jax.training.epochs import EpochEvaluation
+from afkd_jax.training.health import Health
+from afkd_jax.training.lines import Lines
+from afkd_jax.training.requests import Requests
+from afkd_jax.training.session import Session
 
 
 def train(
-    config: ConfigDict, workdir: pathlib.Path, step: int | None, interrupt: Interrupt
+    config: Config, workdir: pathlib.Path, step: int | None, interrupt: Interrupt
 ) -> dict[str, Any] | None:
     """Trains from the workdir's newest checkpoint, or from the start, to the end of the config.
 
     Args:
-      config: valid.
-      workdir: made if it is not there.
-      step: go on from the checkpoint of this step, and set aside what is newer; None: the newest.
+      config: checked.
+      workdir: made if it does not exist.
+      step: resume from this step's checkpoint, and set newer ones aside; None: from the newest.
       interrupt: entered; ends the run early.
 
     Returns:
@@ -47,293 +48,169 @@ def train(
     workdir_lib.check(workdir, config)
     if step is not None:
         workdir_lib.check_begun(workdir)
-    finished = processes.told(workdir_lib.summary(workdir) if step is None else None)
-    if finished:
-        _tell(f'{workdir}: this run is finished; its summary:')
+    finished = workdir_lib.finished_summary(workdir) if step is None else None
+    if finished := processes.broadcast(finished):
+        log(f'{workdir}: this run is finished; its summary:')
         return finished
-    run = processes.in_turn(lambda: run_lib.prepare(config, writer.tell_all))
-    processes.same({'images': run.feed.fingerprint})
-    if any(processes.share(interrupt.requested)):
-        _tell(f'{workdir}: stopped by a signal before it began; the same command continues')
+    run = processes.primary_first(lambda: run_lib.prepare(config, log_from_any))
+    processes.assert_equal({'images': run.pipeline.fingerprint})
+    if any(processes.all_gather(interrupt.requested)):
+        log(f'{workdir}: stopped by a signal before it began; the same command continues')
         return None
-    last_step = run.order.end_of(config.epochs)
-    names = run.cohort.names
-    with contextlib.ExitStack() as stack:
-        check_held = processes.together(
-            lambda: (
-                stack.enter_context(workdir_lib.claimed(workdir, config, _tell))
-                if processes.leads()
-                else lambda: None
-            )
+    with session_lib.opened(run, workdir, step, interrupt, started) as session:
+        loop = Loop(session)
+        loop.run()
+        result = _write_result(session, loop)
+    if loop.stopped:
+        log(
+            f'{workdir}: stopped by a signal, with a checkpoint at step {loop.step} of '
+            f'{session.last_step}; the same command continues'
         )
-        processes.together(lambda: workdir_lib.check_shared(workdir))
-        about = {'versions': writer.versions(), 'devices': run.devices.name}
-        checkpoints = stack.enter_context(
-            Checkpoints(workdir, run.origin(), about, config.checkpoint.keep, check_held)
-        )
-        point = resume.begin(run, workdir, checkpoints, about, step)
-        first_step = int(point.state.step)
-        _tell(
-            f'{workdir}: {len(names)} networks, {last_step} steps, on {run.devices.name}; compiling'
-        )
-        begin = time.perf_counter()
-        train_step, evaluate = run.compiled_step(), Evaluator(run)
-        compile_s = time.perf_counter() - begin
-        out = stack.enter_context(
-            writer.Writer(
-                workdir if processes.leads() else None,
-                names,
-                first_step,
-                point.progress.evaluated,
-                last_step,
-                config.epochs,
-            )
-        )
-        out.header(config, run.devices.name, first_step)
-        watch = Watch(run, workdir, point.progress, out)
-        loop = _Loop(
-            run,
-            point,
-            started,
-            train_step,
-            evaluate,
-            checkpoints,
-            out,
-            watch,
-            check_held,
-            interrupt,
-        )
-        loop.until(last_step)
-        stopped = loop.stopped
-        result = summary.build(
-            run,
-            loop.state,
-            loop.scores(),
-            None if stopped else evaluate.edges(loop.state.networks),
-            loop.progress(),
-            compile_s,
-        )
-        processes.same({'arrays': result['fingerprint']})
-
-        by_class = None
-        if not stopped:
-            test = loop.test or evaluate(loop.state.networks, 'test')
-            by_class = summary.classes(run.cohort, test)
-
-        def write() -> None:
-            check_held()
-            if not stopped:
-                curves.draw(workdir)
-                workdir_lib.write_json(workdir / 'classes.json', by_class)
-            workdir_lib.write_json(workdir / 'summary.json', result)
-
-        processes.together(write if processes.leads() else lambda: None)
-        if stopped:
-            _tell(
-                f'{workdir}: stopped by a signal, with a checkpoint at step {loop.step} of '
-                f'{last_step}; the same command continues'
-            )
-            return None
+        return None
     return result
 
 
-class _Loop:
-    """Trains until a step.
+class Loop:
+    """Trains a session to its last step, or until a signal.
 
     Attributes:
-      state: of the last step.
-      step: how many steps were taken; state.step, known without a fetch.
-      stopped: whether a signal, to any of the processes, ended it early.
-      test: scores of the last step on test; None if this process has not evaluated them.
-
-    Args:
-      run: what is trained.
-      point: from which it goes on; its progress is kept up to date.
-      started: time.perf_counter() at which this process started.
-      train_step: Run.compiled_step.
-      evaluate: of the run.
-      checkpoints: of the run.
-      out: of the run.
-      watch: of the run.
-      check_held: raises if the workdir is no longer ours.
-      interrupt: ends the loop after the step, and an evaluation after a batch.
+      state: after the last step.
+      step: steps taken; state.step, known without a fetch.
     """
 
-    def __init__(
-        self,
-        run: run_lib.Run,
-        point: Point,
-        started: float,
-        train_step: Callable[..., Any],
-        evaluate: Evaluator,
-        checkpoints: Checkpoints,
-        out: writer.Writer,
-        watch: Watch,
-        check_held: Callable[[], None],
-        interrupt: Interrupt,
-    ):
-        self._run, self._train_step, self._evaluate = run, train_step, evaluate
-        self._checkpoints, self._out, self._watch = checkpoints, out, watch
-        self._check_held, self._interrupt = check_held, interrupt
-        self._agreed = processes.Agreement(run.devices.mesh)
-        self.stopped = self._wished_to_save = False
-        self.test: summary.Scores | None = None
-        self.state, self._sums, self._progress = point.state, point.sums, point.progress
-        self.step = self._saved_step = int(point.state.step)
-        self._started = started - self._progress.wall_s
-        self._no_sums = run.no_sums()
-        # The line that is still to be written: (step, sums).
-        self._pending: tuple[int, metrics.Sums] | None = None
-        self._saved_at = time.perf_counter()
-        self._restart_clocks()
+    def __init__(self, session: Session):
+        self._session, self._run = session, session.run
+        self.state, self._sums = session.snapshot.state, session.snapshot.sums
+        self._progress = session.snapshot.progress
+        self.step = self._saved_step = int(self.state.step)
+        self._zero_sums = self._run.zero_sums()
+        self._clock = Clock(self._run.config.batch_size, self.step)
+        self._requests = Requests(session)
+        self._health = Health(session)
+        self._lines = Lines(session, self._clock, self._health)
+        self.evaluation = EpochEvaluation(session, self._requests)
 
-    def until(self, last_step: int) -> None:
-        """Trains up to `last_step`, or until a signal asks to stop; ends with a checkpoint."""
-        self._end_epoch()  # of one that was stopped before its evaluation
-        with self._run.feed.training(self.step) as batches:
-            self._train(last_step, batches)
+    @property
+    def stopped(self) -> bool:
+        """Whether a signal, to any of the processes, ended the run early."""
+        return self._requests.stopped
+
+    def run(self) -> None:
+        """Trains; ends with a checkpoint."""
+        self._end_epoch()  # of an epoch that was stopped before its evaluation
+        with self._run.pipeline.training(self.step) as batches:
+            self._train(batches)
         if self.step > self._saved_step:
             self._save()
-        self._checkpoints.wait()
+        self._session.checkpoints.wait()
 
-    def _train(self, last_step: int, batches: Iterator[Any]) -> None:
-        log_every, first = self._run.config.log_every, self.step
-        while self.step < last_step:
-            save = self._agree()
+    def _train(self, batches: Iterator[Any]) -> None:
+        first = self.step
+        while self.step < self._session.last_step:
+            save = self._requests.poll()
             if self.stopped:
                 break
-            before, batch = self._sums, next(batches)
-            self.state, self._sums = self._train_step(self.state, before, *batch)
-            self.step += 1
-            # At most two steps on their way, so that a signal does not wait for many.
-            before.steps.block_until_ready()
+            self._take_step(next(batches))
             if self.step == first + 1:  # the first step also warms up: it is not timed
                 self._sums.steps.block_until_ready()
-                self._restart_clocks()
-            self._log()  # of the steps before: only now that the next one is on its way
-            if self._epoch() or self.step % log_every == 0:
-                self._pending, self._sums = (self.step, self._sums), self._no_sums
+                self._clock.restart(self.step)
+            self._lines.write()  # of earlier steps: only now that the next one is dispatched
+            if self._epoch() or self.step % self._run.config.log_every == 0:
+                self._lines.add(self.step, self._sums)
+                self._sums = self._zero_sums
             if self._epoch():
                 self._end_epoch()
-            elif save or self._steps_are_over():
+            elif save or self._save_due():
                 self._save()
 
-    def progress(self) -> Progress:
-        """Returns what is known of the run beside its arrays."""
-        self._progress.wall_s = time.perf_counter() - self._started
-        return self._progress
-
-    def scores(self) -> dict[str, summary.Scores]:
-        """Returns the last scores of each split that was evaluated."""
-        return {
-            split: summary.Scores(known['accuracy'], known['cross_entropy'], known['top5'])
-            for split, known in self._progress.scores.items()
-        }
+    def _take_step(self, batch: Any) -> None:
+        before = self._sums
+        self.state, self._sums = self._session.train_step(self.state, before, *batch)
+        self.step += 1
+        # At most two steps are in flight, so that a signal does not wait for many.
+        before.steps.block_until_ready()
 
     def _epoch(self) -> int:
         """Returns the number of the epoch that ends with this step, counted from 1; 0 if none."""
         epoch = int(self._run.order.epoch_at(self.step))
         return epoch if epoch and self.step == self._run.order.end_of(epoch) else 0
 
-    def _agree(self, may_save: bool = True) -> bool:
-        """Returns whether a checkpoint is due by the clock, and notes whether a signal came.
-
-        To any of the processes, which all ask at the same points. The clock is that of process 0;
-        its wish may come true one step later, and is not repeated.
-        """
-        minutes = self._run.config.checkpoint.every_minutes
-        due = 0 < minutes <= (time.perf_counter() - self._saved_at) / 60 and processes.leads()
-        wish = may_save and due and not self._wished_to_save
-        stop, save = self._agreed(self._interrupt.requested, wish)
-        self._wished_to_save |= wish
-        self.stopped |= stop
-        return save
-
-    def _steps_are_over(self) -> bool:
-        every = self._run.config.checkpoint.every_steps
-        return bool(every) and self.step % every == 0
-
-    def _save(self) -> None:
-        """Writes what is to be logged up to here, and then starts to write a checkpoint."""
-        self._log()
-        self._check_held()
-        self._watch.finite(metrics.fetch(self._sums))
-        self._out.sync()
-        self._checkpoints.save(self.step, Point(self.state, self._sums, self.progress()))
-        self._saved_at, self._saved_step = time.perf_counter(), self.step
-        self._wished_to_save = False
-        self._restart_clocks()
-
-    def _restart_clocks(self) -> None:
-        """Starts the clocks of img/s; called after whatever is not training."""
-        self._epoch_clock = self._line_clock = (time.perf_counter(), self.step)
-
-    def _speed(self, clock: tuple[float, int], step: int) -> float:
-        """Returns images per second since the clock's (time, step); 0 if there was no step."""
-        then, first_step = clock
-        images = (step - first_step) * self._run.config.batch_size
-        return images / (time.perf_counter() - then)
-
-    def _log(self) -> None:
-        """Writes the line that is pending, if there is one; waits for its step."""
-        if self._pending is None:
-            return
-        self._check_held()
-        (step, sums), self._pending = self._pending, None
-        sums = metrics.fetch(sums)
-        self._watch.line(step, sums)
-        self._checkpoints.poll()
-        if sums.steps:
-            speed = self._speed(self._line_clock, step)
-            epoch = self._run.order.epoch_at(step)
-            self._out.train(step, epoch, metrics.means(sums), speed, int(sums.skipped))
-        self._line_clock = (time.perf_counter(), step)
-
     def _end_epoch(self) -> None:
         """Evaluates and saves, if an epoch ends here and has not been evaluated yet."""
         epoch = self._epoch()
         if not epoch or self._progress.evaluated == self.step:
             return
-        self._log()
-        if speed := self._speed(self._epoch_clock, self.step):
+        self._lines.write()
+        if speed := self._clock.epoch(self.step):
             self._progress.images_per_s.append(speed)
-        evaluated = self._evaluate_epoch(epoch)
+        evaluated = self.evaluation(self.state.networks, self.step, epoch)
         if evaluated or self.step > self._saved_step:
             self._save()
         if evaluated:
-            self._out.epoch(epoch)
+            self._session.tracker.epoch(epoch)
 
-    def _evaluate_epoch(self, epoch: int) -> bool:
-        """Evaluates on validation, and on test where a network is better than it has ever been.
+    def _save_due(self) -> bool:
+        every = self._run.config.checkpoint.every_steps
+        return bool(every) and self.step % every == 0
 
-        The last epoch is evaluated on test in any case. Without a validation split every epoch
-        is, for its curve: nothing is selected. Returns False if a signal asked to stop meanwhile:
-        then nothing is known yet, and the epoch is evaluated when the run goes on.
-        """
+    def _save(self) -> None:
+        """Writes all log lines up to here, and then starts to write a checkpoint."""
+        session = self._session
+        self._lines.write()
+        session.check_held()
+        self._health.check_finite(self._sums)
+        session.tracker.sync()
+        self._progress.wall_s = time.perf_counter() - session.started
+        session.checkpoints.save(self.step, Snapshot(self.state, self._sums, self._progress))
+        self._saved_step = self.step
+        self._requests.saved()
+        self._clock.restart(self.step)
 
-        def stop() -> bool:
-            self._agree(may_save=False)
-            return self.stopped
 
-        networks, progress = self.state.networks, self._progress
-        split = self._run.info.held_out()[0]
-        if (scores := self._evaluate(networks, split, stop)) is None:
-            return False
-        known, improved = {split: scores}, []
-        if split == 'validation':
-            improved = progress.improved(scores.accuracy)
-            if improved or epoch == self._run.config.epochs:
-                if (test := self._evaluate(networks, 'test', stop)) is None:
-                    return False
-                known = {'test': test, **known}
-        for name, values in known.items():
-            self._out.evaluation(self.step, epoch, name, values)
-            progress.scores[name] = {'step': self.step, **values.record()}
-        for k in improved:
-            progress.best[k] = {
-                'validation': scores.accuracy[k],
-                'test': test.accuracy[k],
-                'step': self.step,
-            }
-        progress.evaluated, self.test = self.step, known.get('test')
-        return True
+def _write_result(session: Session, loop: Loop) -> dict[str, Any]:
+    """Writes summary.json and, of a finished run, classes.json and curves.png."""
+    run, workdir, networks = session.run, session.workdir, loop.state.networks
+    progress, classes = session.snapshot.progress, None
+    edges = None if loop.stopped else session.evaluator.edges(networks)
+    progress.wall_s = time.perf_counter() - session.started
+    result = summary.build(
+        run.cohort,
+        progress,
+        edges,
+        steps=loop.step,
+        epochs=run.config.epochs,
+        compile_s=session.compile_s,
+        device=run.devices.name,
+        fingerprint=run.fingerprint(loop.state),
+    )
+    processes.assert_equal({'arrays': result['fingerprint']})
+    if not loop.stopped:
+        test = loop.evaluation.test or session.evaluator(networks, 'test')
+        assert test
+        classes = summary.classes(run.cohort, test)
+
+    def write() -> None:
+        session.check_held()
+        if classes:
+            figures.draw(workdir)
+            files.write_json(workdir / 'classes.json', classes)
+        files.write_json(workdir / 'summary.json', result)
+
+    processes.raise_on_all(write if processes.is_primary() else lambda: None)
+    return result
+
+
+def main(command: Command, interrupt: Interrupt | None) -> int:
+    """--mode train: prints the result; returns the exit code."""
+    assert interrupt
+    result = train(command.config, command.workdir, command.options.step, interrupt)
+    if result is None:
+        return EXIT_RESUMABLE
+    for table in result_tables(result):
+        log(table)
+    log(
+        f'{result["steps"]} steps, {result["images_per_s"] or 0:.0f} img/s, compiled in '
+        f'{result["compile_s"]:.1f} s, {result["wall_s"]:.1f} s in all, {result["device"]}; '
+        f'fingerprint {result["fingerprint"][:16]}; written to {command.workdir}'
+    )
+    return 0

@@ -10,12 +10,13 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from conftest import PAIR, initial_state, tiny_cohort, tiny_config
+from conftest import take_devices, PAIR, initial_state, tiny_cohort, tiny_config
 
+from afkd_jax.devices import arrays as arrays_lib
 from afkd_jax import config as config_lib
 from afkd_jax.checkpoints import store as checkpoints_lib
 from afkd_jax.checkpoints.progress import Progress
-from afkd_jax.checkpoints.store import Checkpoints, Point
+from afkd_jax.checkpoints.store import Checkpoints, Snapshot
 from afkd_jax.devices import mesh as parallel
 from afkd_jax.errors import UserError
 from afkd_jax.method import metrics
@@ -32,25 +33,25 @@ def sums_of(config):
 
 @pytest.fixture(scope='module')
 def point():
-    """A state and sums in which no two arrays are alike, on the host."""
+    """A state and sums in which no two arrays are same_structure, on the host."""
     config, rng = tiny_config(), np.random.default_rng(0)
     arrays = initial_state(config), sums_of(config)
     arrays = jax.tree.map(
         lambda leaf: np.asarray(rng.integers(1, 9, np.shape(leaf)), np.asarray(leaf).dtype), arrays
     )
-    return Point(*arrays, Progress.start(2))
+    return Snapshot(*arrays, Progress.start(2))
 
 
 def replicated(count):
-    return parallel.Devices.take('shard_map', count)
+    return take_devices(count)
 
 
 def origin(config):
     arrays = state_lib.abstract(tiny_cohort(config)), sums_of(config)
     return {
-        'config': config_lib.of_the_run(config),
+        'config': config_lib.run_fields(config),
         'images': {'train': 64, 'fingerprint': 'ab'},
-        'arrays': state_lib.layout(arrays),
+        'arrays': arrays_lib.layout(arrays),
     }
 
 
@@ -74,7 +75,7 @@ def names(folder):
 
 
 def same(a, b):
-    fingerprints = [state_lib.fingerprint((x.state, x.sums)) for x in (a, b)]
+    fingerprints = [arrays_lib.fingerprint((x.state, x.sums)) for x in (a, b)]
     return fingerprints[0] == fingerprints[1] and a.progress == b.progress
 
 
@@ -93,12 +94,12 @@ def test_a_point_comes_back_to_the_bit_on_any_number_of_devices(point, tmp_path)
         folder = tmp_path / str(written)
         folder.mkdir()
         state, sums = replicated(written).replicate((point.state, point.sums))
-        write(folder, Point(state, sums, progress), [6])
+        write(folder, Snapshot(state, sums, progress), [6])
         for count in (1, 2, 8):
             with opened(folder) as checkpoints:
                 restored = checkpoints.restore(like(tiny_config(), count))
-            assert same(restored.point, Point(point.state, point.sums, progress))
-            whole = replicated(count).sharding(parallel.WHOLE)
+            assert same(restored.point, Snapshot(point.state, point.sums, progress))
+            whole = replicated(count).sharding(parallel.REPLICATED)
             arrays = jax.tree.leaves((restored.point.state, restored.point.sums))
             assert all(leaf.sharding == whole for leaf in arrays)
             assert restored.about == ABOUT
@@ -118,7 +119,7 @@ def test_a_point_comes_back_to_the_bit_wherever_the_networks_live(tmp_path):
         folder = tmp_path / str(written)
         folder.mkdir()
         state = run.initial_state()
-        write(folder, Point(state, run.no_sums(), Progress.start(4)), [3], config=config)
+        write(folder, Snapshot(state, run.zero_sums(), Progress.start(4)), [3], config=config)
         for other in runs.values():
             with opened(folder, config) as checkpoints:
                 restored = checkpoints.restore(other.abstract())
@@ -141,7 +142,7 @@ def test_the_last_and_the_best_are_kept(point, tmp_path):
                 progress.best[2] = {'validation': 1.0, 'test': 1.0, 'step': 8}
             if step == 14:
                 progress.best[2] = {'validation': 2.0, 'test': 1.0, 'step': 14}
-            checkpoints.save(step, Point(point.state, point.sums, progress))
+            checkpoints.save(step, Snapshot(point.state, point.sums, progress))
             checkpoints.wait()
             if step == 12:
                 assert names(tmp_path) == ['10', '12', '4', '8']
@@ -160,7 +161,7 @@ def test_a_step_that_is_saved_again_is_replaced(point, tmp_path):
         later = Progress.start(2)
         later.evaluated = len(expected)
         with opened(tmp_path) as checkpoints:
-            checkpoints.save(4, Point(point.state, point.sums, later))
+            checkpoints.save(4, Snapshot(point.state, point.sums, later))
             checkpoints.wait()
             assert names(tmp_path) == [expected]
             assert checkpoints.restore(like(tiny_config()), 4).point.progress == later
@@ -178,13 +179,13 @@ def test_training_goes_on_while_a_save_is_written_and_may_reuse_the_memory(
     donating = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
     arrays = replicated(1).replicate((point.state, point.sums))
     with opened(tmp_path) as checkpoints:
-        checkpoints.save(0, Point(*arrays, point.progress))
+        checkpoints.save(0, Snapshot(*arrays, point.progress))
         jax.block_until_ready(donating(arrays))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(arrays))
     (kept,) = written
-    state, sums = kept  # on the disk, and on the way to it, networks that are alike are stacked
-    kept = state_lib.unstacked(state), sums
-    assert state_lib.fingerprint(kept) == state_lib.fingerprint((point.state, point.sums))
+    state, sums = kept  # on the disk, and on the way to it, networks that are same_structure are stacked
+    kept = state_lib.StackedState.unstack(state), sums
+    assert arrays_lib.fingerprint(kept) == arrays_lib.fingerprint((point.state, point.sums))
 
 
 def test_the_best_is_the_first_with_the_highest_validation_accuracy():
@@ -291,7 +292,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(name, point, tm
     if name == 'other arrays':
         other = jax.tree.map(lambda leaf: leaf + 1, point.state)
         (tmp_path / 'checkpoints' / 'other').mkdir()
-        write(tmp_path / 'checkpoints' / 'other', Point(other, point.sums, point.progress), [4])
+        write(tmp_path / 'checkpoints' / 'other', Snapshot(other, point.sums, point.progress), [4])
     damage(newest)
     with opened(tmp_path, keep=9) as checkpoints:
         restored = checkpoints.restore(like(tiny_config()))
@@ -382,7 +383,7 @@ def test_what_a_killed_process_left_half_done_is_removed(point, tmp_path):
 def test_a_state_that_has_run_over_is_not_kept(point, tmp_path):
     networks = jax.tree.map(np.copy, point.state.networks)
     networks[1].params['trunk']['Conv_0']['kernel'][0, 0, 0, 0] = np.inf
-    bad = Point(point.state.replace(networks=networks), point.sums, point.progress)
+    bad = Snapshot(point.state.replace(networks=networks), point.sums, point.progress)
     with opened(tmp_path) as checkpoints:
         checkpoints.save(2, point)
         checkpoints.save(4, bad)
@@ -457,17 +458,17 @@ def test_the_record_tells_a_reader_what_it_is(point, tmp_path):
     assert content['origin']['config']['networks'] == list(PAIR)
     assert content['versions'] == {'jax': '1'}
     assert content['digests'] == {
-        str(k): state_lib.fingerprint(own)
+        str(k): arrays_lib.fingerprint(own)
         for k, own in enumerate(zip(point.state.networks, point.state.discriminators, strict=True))
     }
 
 
 def test_the_fingerprint_sees_every_array_and_bit(point):
     state = point.state
-    fingerprint = state_lib.fingerprint(state)
-    assert fingerprint == state_lib.fingerprint(jax.tree.map(np.copy, state))
+    fingerprint = arrays_lib.fingerprint(state)
+    assert fingerprint == arrays_lib.fingerprint(jax.tree.map(np.copy, state))
     leaves, tree = jax.tree.flatten(state)
     for i in range(0, len(leaves), 5):
         changed = [np.array(leaf) for leaf in leaves]
         changed[i].reshape(-1).view(np.uint8)[-1] ^= 1
-        assert state_lib.fingerprint(tree.unflatten(changed)) != fingerprint
+        assert arrays_lib.fingerprint(tree.unflatten(changed)) != fingerprint

@@ -13,14 +13,16 @@ import pytest
 from conftest import tiny_config
 
 from afkd_jax.checkpoints import workdir as workdir_lib
+from afkd_jax.config import Config
 from afkd_jax.errors import UserError
 from configs import digits
 
 HOLDER = """
 import pathlib, sys, time
 from afkd_jax.checkpoints import workdir
+from afkd_jax.config import Config
 from configs import digits
-with workdir.claimed(pathlib.Path(sys.argv[1]), digits.get_config(), print):
+with workdir.claimed(pathlib.Path(sys.argv[1]), Config.of(digits.get_config()), print):
     print('held', flush=True)
     time.sleep(60)
 """
@@ -59,7 +61,7 @@ def test_the_lock_of_a_process_that_was_killed_is_taken_over(holder, tmp_path):
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     assert (tmp_path / 'run' / 'lock').exists()
-    context, told = claimed(tmp_path / 'run', digits.get_config())
+    context, told = claimed(tmp_path / 'run', Config.of(digits.get_config()))
     started = time.monotonic()
     with context as check_held:
         check_held()

@@ -1,53 +1,51 @@
-"""Gathering, varying and standardising images on the device."""
+"""Gathering, augmenting and standardising images on the device."""
 
 import functools
 
 import jax
 import numpy as np
 import pytest
+from conftest import take_devices
 
 from afkd_jax.data import augment
-from afkd_jax.data.dataset import Splits
 from afkd_jax.data.examples import Images
-from afkd_jax.devices import mesh as parallel
+from afkd_jax.data.images import DeviceImages
+from afkd_jax.devices.mesh import BATCH_SHARDED, REPLICATED
+
+TRAIN = 40
 
 
 @pytest.fixture
-def splits():
+def images():
+    """Returns 40 images to train on, then 16 others."""
     rng = np.random.default_rng(0)
-
-    def images(count):
-        pixels = rng.integers(0, 256, (count, 5, 6, 2), np.uint8)
-        return Images(pixels, np.arange(count, dtype=np.int32) % 3)
-
-    return Splits(images(40), images(7), images(9), 3)
+    pixels = rng.integers(0, 256, (TRAIN + 16, 5, 6, 2), np.uint8)
+    return Images(pixels, np.arange(len(pixels), dtype=np.int32) % 3)
 
 
-def test_statistics_are_those_of_the_training_images(splits):
-    table = augment.table(splits)
-    unit = splits.train.pixels.astype(np.float64) / 255
-    np.testing.assert_allclose(table.mean, unit.mean((0, 1, 2)), rtol=1e-6)
-    np.testing.assert_allclose(table.std, unit.std((0, 1, 2)), rtol=1e-6)
-    places = splits.info.places('test')
-    np.testing.assert_array_equal(table.pixels[places.start : places.stop], splits.test.pixels)
-    np.testing.assert_array_equal(table.labels[places.start : places.stop], splits.test.labels)
+def test_statistics_are_those_of_the_training_images(images):
+    ours = DeviceImages.on_host(images, TRAIN)
+    unit = images.pixels[:TRAIN].astype(np.float64) / 255
+    np.testing.assert_allclose(ours.mean, unit.mean((0, 1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(ours.std, unit.std((0, 1, 2)), rtol=1e-6)
+    np.testing.assert_array_equal(ours.pixels, images.pixels)
+    np.testing.assert_array_equal(ours.labels, images.labels)
 
 
-def test_standardised_training_images_have_mean_0_and_deviation_1(splits):
-    table = augment.table(splits)
-    images, labels = augment.evaluation_batch(jax.device_put(table), np.arange(40))
-    np.testing.assert_allclose(np.mean(images, (0, 1, 2)), 0, atol=1e-5)
-    np.testing.assert_allclose(np.std(images, (0, 1, 2)), 1, atol=1e-5)
-    np.testing.assert_array_equal(labels, splits.train.labels)
-    assert images.dtype == np.float32
+def test_standardised_training_images_have_mean_0_and_deviation_1(images):
+    ours = jax.device_put(DeviceImages.on_host(images, TRAIN))
+    inputs, labels = augment.evaluation_batch(ours, np.arange(TRAIN))
+    np.testing.assert_allclose(np.mean(inputs, (0, 1, 2)), 0, atol=1e-5)
+    np.testing.assert_allclose(np.std(inputs, (0, 1, 2)), 1, atol=1e-5)
+    np.testing.assert_array_equal(labels, images.labels[:TRAIN])
+    assert inputs.dtype == np.float32
 
 
 def test_a_constant_channel_does_not_divide_by_zero():
     pixels = np.full((4, 2, 2, 1), 200, np.uint8)
-    part = Images(pixels, np.zeros(4, np.int32))
-    table = augment.table(Splits(part, part, part, 2))
-    images, _ = augment.evaluation_batch(jax.device_put(table), np.arange(4))
-    np.testing.assert_allclose(images, 0, atol=1e-4)
+    ours = DeviceImages.on_host(Images(pixels, np.zeros(4, np.int32)), 4)
+    inputs, _ = augment.evaluation_batch(jax.device_put(ours), np.arange(4))
+    np.testing.assert_allclose(inputs, 0, atol=1e-4)
 
 
 def crops(image, pad):
@@ -62,76 +60,78 @@ def crops(image, pad):
 
 
 @pytest.mark.parametrize(('pad', 'flip'), [(0, False), (1, False), (0, True), (2, True)])
-def test_varied_images_are_all_crops_and_mirrors_and_nothing_else(pad, flip):
+def test_augmented_images_are_all_crops_and_mirrors_and_nothing_else(pad, flip):
     image = np.random.default_rng(1).integers(1, 256, (4, 5, 2), np.uint8)
     keys = jax.random.split(jax.random.key(0), 600)
-    vary = jax.jit(jax.vmap(functools.partial(augment.vary, pad=pad, flip=flip), (0, None)))
-    varied = np.asarray(vary(keys, image))
-    assert varied.dtype == np.uint8
+    crop_and_flip = jax.jit(
+        jax.vmap(functools.partial(augment.crop_and_flip, pad=pad, flip=flip), (0, None))
+    )
+    cropped = np.asarray(crop_and_flip(keys, image))
+    assert cropped.dtype == np.uint8
     allowed = crops(image, pad)
     if flip:
         allowed |= crops(image[:, ::-1], pad)
-    assert {picture.tobytes() for picture in varied} == allowed
+    assert {picture.tobytes() for picture in cropped} == allowed
 
 
-def test_a_variation_depends_on_key_and_image_alone(splits):
-    table = jax.device_put(augment.table(splits))
-    batch = jax.jit(functools.partial(augment.training_batch, recipe=augment.Recipe(2, True)))
+def test_augmentation_depends_on_key_and_image_alone(images):
+    ours = jax.device_put(DeviceImages.on_host(images, TRAIN))
+    batch = jax.jit(functools.partial(augment.training_batch, recipe=augment.Augmentation(2, True)))
     key = jax.random.key(5)
     index = np.arange(12)
-    images, labels, _ = batch(table, index, key)
-    backwards, backward_labels, _ = batch(table, index[::-1], key)
-    np.testing.assert_array_equal(images, backwards[::-1])
-    np.testing.assert_array_equal(labels, splits.train.labels[:12])
+    inputs, labels, _ = batch(ours, index, key)
+    backwards, backward_labels, _ = batch(ours, index[::-1], key)
+    np.testing.assert_array_equal(inputs, backwards[::-1])
+    np.testing.assert_array_equal(labels, images.labels[:12])
     np.testing.assert_array_equal(labels, backward_labels[::-1])
-    other, *_ = batch(table, index, jax.random.key(6))
-    assert not np.array_equal(images, other)
+    other, *_ = batch(ours, index, jax.random.key(6))
+    assert not np.array_equal(inputs, other)
 
 
 RAMP = np.arange(4 * 8 * 8 * 3).reshape(4, 8, 8, 3) % 251
 LABELS = np.arange(4, dtype=np.int32)
 
 
-def varied(recipe, count=1, key=0, channels=3):
+def augmented(recipe, count=1, key=0, channels=3):
     """Returns training_batch of four images on `count` devices, not standardised."""
-    table = augment.Table(
+    images = DeviceImages(
         RAMP[..., :channels].astype(np.uint8),
         LABELS,
         np.zeros(channels, np.float32),
         np.ones(channels, np.float32),
     )
-    devices = parallel.Devices.take('shard_map', count)
+    devices = take_devices(count)
     batch = devices.map(
-        lambda table, index, key: augment.training_batch(table, index, key, recipe),
-        (parallel.WHOLE, parallel.SPLIT, parallel.WHOLE),
-        parallel.SPLIT,
+        lambda images, index, key: augment.training_batch(images, index, key, recipe),
+        (REPLICATED, BATCH_SHARDED, REPLICATED),
+        BATCH_SHARDED,
     )
     index = devices.split(np.arange(4, dtype=np.int32))
-    table, key = devices.replicate((table, jax.random.key(key)))
-    return jax.device_get(batch(table, index, key))
+    images, key = devices.replicate((images, jax.random.key(key)))
+    return jax.device_get(batch(images, index, key))
 
 
 @pytest.mark.parametrize(
     'recipe',
     [
-        augment.Recipe(2, True, 0.4),
-        augment.Recipe(mixup=1.0),
-        augment.Recipe(cutmix=1.0),
-        augment.Recipe(2, True, 0.4, 0.8, 1.0),
+        augment.Augmentation(2, True, 0.4),
+        augment.Augmentation(mixup=1.0),
+        augment.Augmentation(cutmix=1.0),
+        augment.Augmentation(2, True, 0.4, 0.8, 1.0),
     ],
 )
-def test_the_variation_does_not_depend_on_the_devices(recipe):
-    one, four = varied(recipe), varied(recipe, 4)
+def test_augmentation_does_not_depend_on_the_devices(recipe):
+    one, four = augmented(recipe), augmented(recipe, 4)
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(four), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
-    other = varied(recipe, key=1)
+    other = augmented(recipe, key=1)
     assert np.abs(one[0] - other[0]).max() > 0.05
 
 
 def test_jitter_is_what_numpy_makes_of_its_factors():
     image = RAMP[1] / 255
     key = jax.random.key(3)
-    ours = np.asarray(augment.jittered(key, image.astype(np.float32), 0.5))
+    ours = np.asarray(augment.color_jittered(key, image.astype(np.float32), 0.5))
     brightness, contrast, saturation = np.asarray(
         jax.random.uniform(key, (3,), minval=0.5, maxval=1.5), np.float64
     )
@@ -145,70 +145,72 @@ def test_jitter_is_what_numpy_makes_of_its_factors():
 
 def test_no_jitter_is_the_identity_and_grey_has_no_saturation():
     image = (RAMP[2] / 255).astype(np.float32)
-    np.testing.assert_allclose(augment.jittered(jax.random.key(0), image, 0.0), image, atol=1e-6)
+    np.testing.assert_allclose(
+        augment.color_jittered(jax.random.key(0), image, 0.0), image, atol=1e-6
+    )
     grey = image[..., :1]
-    ours = augment.jittered(jax.random.key(0), grey, 0.3)
+    ours = augment.color_jittered(jax.random.key(0), grey, 0.3)
     assert ours.shape == grey.shape
     assert np.abs(ours - grey).max() > 0.01
 
 
-def test_mixup_is_the_sum_by_its_shares():
-    images, labels, mixed = varied(augment.Recipe(mixup=1.0))
+def test_mixup_is_the_sum_by_its_weights():
+    images, labels, mixed = augmented(augment.Augmentation(mixup=1.0))
     own = RAMP / 255
     other = np.roll(own, 1, axis=0)  # the image before
-    share = mixed.share[:, None, None, None]
-    np.testing.assert_allclose(images, share * own + (1 - share) * other, atol=1e-6)
+    weight = mixed.weight[:, None, None, None]
+    np.testing.assert_allclose(images, weight * own + (1 - weight) * other, atol=1e-6)
     np.testing.assert_array_equal(labels, LABELS)
     np.testing.assert_array_equal(mixed.labels, np.roll(LABELS, 1))
-    assert len(set(mixed.share.tolist())) == 4
+    assert len(set(mixed.weight.tolist())) == 4
 
 
-def test_cutmix_is_a_box_and_its_share_that_of_the_pixels():
+def test_cutmix_is_a_box_and_its_weight_that_of_the_pixels():
     for key in range(8):
-        images, _, mixed = varied(augment.Recipe(cutmix=1.0), key=key)
+        images, _, mixed = augmented(augment.Augmentation(cutmix=1.0), key=key)
         own = RAMP / 255
         other = np.roll(own, 1, axis=0)
         mine = np.isclose(images, own, atol=1e-6).all(-1)
         theirs = np.isclose(images, other, atol=1e-6).all(-1)
         assert (mine ^ theirs).all()
-        np.testing.assert_allclose(mixed.share, mine.mean((1, 2)), atol=1e-6)
-        for cut in theirs:  # a box: its rows are all alike, or empty
+        np.testing.assert_allclose(mixed.weight, mine.mean((1, 2)), atol=1e-6)
+        for cut in theirs:  # a box: its rows are all equal, or empty
             rows = cut[cut.any(1)]
             assert (rows == rows[:1]).all()
 
 
-def test_shares_are_drawn_from_the_beta_distribution():
+def test_weights_are_drawn_from_the_beta_distribution():
     keys = jax.random.split(jax.random.key(0), 4000)
     images = np.zeros((4000, 1, 1, 1), np.float32)
-    devices = parallel.Devices.take('shard_map', 1)
+    devices = take_devices()
     mix = devices.map(
-        lambda keys, images, labels: augment.mixed(keys, images, labels, 0.5, 0.0)[1].share,
-        (parallel.SPLIT,) * 3,
-        parallel.SPLIT,
+        lambda keys, images, labels: augment.mixed(keys, images, labels, 0.5, 0.0)[1].weight,
+        (BATCH_SHARDED,) * 3,
+        BATCH_SHARDED,
     )
-    share = np.asarray(mix(keys, images, np.zeros(4000, np.int32)))
+    weight = np.asarray(mix(keys, images, np.zeros(4000, np.int32)))
     # Beta(a, a): mean 1/2, variance 1 / (4 (2 a + 1)).
-    assert share.mean() == pytest.approx(0.5, abs=0.02)
-    assert share.var() == pytest.approx(1 / 8, rel=0.06)
+    assert weight.mean() == pytest.approx(0.5, abs=0.02)
+    assert weight.var() == pytest.approx(1 / 8, rel=0.06)
 
 
 def test_with_both_each_image_goes_by_either():
     kinds = []
     for key in range(10):
-        images, _, _ = varied(augment.Recipe(mixup=5.0, cutmix=1.0), key=key)
+        images, _, _ = augmented(augment.Augmentation(mixup=5.0, cutmix=1.0), key=key)
         own = RAMP / 255
         kinds += np.isclose(images, own, atol=1e-6).all(-1).any((1, 2)).tolist()
     assert 5 < sum(kinds) < 35
 
 
 def test_what_is_mirrored_is_neither_darker_nor_brighter():
-    # A grey image with one bright half: by its place one sees the flip, by its height the factor.
+    # A grey image with one bright half: its side shows the flip, its brightness the factor.
     image = np.full((1, 8, 8, 1), 100, np.uint8)
     image[:, :, 4:] = 120
-    table = augment.Table(image, np.zeros(1, np.int32), np.float32([0]), np.float32([1]))
-    recipe = augment.Recipe(0, True, 0.5)
+    images = DeviceImages(image, np.zeros(1, np.int32), np.float32([0]), np.float32([1]))
+    recipe = augment.Augmentation(0, True, 0.5)
     batch = jax.jit(
-        jax.vmap(lambda key: augment.training_batch(table, np.zeros(1, np.int32), key, recipe)[0])
+        jax.vmap(lambda key: augment.training_batch(images, np.zeros(1, np.int32), key, recipe)[0])
     )
     seen = np.asarray(batch(jax.random.split(jax.random.key(0), 800)))[:, 0]
     left, right = seen[:, 0, 0, 0], seen[:, 0, -1, 0]

@@ -5,17 +5,29 @@ import pytest
 from conftest import tiny_config
 from sklearn import datasets
 
-from afkd_jax.data import dataset as sources
+from afkd_jax.data import dataset as dataset_lib
 from afkd_jax.errors import UserError
 
 
 def as_set(images):
-    return {(picture.tobytes(), int(y)) for picture, y in zip(images.pixels, images.labels)}  # noqa: B905
+    return {
+        (picture.tobytes(), int(label))
+        for picture, label in zip(images.pixels, images.labels, strict=True)
+    }
+
+
+def load(config):
+    """Returns the images of train, validation and test."""
+    dataset = dataset_lib.dataset(config)
+    images = dataset.load()
+    return [
+        images.take(np.array(dataset.info.indices(split), int))
+        for split in ('train', 'validation', 'test')
+    ]
 
 
 def test_digits_are_split_into_three_disjoint_stratified_parts():
-    splits = sources.load(tiny_config())
-    parts = splits.train, splits.validation, splits.test
+    parts = load(tiny_config())
     assert [len(part) for part in parts] == [1294, 144, 359]
     digits = datasets.load_digits()
     everything = [
@@ -28,36 +40,35 @@ def test_digits_are_split_into_three_disjoint_stratified_parts():
         for picture, label in zip(digits.images, digits.target, strict=True)
     ]
     assert sorted(everything) == sorted(original)
-    assert len(as_set(splits.train) | as_set(splits.validation) | as_set(splits.test)) == sum(
-        len(as_set(part)) for part in parts
-    )
-    share = np.bincount(digits.target) / len(digits.target)
+    assert len(set.union(*map(as_set, parts))) == sum(len(as_set(part)) for part in parts)
+    frequency = np.bincount(digits.target) / len(digits.target)
     for part in parts:
-        assert np.abs(np.bincount(part.labels) / len(part) - share).max() < 0.01
+        assert np.abs(np.bincount(part.labels) / len(part) - frequency).max() < 0.01
 
 
 def test_the_splits_do_not_depend_on_the_seed():
-    one, two = (sources.load(tiny_config(seed=seed)) for seed in (0, 1))
-    np.testing.assert_array_equal(one.train.pixels, two.train.pixels)
-    np.testing.assert_array_equal(one.test.labels, two.test.labels)
+    for one, two in zip(*(load(tiny_config(seed=seed)) for seed in (0, 1)), strict=True):
+        np.testing.assert_array_equal(one.pixels, two.pixels)
+        np.testing.assert_array_equal(one.labels, two.labels)
 
 
 def test_the_first_n_are_the_beginning_of_the_first_m():
-    some, more = (sources.load(tiny_config(data__train_examples=n)) for n in (100, 300))
-    assert len(some.train) == 100
-    np.testing.assert_array_equal(some.train.pixels, more.train.pixels[:100])
-    np.testing.assert_array_equal(some.validation.pixels, more.validation.pixels)
-    assert set(some.train.labels) == set(range(10))
+    some, more = (load(tiny_config(data__train_examples=n)) for n in (100, 300))
+    assert len(some[0]) == 100
+    np.testing.assert_array_equal(some[0].pixels, more[0].pixels[:100])
+    np.testing.assert_array_equal(some[1].pixels, more[1].pixels)
+    assert set(some[0].labels) == set(range(10))
 
 
-def test_places_are_laid_out_one_after_the_other():
-    info = sources.Info((8, 8, 1), 10, 5, 3, 4)
-    places = [info.places(split) for split in ('train', 'validation', 'test')]
-    assert places == [range(5), range(5, 8), range(8, 12)]
+def test_the_indices_of_the_splits_follow_each_other():
+    info = dataset_lib.Info((8, 8, 1), ('a', 'b'), 5, 3, 4)
+    indices = [info.indices(split) for split in ('train', 'validation', 'test')]
+    assert indices == [range(5), range(5, 8), range(8, 12)]
+    assert (info.num_classes, info.examples) == (2, 12)
 
 
 @pytest.mark.parametrize(
-    ('field', 'value', 'sentence'),
+    ('field', 'value', 'message'),
     [
         ('data__train_examples', 1296, 'at most 1294.*but is 1296'),
         ('batch_size', 2000, 'at most 1294.*but is 2000'),
@@ -65,6 +76,6 @@ def test_places_are_laid_out_one_after_the_other():
         ('data__validation_fraction', 1e-4, '0.0001 of 1438 training images .* is no image'),
     ],
 )
-def test_fields_that_do_not_fit_the_images_are_refused(field, value, sentence):
-    with pytest.raises(UserError, match=sentence):
-        sources.load(tiny_config(**{field: value}))
+def test_fields_that_do_not_fit_the_images_are_rejected(field, value, message):
+    with pytest.raises(UserError, match=message):
+        dataset_lib.dataset(tiny_config(**{field: value}))

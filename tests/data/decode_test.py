@@ -7,10 +7,12 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
+from afkd_jax.config import Data
 from afkd_jax.data import decode
 
 PHOTO = load_sample_image('china.jpg')  # 427 x 640
-VIEW = decode.View(64, (0.08, 1.0), (3 / 4, 4 / 3), 72)
+VIEW = decode.View(Data(image_size=64, eval_resize=72))
+CROP = VIEW.data.crop_scale, VIEW.data.crop_ratio
 
 
 def encoded(pixels, form='JPEG', **options):
@@ -56,12 +58,12 @@ def test_a_cmyk_jpeg_is_decoded():
 
 
 @pytest.mark.parametrize('form', ['JPEG', 'PNG'])
-def test_a_broken_file_is_told(form):
+def test_a_broken_file_is_reported(form):
     data = encoded(PHOTO, form)
     for broken in (b'', b'no image', data[: len(data) // 2], data[:20]):
-        with pytest.raises(decode.Broken, match=r'\w'):
+        with pytest.raises(decode.DecodeError, match=r'\w'):
             VIEW.evaluation(broken, 3)
-        with pytest.raises(decode.Broken, match=r'\w'):
+        with pytest.raises(decode.DecodeError, match=r'\w'):
             VIEW.training(broken, 3, np.random.default_rng(0))
 
 
@@ -85,7 +87,7 @@ def test_resizing_is_antialiased():
     # Columns of 0 and 255: to a quarter of the size without antialiasing they would alias.
     stripes = np.zeros((256, 256, 1), np.uint8)
     stripes[:, ::2] = 255
-    view = decode.View(64, (1.0, 1.0), (1.0, 1.0), 64)
+    view = decode.View(Data(image_size=64, crop_scale=(1, 1), crop_ratio=(1, 1), eval_resize=64))
     for seen in (
         view.evaluation(stripes, 1),
         view.training(stripes, 1, np.random.default_rng(0)),
@@ -96,7 +98,7 @@ def test_resizing_is_antialiased():
 def test_a_training_crop_is_pillows_of_the_same_box():
     data = encoded(PHOTO, 'PNG')
     for seed in range(5):
-        box = decode.random_crop(427, 640, VIEW.scale, VIEW.ratio, np.random.default_rng(seed))
+        box = decode.random_crop(427, 640, *CROP, np.random.default_rng(seed))
         expected = Image.fromarray(PHOTO).resize((64, 64), Image.Resampling.BILINEAR, box=box)
         ours = VIEW.training(data, 3, np.random.default_rng(seed))
         np.testing.assert_array_equal(ours, np.asarray(expected))
@@ -106,7 +108,7 @@ def test_a_jpeg_decoded_smaller_is_nearly_the_same():
     data = encoded(PHOTO, quality=95)
     for seed in range(8):
         ours = VIEW.training(data, 3, np.random.default_rng(seed))
-        box = decode.random_crop(427, 640, VIEW.scale, VIEW.ratio, np.random.default_rng(seed))
+        box = decode.random_crop(427, 640, *CROP, np.random.default_rng(seed))
         whole = Image.fromarray(opened(data)).resize((64, 64), Image.Resampling.BILINEAR, box=box)
         assert np.abs(ours.astype(int) - np.asarray(whole)).mean() < 4
     assert decode.pixels(data, 3, 0.2).shape == (107, 160, 3)
@@ -142,7 +144,7 @@ def test_an_image_that_holds_no_such_crop_gives_its_centre():
 
 
 def test_without_a_size_images_stay_as_they_are():
-    view = decode.View(0, (0.08, 1.0), (3 / 4, 4 / 3), 256)
+    view = decode.View(Data())
     data = encoded(PHOTO, 'PNG')
     np.testing.assert_array_equal(view.training(data, 3, np.random.default_rng(0)), PHOTO)
     np.testing.assert_array_equal(view.evaluation(PHOTO, 3), PHOTO)

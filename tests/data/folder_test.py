@@ -7,8 +7,8 @@ import pytest
 from conftest import tiny_config
 from PIL import Image
 
-from afkd_jax.data import dataset as sources
-from afkd_jax.data.sources import folder as folder_source
+from afkd_jax.data import dataset as dataset_lib
+from afkd_jax.data.sources import folder
 from afkd_jax.errors import UserError
 
 
@@ -21,10 +21,14 @@ def write(root, *names):
             Image.fromarray(np.full((4, 6), value, np.uint8)).save(file, 'PNG')
 
 
-def found(root, resized=False):
-    """Returns ({name: label} of train, of test, the number of classes)."""
-    train, test, classes = folder_source.examples(str(root), resized)
-    return *({s.name(i): s[i][1] for i in range(len(s))} for s in (train, test)), classes
+def source(root, **fields):
+    return folder.source(tiny_config(**fields), str(root))
+
+
+def found(root):
+    """Returns ({name: label} of train, of test, class names)."""
+    of = source(root)
+    return *({s.name(i): s[i][1] for i in range(len(s))} for s in (of.train, of.test)), of.classes
 
 
 NAMES = (
@@ -43,7 +47,7 @@ NAMES = (
 def test_unusual_names_and_nested_files_are_found(tmp_path):
     write(tmp_path, *NAMES)
     train, test, classes = found(tmp_path)
-    assert classes == 3
+    assert classes == ('-rf', 'a class', 'ünï\'code "x"')
     expected = {NAMES[5]: 0, NAMES[0]: 1, NAMES[1]: 1, NAMES[2]: 2}
     assert train == {str(tmp_path / name): label for name, label in expected.items()}
     # A class without test images keeps its number.
@@ -52,23 +56,22 @@ def test_unusual_names_and_nested_files_are_found(tmp_path):
 
 def test_names_that_are_no_unicode_are_read(tmp_path):
     write(tmp_path, b'train/\xff\xfe/0.png', b'train/b/\xc3.png', b'val/b/2.png')
-    train, *_ = folder_source.examples(str(tmp_path), False)
-    assert [label for _, label in (train[0], train[1])] == [0, 1]
-    train.fingerprint()
+    of = source(tmp_path)
+    assert [label for _, label in (of.train[0], of.train[1])] == [0, 1]
+    assert of.classes == ('b', r'\xff\xfe')
+    of.train.fingerprint()
 
 
 def test_labels_and_order_are_the_same_wherever_the_folder_lies(tmp_path):
     for root, names in (('one', NAMES), ('two', NAMES[::-1])):
         write(tmp_path / root, *names)
-    one, two = (folder_source.examples(str(tmp_path / root), False) for root in ('one', 'two'))
-    for a, b in zip(one[:2], two[:2], strict=True):
+    one, two = (source(tmp_path / root) for root in ('one', 'two'))
+    for a, b in ((one.train, two.train), (one.test, two.test)):
         assert a.fingerprint() == b.fingerprint()
         np.testing.assert_array_equal(a.read_labels(), b.read_labels())
         assert a.read_labels().dtype == np.int32
     os.rename(tmp_path / 'two' / NAMES[0], tmp_path / 'two/train/a class/other.png')
-    assert folder_source.examples(str(tmp_path / 'two'), False)[0].fingerprint() != (
-        one[0].fingerprint()
-    )
+    assert source(tmp_path / 'two').train.fingerprint() != one.train.fingerprint()
 
 
 def test_the_first_test_folder_with_classes_is_taken(tmp_path):
@@ -78,24 +81,25 @@ def test_the_first_test_folder_with_classes_is_taken(tmp_path):
     assert found(tmp_path)[1] == {str(tmp_path / 'test/b/3.png'): 1}
 
 
-def test_the_first_image_tells_shape_and_colours(tmp_path):
+def test_the_first_image_determines_shape_and_colours(tmp_path):
     write(tmp_path, 'train/a/0.png', 'train/b/1.png', 'val/a/2.png')
-    assert folder_source.examples(str(tmp_path), False)[0].image_shape == (4, 6, 1)
-    assert folder_source.examples(str(tmp_path), True)[0].image_shape == (None, None, 3)
+    assert source(tmp_path).train.image_shape == (4, 6, 1)
+    assert source(tmp_path, data__image_size=8).train.image_shape == (None, None, 3)
     config = tiny_config(
         dataset=f'folder:{tmp_path}',
         batch_size=2,
         data__pad=0,
         data__validation_fraction=0.0,
     )
-    splits = sources.load(config)
-    assert splits.info == sources.Info((4, 6, 1), 2, 2, 0, 1)
-    assert {int(image.max()) for image in splits.train.pixels} == {0, 1}
-    assert sources.info(config) == splits.info
+    dataset = dataset_lib.dataset(config)
+    assert dataset.info == dataset_lib.Info((4, 6, 1), ('a', 'b'), 2, 0, 1)
+    assert [int(image.max()) for image in dataset.load().pixels[2:]] == [2]
+    assert {int(image.max()) for image in dataset.load().pixels[:2]} == {0, 1}
+    assert dataset_lib.info(config) == dataset.info
 
 
 @pytest.mark.parametrize(
-    ('names', 'sentence'),
+    ('names', 'message'),
     [
         (('val/a/0.png',), 'there is no directory .*train; .*train/CLASS'),
         (
@@ -109,14 +113,14 @@ def test_the_first_image_tells_shape_and_colours(tmp_path):
         (('train/a/0.png', 'train/b/x.txt', 'val/a/1.png'), 'no image files below .*train/b; ev'),
     ],
 )
-def test_other_folders_are_refused(names, sentence, tmp_path):
+def test_other_folders_are_rejected(names, message, tmp_path):
     write(tmp_path, *names)
-    with pytest.raises(UserError, match=f'^config.dataset: .*{sentence}'):
-        folder_source.examples(str(tmp_path), False)
+    with pytest.raises(UserError, match=f'^config.dataset: .*{message}'):
+        source(tmp_path)
 
 
 def test_a_first_file_that_is_no_image_is_named(tmp_path):
     write(tmp_path, 'train/a/0.png', 'train/b/1.png', 'val/a/2.png')
     (tmp_path / 'train/a/0.png').write_text('no image')
-    with pytest.raises(UserError, match=r'train/a/0.png is no image .*; mend or remove it'):
-        folder_source.examples(str(tmp_path), False)
+    with pytest.raises(UserError, match=r'train/a/0.png is no image .*; repair or remove it'):
+        source(tmp_path)

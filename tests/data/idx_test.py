@@ -8,7 +8,7 @@ import pytest
 from conftest import tiny_config
 from sklearn import datasets
 
-from afkd_jax.data import dataset as sources
+from afkd_jax.data import dataset as dataset_lib
 from afkd_jax.errors import UserError
 
 TRAIN_IMAGES = 'train-images-idx3-ubyte.gz'
@@ -40,18 +40,18 @@ def idx(tmp_path):
 
 
 def load_idx(folder):
-    return sources.load(
+    return dataset_lib.dataset(
         tiny_config(dataset=f'idx:{folder}', data__validation_fraction=0.0, batch_size=8)
     )
 
 
 def test_idx_files_are_read(idx):
-    splits = load_idx(idx)
+    dataset = load_idx(idx)
     digits = datasets.load_digits()
-    assert splits.info == sources.Info((8, 8, 1), 10, 70, 0, 20)
-    np.testing.assert_array_equal(splits.test.pixels[..., 0], digits.images[70:90] * 15)
-    np.testing.assert_array_equal(splits.test.labels, digits.target[70:90])
-    assert sorted(splits.train.labels) == sorted(digits.target[:70])
+    assert dataset.info == dataset_lib.Info((8, 8, 1), tuple('0123456789'), 70, 0, 20)
+    np.testing.assert_array_equal(dataset.test.pixels[..., 0], digits.images[70:90] * 15)
+    np.testing.assert_array_equal(dataset.test.labels, digits.target[70:90])
+    assert sorted(dataset.load().labels[:70]) == sorted(digits.target[:70])
 
 
 BAD_IDX = {
@@ -99,27 +99,27 @@ BAD_IDX = {
     'foreign label': (
         TEST_LABELS,
         gzip.compress(idx_bytes(np.full(20, 10, np.uint8))),
-        'go to 9 in training and to 10 in test',
+        'the test images must have labels in 0 .. 9, but one is 10',
     ),
     'other size': (
         TEST_IMAGES,
         gzip.compress(idx_bytes(np.zeros((20, 8, 9), np.uint8))),
-        'must be alike',
+        r'train images are \(8, 8, 1\) but the test images \(8, 9, 1\)',
     ),
 }
 
 
 @pytest.mark.parametrize('name', BAD_IDX)
-def test_broken_idx_files_are_refused(name, idx):
-    file, content, sentence = BAD_IDX[name]
+def test_broken_idx_files_are_rejected(name, idx):
+    file, content, message = BAD_IDX[name]
     if content is None:
         (idx / file).unlink()
     else:
         (idx / file).write_bytes(content)
-    with pytest.raises(UserError, match=f'config.dataset: .*{sentence}'):
+    with pytest.raises(UserError, match=f'config.dataset: .*{message}'):
         load_idx(idx)
 
 
-def test_a_missing_directory_is_refused(tmp_path):
+def test_a_missing_directory_is_rejected(tmp_path):
     with pytest.raises(UserError, match='there is no directory .*apt-get install'):
         load_idx(tmp_path / 'nothing')

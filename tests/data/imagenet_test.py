@@ -11,7 +11,8 @@ from conftest import tiny_config
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from afkd_jax.data import dataset as sources
+from afkd_jax.config import Config
+from afkd_jax.data import dataset as dataset_lib
 from afkd_jax.devices import mesh as parallel
 from afkd_jax.devices.signals import Interrupt
 from afkd_jax.errors import UserError
@@ -71,9 +72,8 @@ def data_dir(tmp_path_factory):
 
 def shrunken(data_dir, **fields):
     """Returns the ImageNet config with small images, networks and batches: one epoch."""
-    config = imagenet.get_config()
-    config.update_from_flattened_dict(
-        {
+    return Config.of(imagenet.get_config()).replace(
+        **{
             'networks': tiny_config().networks,
             'dataset': 'tfds:jpegs_of_many_sizes',
             'epochs': 1,
@@ -86,7 +86,6 @@ def shrunken(data_dir, **fields):
             **{name.replace('__', '.'): value for name, value in fields.items()},
         }
     )
-    return config
 
 
 @pytest.fixture(scope='module')
@@ -100,9 +99,10 @@ def epoch(data_dir, tmp_path_factory):
 
 
 def test_it_is_prepared_and_read_as_it_is_stored(epoch, data_dir):
-    dataset = sources.dataset(shrunken(data_dir))
-    assert dataset.info == sources.Info((8, 8, 3), CLASSES, TRAIN, 0, TEST)
-    stored = sorted(dataset[place] for place in range(TRAIN + TEST))
+    dataset = dataset_lib.dataset(shrunken(data_dir))
+    classes = tuple(map(str, range(CLASSES)))
+    assert dataset.info == dataset_lib.Info((8, 8, 3), classes, TRAIN, 0, TEST)
+    stored = sorted(dataset[index] for index in range(TRAIN + TEST))
     assert stored == sorted((picture(n), label(n)) for n in range(TRAIN + TEST))
     assert dataset.name(0).startswith('record ')
     assert dataset.name(0).endswith('array_record-00000-of-00001')
@@ -110,18 +110,19 @@ def test_it_is_prepared_and_read_as_it_is_stored(epoch, data_dir):
 
 def test_parts_of_splits_are_taken(epoch, data_dir):
     fields = {'data__train_split': 'train[25%:75%]', 'data__test_split': 'train[:10]'}
-    dataset = sources.dataset(shrunken(data_dir, **fields))
-    assert dataset.info == sources.Info((8, 8, 3), CLASSES, TRAIN // 2, 0, 10)
-    whole = sources.dataset(shrunken(data_dir))
+    dataset = dataset_lib.dataset(shrunken(data_dir, **fields))
+    info = dataset.info
+    assert (info.train, info.validation, info.test) == (TRAIN // 2, 0, 10)
+    whole = dataset_lib.dataset(shrunken(data_dir))
     train = {whole.train[i] for i in range(24, 72)}
-    assert {dataset[place] for place in range(48)} == train
+    assert {dataset[index] for index in range(48)} == train
     assert dataset.fingerprint() != whole.fingerprint()
     where = dict(zip(dataset.order.tolist(), range(48), strict=True))
     assert dataset.name(where[0]).startswith('record 24 of ')
     with pytest.raises(
         UserError, match=r'config.data.test_split: .* no split "dev", but train, val'
     ):
-        sources.dataset(shrunken(data_dir, data__test_split='dev'))
+        dataset_lib.dataset(shrunken(data_dir, data__test_split='dev'))
 
 
 def test_an_epoch_of_afd_ends(epoch):

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from afkd_jax.data import order as batches
+from afkd_jax.data import order as order_lib
 
 
 @pytest.mark.parametrize(('examples', 'batch_size'), [(64, 8), (65, 8), (10, 7), (9, 9)])
 def test_every_image_comes_exactly_once_in_every_epoch(examples, batch_size):
-    order = batches.Order(3, examples, batch_size)
+    order = order_lib.Order(3, examples, batch_size)
     steps = order.end_of(4)
     stream = np.concatenate([order.indices(step) for step in range(steps)])
     epochs = [stream[e * examples : (e + 1) * examples] for e in range(4)]
@@ -19,20 +19,20 @@ def test_every_image_comes_exactly_once_in_every_epoch(examples, batch_size):
 
 
 def test_any_batch_is_found_without_the_ones_before():
-    forward, backward = batches.Order(0, 50, 8), batches.Order(0, 50, 8)
+    forward, backward = order_lib.Order(0, 50, 8), order_lib.Order(0, 50, 8)
     ahead = [forward.indices(step) for step in range(20)]
     behind = [backward.indices(step) for step in reversed(range(20))][::-1]
     np.testing.assert_array_equal(ahead, behind)
 
 
 def test_the_order_is_a_function_of_the_seed():
-    one, two = (batches.Order(seed, 50, 8).indices(0).tolist() for seed in (0, 1))
+    one, two = (order_lib.Order(seed, 50, 8).indices(0).tolist() for seed in (0, 1))
     assert one != two
-    assert one == batches.Order(0, 50, 8).indices(0).tolist()
+    assert one == order_lib.Order(0, 50, 8).indices(0).tolist()
 
 
 def test_epochs_end_where_their_last_image_has_come():
-    order = batches.Order(0, 65, 8)
+    order = order_lib.Order(0, 65, 8)
     ends = [order.end_of(epoch) for epoch in range(1, 5)]
     assert ends == [9, 17, 25, 33]
     for epoch, end in enumerate(ends, start=1):
@@ -40,12 +40,12 @@ def test_epochs_end_where_their_last_image_has_come():
         assert int(order.epoch_at(end - 1)) == epoch - 1
 
 
-@pytest.mark.parametrize('places', [range(10), range(3, 11), range(5, 6), range(4, 12), range(0)])
-def test_padded_visits_every_place_once(places):
+@pytest.mark.parametrize('indices', [range(10), range(3, 11), range(5, 6), range(4, 12), range(0)])
+def test_padded_batches_contain_every_index_once(indices):
     seen = []
-    for index, mask in batches.padded(places, 4):
+    for index, mask in order_lib.padded_batches(indices, 4):
         assert index.shape == mask.shape == (4,)
         assert index.dtype == np.int32
-        assert set(index) <= set(places)
+        assert set(index) <= set(indices)
         seen += index[mask].tolist()
-    assert seen == list(places)
+    assert seen == list(indices)

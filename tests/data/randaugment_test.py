@@ -4,9 +4,23 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_sample_image
 
+from afkd_jax.config import Data
 from afkd_jax.data import decode, randaugment
 
 PHOTO = load_sample_image('flower.jpg')[100:164, 200:264]
+
+
+def view_of(size, operations, magnitude):
+    return decode.View(
+        Data(
+            image_size=size,
+            crop_scale=(0.5, 1.0),
+            crop_ratio=(1.0, 1.0),
+            eval_resize=36,
+            randaugment_operations=operations,
+            randaugment_magnitude=magnitude,
+        )
+    )
 
 
 def test_without_magnitude_only_colours_and_noise_free_operations_remain():
@@ -44,9 +58,9 @@ def test_a_translation_and_a_solarisation_are_those_of_numpy():
 
 @pytest.mark.parametrize('channels', [1, 3])
 def test_an_image_is_a_function_of_its_generator(channels):
-    image = PHOTO[..., :channels]
+    image, view = PHOTO[..., :channels], view_of(0, 2, 9)
     one, two, other = (
-        randaugment.vary(image, 2, 9, np.random.default_rng(seed)) for seed in (1, 1, 2)
+        view.training(image, channels, np.random.default_rng(seed)) for seed in (1, 1, 2)
     )
     assert one.shape == image.shape
     np.testing.assert_array_equal(one, two)
@@ -54,10 +68,10 @@ def test_an_image_is_a_function_of_its_generator(channels):
 
 
 def test_a_view_varies_in_training_alone():
-    plain = decode.View(32, (0.5, 1.0), (1.0, 1.0), 36)
-    view = decode.View(32, (0.5, 1.0), (1.0, 1.0), 36, 3, 20)
+    plain = view_of(32, 0, 20)
+    view = view_of(32, 3, 20)
     np.testing.assert_array_equal(view.evaluation(PHOTO, 3), plain.evaluation(PHOTO, 3))
     seen = view.training(PHOTO, 3, np.random.default_rng(0))
     assert (seen != plain.training(PHOTO, 3, np.random.default_rng(0))).any()
-    whole = decode.View(0, (0.5, 1.0), (1.0, 1.0), 36, 3, 20)
+    whole = view_of(0, 3, 20)
     assert whole.training(PHOTO, 3, np.random.default_rng(0)).shape == PHOTO.shape

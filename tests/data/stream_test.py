@@ -1,4 +1,4 @@
-"""Batches that are read and decoded ahead: which, in which order, and what of broken images."""
+"""Batches that are read and decoded ahead: which, in which order, and broken images."""
 
 import dataclasses
 import io
@@ -16,16 +16,15 @@ import types
 import jax
 import numpy as np
 import pytest
-from conftest import tiny_config
+from conftest import take_devices, tiny_config
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from afkd_jax.data import dataset as sources
-from afkd_jax.data import order as batches
-from afkd_jax.data import pipelines as feeds
-from afkd_jax.data import stream
+from afkd_jax.data import dataset as dataset_lib
+from afkd_jax.data import order as order_lib
+from afkd_jax.data import pipelines, stream
 from afkd_jax.data.examples import Images
-from afkd_jax.devices import mesh as parallel
+from afkd_jax.devices import mesh
 from afkd_jax.errors import UserError
 from afkd_jax.training import run as run_lib
 
@@ -69,14 +68,14 @@ def crops(folder, **fields):
 
 
 def digits(**fields):
-    kept = {'batch_size': 8, 'data__placement': 'stream', 'data__train_examples': 100}
-    return tiny_config(**kept | fields)
+    defaults = {'batch_size': 8, 'data__placement': 'stream', 'data__train_examples': 100}
+    return tiny_config(**defaults | fields)
 
 
 def read(config, first, last, workers):
     """Returns (pixels, labels) of the steps first .. last - 1."""
-    dataset = sources.dataset(config)
-    order = batches.Order(config.seed, dataset.info.train, config.batch_size)
+    dataset = dataset_lib.dataset(config)
+    order = order_lib.Order(config.seed, dataset.info.train, config.batch_size)
     size = config.batch_size
     made = stream.Batches(dataset, order.indices, last, size, np.arange(size), config.seed)
     with stream.stream(made, first, workers) as rows:
@@ -99,20 +98,20 @@ def test_the_order_and_the_crops_are_the_same_whatever_the_number_of_workers(fol
 
 def test_every_image_comes_once_in_every_epoch():
     config = digits()
-    order = batches.Order(config.seed, 100, 8)
+    order = order_lib.Order(config.seed, 100, 8)
     images = np.concatenate([pixels for pixels, _ in read(config, 0, 25, 0)])  # two epochs
-    dataset = sources.dataset(config)
+    dataset = dataset_lib.dataset(config)
     index = np.concatenate([order.indices(step) for step in range(25)])
     for epoch in (index[:100], index[100:]):
         assert sorted(epoch) == list(range(100))
     assert (index[:100] != index[100:]).any()
-    for image, place in zip(images, index, strict=True):
-        np.testing.assert_array_equal(image, dataset[place][0])
+    for image, i in zip(images, index, strict=True):
+        np.testing.assert_array_equal(image, dataset[i][0])
 
 
 def test_crops_differ_between_epochs_and_seeds(folder):
     config = crops(folder, batch_size=60)
-    order = batches.Order(config.seed, 60, 60)
+    order = order_lib.Order(config.seed, 60, 60)
     epochs = [
         pixels[np.argsort(order.indices(step))]
         for step, (pixels, _) in enumerate(read(config, 0, 2, 0))
@@ -120,20 +119,19 @@ def test_crops_differ_between_epochs_and_seeds(folder):
     assert (epochs[0] != epochs[1]).any(axis=(1, 2, 3)).mean() > 0.9
     other = crops(folder, batch_size=60, seed=1)
     ((pixels, _),) = read(other, 0, 1, 0)
-    pixels = pixels[np.argsort(batches.Order(1, 60, 60).indices(0))]
+    pixels = pixels[np.argsort(order_lib.Order(1, 60, 60).indices(0))]
     assert (epochs[0] != pixels).any(axis=(1, 2, 3)).mean() > 0.9
 
 
-def placed(config, count=4):
-    devices = parallel.Devices.take('shard_map', count)
-    told = []
-    return feeds.feed(config, sources.dataset(config), devices, told.append), told
+def created(config, count=4):
+    lines, dataset = [], dataset_lib.dataset(config)
+    return pipelines.create(config, dataset, take_devices(count), lines.append), lines
 
 
-def evaluated(feed, split='test'):
+def evaluated(pipeline, split='test'):
     """Returns (pixels, labels) of what the mask lets through."""
-    with feed.evaluation(feed.info.places(split)) as parts:
-        seen = [jax.device_get((*table.rows(index), mask)) for table, index, mask in parts]
+    with pipeline.evaluation(pipeline.info.indices(split)) as parts:
+        seen = [jax.device_get((*images.rows(index), mask)) for images, index, mask in parts]
     pixels, labels, mask = (np.concatenate(part) for part in zip(*seen, strict=True))
     return pixels[mask], labels[mask]
 
@@ -141,42 +139,48 @@ def evaluated(feed, split='test'):
 @pytest.mark.parametrize('placement', ['host', 'stream'])
 @pytest.mark.parametrize('mapping', ['shard_map', 'pmap'])
 def test_all_placements_give_the_same_batches(placement, mapping):
-    devices = parallel.Devices.take(mapping, 4)
+    devices = take_devices(4, mapping)
 
-    def tables(placement):
-        config = digits(data__validation_fraction=0.1)
-        config.data.placement = placement
-        feed = feeds.feed(config, sources.dataset(config), devices, lambda words: None)
-        assert feed.placement == placement
-        with feed.training(3) as steps:
-            batch, index = next(steps)
-        table = jax.device_get(batch)
-        index = jax.device_get(index)
-        rows = [part.reshape(8, *part.shape[index.ndim :]) for part in table.rows(index)]
-        assert table.mean.dtype == np.float32
-        return rows, (table.mean, table.std), index.ravel()
+    def batch(placement):
+        config = digits(data__validation_fraction=0.1, data__placement=placement)
+        pipeline = pipelines.create(config, dataset_lib.dataset(config), devices, lambda line: None)
+        assert pipeline.placement == placement
+        with pipeline.training(3) as steps:
+            images, index = next(steps)
+        for array, abstract in zip(
+            jax.tree.leaves((images, index)),
+            jax.tree.leaves(pipeline.abstract_batch(8)),
+            strict=True,
+        ):
+            assert (array.shape, array.dtype) == (abstract.shape, abstract.dtype)
+            if placement == 'stream':  # the others may be on one device as they are
+                assert array.sharding.is_equivalent_to(abstract.sharding, array.ndim)
+        images, index = jax.device_get((images, index))
+        rows = [part.reshape(8, *part.shape[index.ndim :]) for part in images.rows(index)]
+        assert images.mean.dtype == np.float32
+        return rows, (images.mean, images.std), index.ravel()
 
-    equal(tables(placement), tables('device'))
+    equal(batch(placement), batch('device'))
 
 
 def test_evaluation_sees_every_image_once():
     for split, count in (('test', 359), ('train', 100)):
-        feed, _ = placed(digits(eval_batch_size=64))
-        streamed = evaluated(feed, split)
-        whole, _ = placed(digits(eval_batch_size=64, data__placement='device'))
+        pipeline, _ = created(digits(eval_batch_size=64))
+        streamed = evaluated(pipeline, split)
+        whole, _ = created(digits(eval_batch_size=64, data__placement='device'))
         assert len(streamed[0]) == count
         equal(streamed, evaluated(whole, split))
 
 
-@pytest.mark.parametrize(('peers', 'shares'), [(1, 4), (2, 2), (2, 4)])
-def test_every_process_makes_its_own_rows(peers, shares, monkeypatch):
+@pytest.mark.parametrize(('peers', 'shards'), [(1, 4), (2, 2), (2, 4)])
+def test_every_process_makes_its_own_rows(peers, shards, monkeypatch):
     # As two processes would, each with every second half of the devices.
-    devices = parallel.Devices.take('shard_map', peers * shares, peers)
+    devices = take_devices(peers * shards, peers=peers)
     array = np.arange(16)[:, None] * np.ones((1, 3))
-    half = peers * shares // 2
+    half = peers * shards // 2
     rows = []
     for own in (devices.mesh.devices.ravel()[:half], devices.mesh.devices.ravel()[half:]):
-        sharding = devices.sharding(parallel.SPLIT)
+        sharding = devices.shardings(mesh.BATCH_SHARDED)
         parts = {d: index for d, index in sharding.devices_indices_map((16,)).items() if d in own}
         monkeypatch.setattr(
             type(sharding), 'addressable_devices_indices_map', lambda self, shape, p=parts: p
@@ -186,16 +190,16 @@ def test_every_process_makes_its_own_rows(peers, shares, monkeypatch):
     assert set(np.concatenate(rows)) == set(range(16))
     if peers == 1:
         assert len(np.concatenate(rows)) == 16
-    else:  # both have all shares of the batch, each for its networks
+    else:  # both have all shards of the batch, each for its networks
         assert all(len(own) == 16 for own in rows)
     np.testing.assert_array_equal(devices.split_rows(array, 16), array)
 
 
 def test_split_rows_puts_them_where_they_belong(monkeypatch):
     # This process's devices are rows 4 .. 11 of 16; what callback is asked for must be of those.
-    devices = parallel.Devices.take('shard_map', 4)
+    devices = take_devices(4)
     array = np.arange(16)[:, None] * np.ones((1, 3))
-    monkeypatch.setattr(parallel.Devices, 'rows', lambda self, size: np.arange(4, 12))
+    monkeypatch.setattr(mesh.Devices, 'rows', lambda self, size: np.arange(4, 12))
     asked = {}
 
     def make(shape, sharding, part):
@@ -224,32 +228,32 @@ def broken(folder, tmp_path):
 
 def test_a_broken_image_stops_the_run_by_default(broken):
     root, *_ = broken
-    feed, _ = placed(crops(root))
+    pipeline, _ = created(crops(root))
     words = r'^config.data.max_corrupt: 1 images cannot .*broken/train'
-    with feed.training(0) as steps, pytest.raises(UserError, match=words):
+    with pipeline.training(0) as steps, pytest.raises(UserError, match=words):
         list(steps)
 
 
 @pytest.mark.parametrize('workers', [0, 2])
-def test_broken_images_are_counted_named_and_passed_over(broken, workers):
+def test_broken_images_are_counted_named_and_skipped(broken, workers):
     root, first, test = broken
-    feed, told = placed(crops(root, data__max_corrupt=3, data__workers=workers))
-    with feed.training(0) as steps:
+    pipeline, lines = created(crops(root, data__max_corrupt=3, data__workers=workers))
+    with pipeline.training(0) as steps:
         seen = [jax.device_get(next(steps)) for _ in range(16)]  # twice through
-    assert len(told) == 2
-    assert any(f'{first}: ' in words for words in told)
-    assert told[1].startswith('warning: an image is passed over (2 of at most 3): ')
+    assert len(lines) == 2
+    assert any(f'{first}: ' in line for line in lines)
+    assert lines[1].startswith('warning: an image is skipped (2 of at most 3): ')
     # What stands in for it is the next image of the order.
-    labels = np.concatenate([table.labels for table, _ in seen])
+    labels = np.concatenate([images.labels for images, _ in seen])
     index = np.concatenate([index for _, index in seen])
-    dataset = feed.dataset
-    for place, label in zip(index.tolist(), labels.tolist(), strict=True):
-        expected = place if place not in feed.broken else (place + 1) % 60
+    dataset = pipeline.dataset
+    for i, label in zip(index.tolist(), labels.tolist(), strict=True):
+        expected = i if i not in pipeline.broken else (i + 1) % 60
         assert label == dataset[expected][1]
     # In evaluation it is left out.
-    assert len(evaluated(feed)[1]) == 19
-    assert (told[2], len(told)) == (
-        f'warning: an image is passed over (3 of at most 3): {test}: ' + told[2].rsplit(': ', 1)[1],
+    assert len(evaluated(pipeline)[1]) == 19
+    assert (lines[2], len(lines)) == (
+        f'warning: an image is skipped (3 of at most 3): {test}: ' + lines[2].rsplit(': ', 1)[1],
         3,
     )
 
@@ -259,15 +263,15 @@ def test_an_image_of_another_size_is_broken_where_none_is_resized(tmp_path):
         for i in range(10):
             write(tmp_path / split / str(i % 2) / f'{i}.png', PIXELS[i])
     config = tiny_config(dataset=f'folder:{tmp_path}', batch_size=2, data__validation_fraction=0.0)
-    info = sources.dataset(config).info
+    info = dataset_lib.dataset(config).info
     assert info.image_shape == (8, 8, 1)
-    assert len(sources.load(config).train) == 10
+    assert len(dataset_lib.dataset(config).load()) == 20
     write(tmp_path / 'train/0/2.png', PIXELS[2][:7])
     with pytest.raises(UserError, match=r'train/0/2.png: it is \(7, 8, 1\), others \(8, 8'):
-        sources.load(config)
-    config.data.placement = 'stream'
+        dataset_lib.dataset(config).load()
+    config = config.replace(**{'data.placement': 'stream'})
     with pytest.raises(UserError, match=r'max_corrupt: 1 .*2.png: it is \(7, 8, 1\), others'):
-        placed(config, 1)  # it reads them all, for their mean
+        created(config, 1)  # it reads them all, for their mean
 
 
 def test_workers_end_with_the_process_that_trains(folder):
@@ -276,11 +280,11 @@ def test_workers_end_with_the_process_that_trains(folder):
 import multiprocessing, sys, time
 sys.path[:0] = ['tests', 'tests/data', '.']
 import stream_test, numpy as np
-from afkd_jax.data import order as batches, dataset as sources, stream
+from afkd_jax.data import order as order_lib, dataset as dataset_lib, stream
 if __name__ == '__main__':
     config = stream_test.crops({str(folder)!r})
-    dataset = sources.dataset(config)
-    order = batches.Order(0, 60, 8)
+    dataset = dataset_lib.dataset(config)
+    order = order_lib.Order(0, 60, 8)
     made = stream.Batches(dataset, order.indices, 10**6, 8, np.arange(8), 0)
     with stream.stream(made, 0, 1) as rows:
         next(rows)
@@ -310,8 +314,8 @@ if __name__ == '__main__':
 def test_a_signal_to_the_whole_group_does_not_reach_workers_that_start(folder):
     # As Ctrl-C in a terminal does. It comes to this process alone, once they are started.
     config, came = crops(folder), []
-    dataset = sources.dataset(config)
-    order = batches.Order(config.seed, 60, 8)
+    dataset = dataset_lib.dataset(config)
+    order = order_lib.Order(config.seed, 60, 8)
     made = stream.Batches(dataset, order.indices, 20, 8, np.arange(8), config.seed)
     group, own = os.getpgrp(), os.getpid()
     old = signal.signal(signal.SIGINT, lambda *_: came.append(1))
@@ -337,56 +341,58 @@ def test_a_signal_to_the_whole_group_does_not_reach_workers_that_start(folder):
     assert os.getpgrp() == group
 
 
-def test_workers_for_which_shared_memory_has_no_room_are_refused(folder, monkeypatch):
+def test_workers_for_which_shared_memory_is_too_small_are_rejected(folder, monkeypatch):
     monkeypatch.setattr(
         stream.shutil, 'disk_usage', lambda path: types.SimpleNamespace(free=30_000)
     )
     # 15,360 bytes a worker: 5 batches, of 8 images to train and of 8 to evaluate, of 192 bytes.
-    placed(crops(folder, data__workers=1))
+    created(crops(folder, data__workers=1))
     with pytest.raises(
         UserError, match=r'workers: 2 processes need 30,720 bytes of .* 30,000; use'
     ):
-        placed(crops(folder, data__workers=2))
+        created(crops(folder, data__workers=2))
 
 
-def test_where_all_images_are_broken_one_sentence_ends_it(tmp_path):
+def test_where_all_images_are_broken_one_error_message_ends_it(tmp_path):
     for name in ('train/a/0.png', 'train/a/1.png', 'train/b/2.png', 'val/a/3.png'):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b'')
     for most, words in ((0, '1 images cannot be decoded'), (1, 'nor can the next 1 images of the')):
-        feed, _ = placed(crops(tmp_path, batch_size=2, data__max_corrupt=most), 1)
-        with feed.training(0) as steps, pytest.raises(UserError, match=words):
+        pipeline, _ = created(crops(tmp_path, batch_size=2, data__max_corrupt=most), 1)
+        with pipeline.training(0) as steps, pytest.raises(UserError, match=words):
             list(steps)
 
 
-def test_a_label_that_is_no_class_is_refused(monkeypatch):
+def test_a_label_that_is_no_class_is_rejected(monkeypatch):
     class Wrong(Images):
         def __getitem__(self, index):
             return self.pixels[index], -1
 
     config = digits()
-    dataset = sources.dataset(config)
+    dataset = dataset_lib.dataset(config)
     bad = dataclasses.replace(dataset, test=Wrong(dataset.test.pixels, dataset.test.labels - 20))
     with pytest.raises(
         UserError, match=r'image 0 has the label -\d+, but there are 10 classes; ch'
     ):
         bad.load()
-    devices = parallel.Devices.take('shard_map', 1)
-    feed = feeds.feed(config, bad, devices, lambda words: None)
-    with feed.evaluation(feed.info.places('test')) as parts, pytest.raises(UserError, match='-1'):
+    pipeline = pipelines.create(config, bad, take_devices(), lambda line: None)
+    with (
+        pipeline.evaluation(pipeline.info.indices('test')) as parts,
+        pytest.raises(UserError, match='-1'),
+    ):
         list(parts)
 
 
 def test_images_of_more_than_a_byte_are_broken(tmp_path):
     for name in ('train/a/0.png', 'train/b/1.png', 'val/a/2.png'):
         write(tmp_path / name, PIXELS[0].astype(np.uint16) * 255)
-    feed, _ = placed(crops(tmp_path, batch_size=1), 1)
-    with feed.training(0) as steps, pytest.raises(UserError, match='no bytes .mode I;16'):
+    pipeline, _ = created(crops(tmp_path, batch_size=1), 1)
+    with pipeline.training(0) as steps, pytest.raises(UserError, match='no bytes .mode I;16'):
         list(steps)
 
 
 @pytest.mark.parametrize(
-    ('fields', 'sentence'),
+    ('fields', 'message'),
     [
         ({'data__placement': 'device'}, "placement: must be 'stream' or 'auto'"),
         ({'data__mean': (), 'data__std': ()}, 'mean: must be given'),
@@ -395,23 +401,24 @@ def test_images_of_more_than_a_byte_are_broken(tmp_path):
         ({'data__eval_resize': 7}, 'eval_resize: must be at least config.data.image_size, 8'),
     ],
 )
-def test_what_does_not_fit_the_images_is_refused(folder, fields, sentence):
-    with pytest.raises(UserError, match=f'config.data.({sentence})'):
-        placed(crops(folder, **fields))
+def test_what_does_not_fit_the_images_is_rejected(folder, fields, message):
+    with pytest.raises(UserError, match=f'config.data.({message})'):
+        created(crops(folder, **fields))
 
 
 def test_where_the_images_go_by_default(monkeypatch, folder):
-    devices = parallel.Devices.take('shard_map', 4)
-    info = sources.Info((100, 100, 1), 10, 80, 0, 20)  # 1 MB
+    devices = take_devices(4)
+    info = dataset_lib.Info((100, 100, 1), ('a', 'b'), 80, 0, 20)  # 1 MB
     for memory, expected in ((4_000_000 * 4, 'device'), (3_900_000 * 4, 'stream')):
-        monkeypatch.setattr(feeds.topology, 'memory_of', lambda device, m=memory: m)
-        assert feeds.placement(tiny_config(), info, devices) == expected
-    assert feeds.placement(crops(folder), info, devices) == 'stream'
+        monkeypatch.setattr(pipelines.memory, 'device_bytes', lambda device, m=memory: m)
+        assert pipelines.shapes_only(tiny_config(), info, devices).placement == expected
+    assert pipelines.shapes_only(crops(folder), info, devices).placement == 'stream'
 
 
 def test_a_streamed_run_prepares_like_any_other(folder):
     run = run_lib.prepare(crops(folder, batch_size=8))
-    assert run.feed.placement == 'stream'
-    assert run.info == sources.Info((8, 8, 3), 10, 60, 0, 20)
-    assert pathlib.Path(run.feed.dataset.name(0)).is_file()
-    assert io.BytesIO(run.feed.dataset[0][0])
+    assert run.pipeline.placement == 'stream'
+    classes = tuple(f'class {i}' for i in range(10))
+    assert run.info == dataset_lib.Info((8, 8, 3), classes, 60, 0, 20)
+    assert pathlib.Path(run.pipeline.dataset.name(0)).is_file()
+    assert io.BytesIO(run.pipeline.dataset[0][0])

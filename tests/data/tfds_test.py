@@ -11,8 +11,10 @@ import pytest
 import tensorflow_datasets as tfds
 from conftest import tiny_config
 
-from afkd_jax.data import dataset as sources
+from afkd_jax.data import dataset as dataset_lib
 from afkd_jax.errors import UserError
+
+FINE = tuple(f'fine{i}' for i in range(100))
 
 
 def config(name, tmp_path, **fields):
@@ -26,7 +28,7 @@ def cifar100_archive(folder, train, test):
     rng = np.random.default_rng(0)
     content = {
         'coarse_label_names.txt': '\n'.join(f'coarse{i}' for i in range(20)).encode(),
-        'fine_label_names.txt': '\n'.join(f'fine{i}' for i in range(100)).encode(),
+        'fine_label_names.txt': '\n'.join(FINE).encode(),
     }
     pixels = {}
     for name, count in (('train', train), ('test', test)):
@@ -54,32 +56,33 @@ def test_an_archive_in_manual_dir_is_prepared_and_read(tmp_path):
     builder_class = type(tfds.builder('cifar100', data_dir=tmp_path))
     ours = config('cifar100', tmp_path, data__manual_dir=str(tmp_path))
     with mock.patch.object(builder_class, 'url_infos', entry):
-        splits = sources.load(ours)
-    assert splits.info == sources.Info((32, 32, 3), 100, 27, 3, 10)
+        dataset = dataset_lib.dataset(ours)
+    assert dataset.info == dataset_lib.Info((32, 32, 3), FINE, 27, 3, 10)
 
-    # TFDS shuffles what it prepares: compare as sets of (image, label).
-    def as_set(*parts):
-        return {
-            (picture.tobytes(), int(label))
-            for part in parts
-            for picture, label in zip(part.pixels, part.labels, strict=True)
-        }
-
-    for parts, planes in (
-        ((splits.train, splits.validation), pixels['train']),
-        ((splits.test,), pixels['test']),
+    # The set is shuffled: compare as sets of (image, label).
+    images = dataset.load()
+    for part, planes in (
+        (images.take(np.arange(30)), pixels['train']),
+        (images.take(np.arange(30, 40)), pixels['test']),
     ):
         expected = {(p.transpose(1, 2, 0).tobytes(), i % 100) for i, p in enumerate(planes)}
-        assert as_set(*parts) == expected
+        pairs = zip(part.pixels, part.labels, strict=True)
+        assert {(picture.tobytes(), int(label)) for picture, label in pairs} == expected
     # Prepared once: now neither the archive nor the patch is needed, and the sizes are known.
     (tmp_path / 'cifar-100-binary.tar.gz').unlink()
-    assert len(sources.load(ours).train) == 27
-    assert sources.info(ours) == splits.info
+    assert len(dataset_lib.dataset(ours).load()) == 40
+    assert dataset_lib.info(ours) == dataset.info
 
 
 def test_shapes_and_sizes_are_known_without_data(tmp_path):
-    info = sources.info(config('cifar100', tmp_path, data__validation_fraction=0.1))
-    assert info == sources.Info((32, 32, 3), 100, 45_000, 5_000, 10_000)
+    info = dataset_lib.info(config('cifar100', tmp_path, data__validation_fraction=0.1))
+    assert info.sizes() == {
+        'image_shape': (32, 32, 3),
+        'num_classes': 100,
+        'train': 45_000,
+        'validation': 5_000,
+        'test': 10_000,
+    }
 
 
 def test_a_set_that_cannot_be_had_says_what_to_do(tmp_path):
@@ -88,10 +91,10 @@ def test_a_set_that_cannot_be_had_says_what_to_do(tmp_path):
         mock.patch('urllib.request.getproxies', return_value={}),
         pytest.raises(UserError, match=r'not prepared in .*cifar-100-binary.*manual_dir'),
     ):
-        sources.load(config('cifar100', tmp_path))
+        dataset_lib.dataset(config('cifar100', tmp_path))
 
 
-def test_a_broken_archive_is_refused(tmp_path):
+def test_a_broken_archive_is_rejected(tmp_path):
     _, entry = cifar100_archive(tmp_path, train=3, test=3)
     path = tmp_path / 'cifar-100-binary.tar.gz'
     path.write_bytes(path.read_bytes()[:-9])
@@ -105,11 +108,11 @@ def test_a_broken_archive_is_refused(tmp_path):
         ),
         pytest.raises(UserError, match=r'has [\d,]+ bytes, but the archive has'),
     ):
-        sources.load(config('cifar100', tmp_path, data__manual_dir=str(tmp_path)))
+        dataset_lib.dataset(config('cifar100', tmp_path, data__manual_dir=str(tmp_path)))
 
 
 @pytest.mark.parametrize(
-    ('name', 'sentence'),
+    ('name', 'message'),
     [
         ('cifar_100', 'TFDS has no set called "cifar_100"; did you mean "cifar100"'),
         ('coco', 'cannot offer "coco" here: .*tensorflow'),
@@ -119,18 +122,20 @@ def test_a_broken_archive_is_refused(tmp_path):
         ('cifar100:9.9.9', 'TFDS'),
     ],
 )
-def test_sets_that_do_not_fit_are_refused(name, sentence, tmp_path):
-    with pytest.raises(UserError, match=f'config.dataset: .*{sentence}'):
-        sources.info(config(name, tmp_path))
+def test_sets_that_do_not_fit_are_rejected(name, message, tmp_path):
+    with pytest.raises(UserError, match=f'config.dataset: .*{message}'):
+        dataset_lib.info(config(name, tmp_path))
 
 
-def test_images_of_many_sizes_are_seen_in_the_size_that_is_given(tmp_path):
+def test_images_of_many_sizes_get_the_size_of_the_config(tmp_path):
     fields = {'data__validation_fraction': 0.0, 'data__image_size': 224}
     fields |= {'data__mean': (0.5,) * 3, 'data__std': (0.2,) * 3}
-    known = sources.info(config('imagenet2012', tmp_path, **fields))
-    assert known == sources.Info((224, 224, 3), 1000, 1_281_167, 0, 50_000)
+    known = dataset_lib.info(config('imagenet2012', tmp_path, **fields))
+    assert (known.image_shape, known.num_classes) == ((224, 224, 3), 1000)
+    assert known.classes[0] == 'n01440764'
+    assert (known.train, known.validation, known.test) == (1_281_167, 0, 50_000)
     with pytest.raises(UserError, match=r'config.data.image_size: .* many sizes; give the one'):
-        sources.info(config('imagenet2012', tmp_path))
+        dataset_lib.info(config('imagenet2012', tmp_path))
 
 
 def test_no_tensorflow_and_no_pytorch():

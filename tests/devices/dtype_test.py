@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import initial_state, mapped_update, random_batch, tiny_cohort, tiny_config
+from conftest import take_devices, initial_state, mapped_update, random_batch, tiny_cohort, tiny_config
 
 from afkd_jax.devices import mesh as parallel
 
@@ -17,7 +17,7 @@ PAIR = ('tiny-8-2', 'tiny-6-2')  # the second has a transfer layer
 
 def updated(dtype, method):
     config = tiny_config(PAIR, batch_size=BATCH, method=method, dtype=dtype)
-    devices = parallel.Devices.take('shard_map', 1)
+    devices = take_devices(1)
     batch = [devices.split(part) for part in random_batch(BATCH)]
     before = initial_state(config)
     after, values = mapped_update(config, devices)(devices.replicate(before), *batch)
@@ -34,7 +34,7 @@ def test_state_losses_and_values_stay_in_single_precision(method):
 def products(dtype):
     """Returns the dtypes of the operands of all convolutions and products of a step."""
     config = tiny_config(PAIR, batch_size=BATCH, dtype=dtype)
-    devices = parallel.Devices.take('shard_map', 1)
+    devices = take_devices(1)
     batch = [devices.split(part) for part in random_batch(BATCH)]
     step = mapped_update(config, devices).trace(devices.replicate(initial_state(config)), *batch)
     found = set()

@@ -6,7 +6,7 @@ import chex
 import jax
 import numpy as np
 import pytest
-from conftest import (
+from conftest import (take_devices, 
     PAIR,
     as_float64,
     initial_state,
@@ -17,11 +17,12 @@ from conftest import (
     tiny_config,
 )
 
+from afkd_jax.devices import arrays as arrays_lib
 from afkd_jax.data import augment
 from afkd_jax.data import dataset as sources
-from afkd_jax.data import pipelines as feeds
+from afkd_jax.data import pipelines
 from afkd_jax.devices import mesh as parallel
-from afkd_jax.devices.mesh import SPLIT, WHOLE
+from afkd_jax.devices.mesh import BATCH_SHARDED, REPLICATED
 from afkd_jax.errors import UserError
 from afkd_jax.method import metrics
 from afkd_jax.method import state as state_lib
@@ -40,18 +41,18 @@ INFO = sources.Info((8, 8, 1), 10, 64, 0, 16)
 def after_three_steps(mapping, count, peers=1, networks=MIXED, method='afd'):
     """Returns (state, sums) after three whole steps: gather, augment, learn, sum."""
     config = tiny_config(networks, batch_size=BATCH, method=method)
-    devices = parallel.Devices.take(mapping, count, peers)
+    devices = take_devices(count, mapping, peers)
     rng = np.random.default_rng(0)
-    images = augment.Table(
+    images = augment.DeviceImages(
         pixels=rng.integers(0, 256, (64, 8, 8, 1), np.uint8),
         labels=rng.integers(0, 10, 64).astype(np.int32),
         mean=np.array([0.4]),
         std=np.array([0.3]),
     )
-    run = run_lib.Run(config, INFO, devices, feeds.Absent(config, INFO, devices, ''))
+    run = run_lib.Run(config, INFO, devices, pipelines.ShapesOnly(config, INFO, devices, ''))
     state = as_float64(initial_state(config))
     if peers > 1:
-        state = jax.device_put(state_lib.stacked(state), devices.shardings(run.places))
+        state = jax.device_put(state_lib.TrainState.stack(state), devices.shardings(run.places))
     else:
         state = devices.replicate(state)
     sums, images, key = devices.replicate(
@@ -68,7 +69,7 @@ def after_three_steps(mapping, count, peers=1, networks=MIXED, method='afd'):
         state, sums = step(state, sums, images, index, key)
     if peers > 1:
         check_each_device_has_its_own_networks(state, len(networks) // peers)
-        state = state_lib.unstacked(jax.device_get(state))
+        state = state_lib.StackedState.unstack(jax.device_get(state))
     return jax.device_get((state, sums))
 
 
@@ -109,7 +110,7 @@ def test_where_the_networks_live_changes_nothing(peers, count, method, x64):
 def sent(method='afd', peers=1, count=8, networks=FOUR, **fields):
     """Returns {(operation, axis): Collective} of the compiled step, and the cohort."""
     config = tiny_config(networks, batch_size=BATCH, method=method, **fields)
-    devices = parallel.Devices.take('shard_map', count, peers)
+    devices = take_devices(count, 'shard_map', peers)
     it = plan.Plan(config, INFO, devices)
     compiled = it.compile(BATCH)[0]
     rows = collectives.of(compiled, (devices.peers, devices.shares))
@@ -119,12 +120,12 @@ def sent(method='afd', peers=1, count=8, networks=FOUR, **fields):
 def gradient_bytes(cohort, peers):
     state = state_lib.abstract(cohort)
     moved = sum(
-        state_lib.parameter_count([network.params[part] for part in parts])
+        arrays_lib.scalar_count([network.params[part] for part in parts])
         for network in state.networks
         for parts in cohort.moves().values()
     )
-    judges = state_lib.parameter_count([judge.params for judge in state.discriminators])
-    return 4 * (moved + judges) // peers
+    discriminators = arrays_lib.scalar_count([discriminator.params for discriminator in state.discriminators])
+    return 4 * (moved + discriminators) // peers
 
 
 @pytest.mark.parametrize(('method', 'hops', 'maps'), [('afd', 1, 1), ('dml', 3, 0)])
@@ -176,7 +177,7 @@ def test_local_statistics_are_those_of_each_share():
     state = initial_state(config)
 
     def updated(count, *batch):
-        devices = parallel.Devices.take('shard_map', count)
+        devices = take_devices(count)
         batch = [devices.split(part) for part in batch]
         return jax.device_get(mapped_update(config, devices)(devices.replicate(state), *batch)[0])
 
@@ -192,15 +193,15 @@ def test_local_statistics_are_those_of_each_share():
 @pytest.mark.parametrize('mapping', ['shard_map', 'pmap'])
 def test_a_run_traces_its_step_once(mapping):
     config = tiny_config(batch_size=BATCH)
-    devices = parallel.Devices.take(mapping, 2)
-    cohort = tiny_cohort(config, parallel.DATA)
+    devices = take_devices(2, mapping)
+    cohort = tiny_cohort(config, DATA)
 
     @chex.assert_max_traces(n=1)
     def update(state, images, labels):
         return step_lib.update(cohort, state, images, labels, jax.random.key(0))
 
     chex.clear_trace_counter()
-    mapped = devices.map(update, (WHOLE, SPLIT, SPLIT), donate=(0,))
+    mapped = devices.map(update, (REPLICATED, BATCH_SHARDED, BATCH_SHARDED), donate=(0,))
     state = devices.replicate(initial_state(config))
     for step in range(3):
         batch = (devices.split(part) for part in random_batch(BATCH, seed=step))
@@ -213,7 +214,7 @@ def test_a_run_traces_its_step_once(mapping):
 
 def test_the_compiled_step_reuses_the_memory_of_its_state():
     config = tiny_config(method='vanilla', batch_size=BATCH)
-    devices = parallel.Devices.take('shard_map', 1)
+    devices = take_devices(1)
     state = devices.replicate(initial_state(config))
     batch = (devices.split(part) for part in random_batch(BATCH))
     mapped_update(config, devices, donate=(0,))(state, *batch)
@@ -221,7 +222,7 @@ def test_the_compiled_step_reuses_the_memory_of_its_state():
 
 
 def test_a_batch_that_does_not_divide_is_refused():
-    devices = parallel.Devices.take('shard_map', 8)
+    devices = take_devices(8)
     devices.check_divides('batch_size', 64)
     with pytest.raises(UserError, match=r'config\.batch_size: .* multiple of 8.* 60.*nearest: 64'):
         devices.check_divides('batch_size', 60)
@@ -231,7 +232,7 @@ def test_a_batch_that_does_not_divide_is_refused():
 def test_only_with_local_statistics_are_other_shares_another_run(statistics):
     config = tiny_config(batch_size=BATCH, batch_statistics=statistics)
     origins = [
-        run_lib.Run(config, INFO, devices, feeds.Absent(config, INFO, devices, '')).origin()
-        for devices in (parallel.Devices.take('shard_map', count) for count in (2, 4))
+        run_lib.Run(config, INFO, devices, pipelines.ShapesOnly(config, INFO, devices, '')).origin()
+        for devices in (take_devices(count) for count in (2, 4))
     ]
     assert (origins[0] != origins[1]) == (statistics == 'local')

@@ -227,9 +227,9 @@ def test_others_that_do_not_come_are_told_after_a_while():
 
 def test_alone_a_process_shares_with_itself():
     assert processes.count() == 1
-    assert processes.leads()
-    assert processes.share({'a': (1, 2)}) == [{'a': [1, 2]}]
-    assert processes.told(3) == 3
-    assert processes.together(lambda: 4) == 4
-    agreed = processes.Agreement(jax.sharding.Mesh(np.array(jax.devices()), ('data',)))
+    assert processes.is_primary()
+    assert processes.all_gather({'a': (1, 2)}) == [{'a': [1, 2]}]
+    assert processes.broadcast(3) == 3
+    assert processes.raise_on_all(lambda: 4) == 4
+    agreed = processes.SharedFlags(jax.sharding.Mesh(np.array(jax.devices()), ('data',)))
     assert agreed(True, False) == (True, False)

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import initial_state, mapped_update, random_batch, tiny_config
+from conftest import take_devices, initial_state, mapped_update, random_batch, tiny_config
 
 from afkd_jax.devices import mesh as parallel
-from afkd_jax.devices import xla_cpu as cpu
+from afkd_jax.devices import xla_cpu
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float64'])
@@ -20,18 +20,18 @@ def test_kept_changes_no_bit_of_values_and_gradients(x64, dtype):
     def bits(x):  # a subnormal number may become zero, as in every operation of this compiler
         return np.delete(np.asarray(x), 2).tobytes()
 
-    y, pull = jax.vjp(jax.jit(cpu.kept), x)
+    y, pull = jax.vjp(jax.jit(xla_cpu.computed_once), x)
     assert y.dtype == x.dtype
     assert bits(y) == bits(x)
     assert bits(pull(x)[0]) == bits(x)
-    assert bits(cpu.kept(x)) == bits(x)
+    assert bits(xla_cpu.computed_once(x)) == bits(x)
 
 
 def test_kept_can_be_vmapped_and_differentiated_twice():
     x = jnp.arange(6.0).reshape(2, 3)
 
     def cube(x):
-        return cpu.kept(x) ** 3
+        return xla_cpu.computed_once(x) ** 3
 
     np.testing.assert_array_equal(jax.vmap(cube)(x), x**3)
     np.testing.assert_array_equal(jax.vmap(cube, 1, 1)(x), x**3)
@@ -40,7 +40,7 @@ def test_kept_can_be_vmapped_and_differentiated_twice():
 
 def lowered(platform, networks=('resnet8', 'wrn-10-1'), method='vanilla'):
     config = tiny_config(networks, method=method)
-    devices = parallel.Devices.arrange(jax.devices()[:1], 'shard_map')
+    devices = take_devices(1)
     arguments = initial_state(config), *random_batch(8)
     step = mapped_update(config, devices)
     return step.trace(*arguments).lower(lowering_platforms=(platform,))
@@ -51,7 +51,7 @@ def test_programs_for_other_platforms_hold_nothing_of_it(monkeypatch, platform):
     program = lowered(platform).as_text()
     monkeypatch.setattr(cpu, 'kept', lambda x: x)
     assert program == lowered(platform).as_text()
-    assert cpu.options(platform) is None
+    assert xla_cpu.options(platform) is None
 
 
 def test_no_activation_is_computed_twice_on_a_cpu():
@@ -65,9 +65,9 @@ def test_no_activation_is_computed_twice_on_a_cpu():
 
 
 def test_the_mapped_step_is_compiled_with_the_options(monkeypatch):
-    devices = parallel.Devices.arrange(jax.devices()[:1], 'shard_map')
+    devices = take_devices(1)
     seen = []
     monkeypatch.setattr(cpu, 'options', lambda platform: seen.append(platform) or {'no': '1'})
     with pytest.raises(jax.errors.JaxRuntimeError, match='no'):
-        devices.map(lambda x: x, (parallel.WHOLE,))(jnp.zeros(3))
+        devices.map(lambda x: x, (parallel.REPLICATED,))(jnp.zeros(3))
     assert seen == ['cpu']

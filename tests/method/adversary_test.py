@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from conftest import tiny_cohort, tiny_config
 
+from afkd_jax.devices import arrays as arrays_lib
 from afkd_jax.method import adversary
 from afkd_jax.method import state as state_lib
 from afkd_jax.models import layers
@@ -26,7 +27,7 @@ def test_one_number_in_0_1_per_map(size):
     assert 0 < d_B.min() < d_B.max() < 1
     rest = (size + 1) // 2  # 3x3, stride 2, padding 1
     # conv 9 c^2, norm 2 c, conv over the rest to one channel with bias
-    assert state_lib.parameter_count(params) == 9 * 16 + 8 + rest * rest * 4 + 1
+    assert arrays_lib.scalar_count(params) == 9 * 16 + 8 + rest * rest * 4 + 1
 
 
 def test_discriminator_equals_numpy(x64):
@@ -90,7 +91,7 @@ def test_a_transfer_that_only_pools_has_no_parameters():
 def test_a_discriminator_keeps_no_running_statistics():
     state = state_lib.abstract(tiny_cohort(tiny_config()))
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
-    judges = [path for path in paths if path.startswith('.discriminators')]
-    assert any('BatchNorm_0' in path for path in judges)
-    assert not [path for path in judges if 'stats' in path or 'mean' in path]
+    discriminators = [path for path in paths if path.startswith('.discriminators')]
+    assert any('BatchNorm_0' in path for path in discriminators)
+    assert not [path for path in discriminators if 'stats' in path or 'mean' in path]
     assert [path for path in paths if 'batch_stats' in path]

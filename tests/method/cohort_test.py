@@ -4,10 +4,11 @@ import jax
 import pytest
 from conftest import tiny_cohort, tiny_config
 
+from afkd_jax.devices import arrays as arrays_lib
+from afkd_jax.config import Config
 from afkd_jax.errors import UserError
 from afkd_jax.method import cohort as cohort_lib
 from afkd_jax.method import state as state_lib
-from configs import default
 
 
 @pytest.mark.parametrize(
@@ -26,7 +27,7 @@ def test_a_transfer_layer_exists_exactly_where_shapes_differ(networks, shared, p
     cohort = tiny_cohort(tiny_config(networks, method=method))
     assert cohort.shared_map == shared
     layers = [network.params['transfer'] for network in state_lib.abstract(cohort).networks]
-    counts = [None if layer is None else state_lib.parameter_count(layer) for layer in layers]
+    counts = [None if layer is None else arrays_lib.scalar_count(layer) for layer in layers]
     assert tuple(counts) == parameters
 
 
@@ -37,7 +38,7 @@ def test_without_maps_to_learn_from_there_is_none():
 
 
 def test_the_issues_cohort_and_eight_networks():
-    config = default.get_config('resnet32,wrn-16-2,mobilenet_v2')
+    config = Config().replace(networks=('resnet32', 'wrn-16-2', 'mobilenet_v2'))
     cohort = cohort_lib.assemble(config, (32, 32, 3), 100, 50_000)
     assert cohort.map_shapes == ((8, 8, 64), (8, 8, 128), (4, 4, 1280))
     assert cohort.shared_map == (4, 4, 1280)
@@ -47,7 +48,7 @@ def test_the_issues_cohort_and_eight_networks():
     )
     cohort = tiny_cohort(config)
     assert len(state_lib.abstract(cohort).discriminators) == 8
-    assert [cohort.objective.ring.teacher_of(k) + 1 for k in range(8)] == [8, 3, 1, 2, 4, 7, 5, 6]
+    assert [cohort.ring.teacher_of(k) + 1 for k in range(8)] == [8, 3, 1, 2, 4, 7, 5, 6]
 
 
 def test_networks_of_one_name_start_from_different_seeds():
@@ -82,6 +83,6 @@ def test_images_too_small_for_a_discriminator_are_refused(networks, method, sent
 def test_networks_on_several_devices_stand_in_the_ring_as_listed():
     networks = ('tiny-4-2',) * 4
     cohort = tiny_cohort(tiny_config(networks, ring_order=(1, 2, 3, 4)), peers=2)
-    assert len(cohort.here.networks) == len(cohort.here.discriminators) == 2
+    assert len(cohort.local.networks) == len(cohort.local.discriminators) == 2
     with pytest.raises(UserError, match=r'config.ring_order: must be \(\) where config.mesh.peer'):
         tiny_cohort(tiny_config(networks, ring_order=(1, 3, 2, 4)), peers=2)

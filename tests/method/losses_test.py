@@ -63,11 +63,11 @@ def test_temperature_squared_keeps_the_scale_of_the_gradient(x64):
 
 def test_least_squares_terms_equal_numpy():
     own, teacher = np.random.default_rng(5).uniform(size=(2, 9))
-    np.testing.assert_allclose(losses.fool(own), (1 - own) ** 2, rtol=1e-6)
-    np.testing.assert_allclose(losses.discern(own, teacher), (1 - teacher) ** 2 + own**2, rtol=1e-6)
-    assert losses.fool(1.0) == 0
-    assert losses.discern(0.0, 1.0) == 0
-    assert losses.discern(1.0, 0.0) == 2
+    np.testing.assert_allclose(losses.generator_loss(own), (1 - own) ** 2, rtol=1e-6)
+    np.testing.assert_allclose(losses.discriminator_loss(own, teacher), (1 - teacher) ** 2 + own**2, rtol=1e-6)
+    assert losses.generator_loss(1.0) == 0
+    assert losses.discriminator_loss(0.0, 1.0) == 0
+    assert losses.discriminator_loss(1.0, 0.0) == 2
 
 
 @pytest.mark.parametrize('pupil', [0, 1, 2])
@@ -94,8 +94,8 @@ def test_the_ramp_rises_to_1_and_stays():
     np.testing.assert_allclose(values, np.exp([-5, -1.25, -0.05, 0, 0]), rtol=1e-6)
 
 
-def test_absolute_difference_equals_numpy(x64):
+def test_l1_equals_numpy(x64):
     own, teacher = np.random.default_rng(3).standard_normal((2, 3, 5, 4, 4, 6))
-    actual = losses.absolute_difference(own, teacher)
+    actual = losses.l1(own, teacher)
     np.testing.assert_allclose(actual, np.abs(own - teacher).mean((2, 3, 4)), rtol=1e-12)
-    assert np.abs(losses.absolute_difference(own, own)).max() == 0
+    assert np.abs(losses.l1(own, own)).max() == 0

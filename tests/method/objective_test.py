@@ -18,7 +18,7 @@ def objective(logits='nobody', maps='nothing', order=(0, 1, 2), **fields):
         'label_smoothing': 0.0,
         'kl_weight': 1.0,
         'kl_ramp_steps': 0,
-        'l1_weight': 1.0,
+        'map_weight': 1.0,
         'adversarial_weight': 1.0,
     }
     return Objective(Method(logits, maps), Ring(order), **defaults | fields)
@@ -74,7 +74,7 @@ def test_the_ramp_weighs_the_kl_alone(logits, x64):
 
 def test_the_gradient_of_l1_is_the_sign_over_the_number_of_elements(x64):
     maps = np.random.default_rng(1).standard_normal((3, 2, 4, 4, 5))
-    gradient, values = objective(maps='l1', l1_weight=0.5).of_maps(jnp.array(maps))
+    gradient, values = objective(maps='l1', map_weight=0.5).of_maps(jnp.array(maps))
     teachers = maps[[2, 0, 1]]
     np.testing.assert_allclose(gradient, 0.5 * np.sign(maps - teachers) / maps[0].size, rtol=1e-12)
     np.testing.assert_allclose(values['l1'], np.abs(maps - teachers).mean((1, 2, 3, 4)))
@@ -86,12 +86,12 @@ def test_adversarial_gradients_equal_the_formulas(x64):
     rng = np.random.default_rng(2)
     maps, weights = rng.standard_normal((3, 4, 2, 2, 3)), rng.standard_normal((3, 2, 2, 3))
 
-    def judge(w, m):
+    def discriminator(w, m):
         return jax.nn.sigmoid((w[None] * m).sum((1, 2, 3)))
 
     adversarial = objective(maps='adversarial', adversarial_weight=3.0)
     to_maps, to_judges, values = adversarial.of_adversaries(
-        [judge] * 3, list(jnp.array(weights)), jnp.array(maps)
+        [discriminator] * 3, list(jnp.array(weights)), jnp.array(maps)
     )
     for k in range(3):
         own, teacher, w = maps[k], maps[k - 1], weights[k]

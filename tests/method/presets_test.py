@@ -3,7 +3,7 @@
 import pytest
 
 from afkd_jax.errors import UserError
-from afkd_jax.method import presets as methods
+from afkd_jax.method import presets
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from afkd_jax import config as config_lib
 from afkd_jax.data import dataset as sources
 from afkd_jax.errors import UserError
-from configs import default
 
 MORE = os.environ.get('HYPOTHESIS_EXAMPLES')
 
@@ -97,7 +96,7 @@ def test_any_idx_files_are_read_or_refused_with_a_sentence(files, tmp_path_facto
     assert info.train >= 8
 
 
-FIELDS = sorted(config_lib.flatten(default.get_config()))
+FIELDS = sorted(config_lib.DEFAULTS)
 NAMES = st.one_of(
     st.sampled_from(FIELDS),
     st.sampled_from(

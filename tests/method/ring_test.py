@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import take_devices
 
 from afkd_jax.devices import mesh as parallel
-from afkd_jax.devices.mesh import WHOLE
+from afkd_jax.devices.mesh import REPLICATED
 from afkd_jax.method.ring import Ring
 
 
@@ -46,8 +47,8 @@ def test_an_order_of_its_own():
 @pytest.mark.parametrize('hops', [1, 2])
 def test_teacher_of_names_whom_the_roll_brings(order, hops):
     ring, networks = Ring(order), len(order)
-    rolled = ring.teachers(jnp.arange(networks), hops).tolist()
-    assert rolled == [ring.teacher_of(k, hops) for k in range(networks)]
+    roll_across_devices = ring.teachers(jnp.arange(networks), hops).tolist()
+    assert roll_across_devices == [ring.teacher_of(k, hops) for k in range(networks)]
 
 
 @pytest.mark.parametrize('order', [(0, 1, 2), (1, 0, 2)])
@@ -76,7 +77,7 @@ def unstable_from(teachers, momentum=0.9):
 
 
 def test_a_ring_of_three_is_far_less_stable_under_momentum_than_a_pair():
-    # The figures of README, "Why the ring of three falls behind".
+    # The figures of docs/results.md, "Rings of three networks".
     def ring(networks):
         return [[listed(networks).teacher_of(k)] for k in range(networks)]
 
@@ -93,7 +94,7 @@ def test_a_ring_of_three_is_far_less_stable_under_momentum_than_a_pair():
 @pytest.mark.parametrize(('networks', 'peers'), [(2, 2), (4, 2), (6, 3), (8, 8), (8, 4), (6, 2)])
 def test_a_ring_over_devices_is_the_roll(networks, peers):
     own_KxC = np.random.default_rng(0).standard_normal((networks, 3)).astype(np.float32)
-    devices, ring = parallel.Devices.take('shard_map', peers, peers), listed(networks)
+    devices, ring = take_devices(peers, 'shard_map', peers), listed(networks)
     over = dataclasses.replace(ring, peers=peers)
 
     def per_device(own_LxC):
@@ -102,8 +103,8 @@ def test_a_ring_over_devices_is_the_roll(networks, peers):
         values = over.gathered({'sum': own_LxC.sum(1), 'first': own_LxC[:, 0]})
         return moved, place_L, values, over.logsumexp(100 * own_LxC)
 
-    spread = parallel.SPREAD
-    mapped = devices.map(per_device, places=(spread,), out=(spread, spread, WHOLE, WHOLE))
+    spread = PEER_SHARDED
+    mapped = devices.map(per_device, specs=(spread,), out=(spread, spread, REPLICATED, REPLICATED))
     moved, place_K, values, largest_C = mapped(own_KxC)
     for hops, got in enumerate(moved, start=1):
         np.testing.assert_array_equal(got, ring.teachers(own_KxC, hops))

@@ -30,7 +30,7 @@ def prepared(monkeypatch, networks, devices=1, **fields):
 
 def outputs(run, state, transfer=True):
     """Returns (predictions, maps as they are compared, own maps, labels) of the test split."""
-    table, places = run.feed.table, run.info.places('test')
+    table, places = run.pipeline.table, run.info.places('test')
     rows = slice(places.start, places.stop)
     pixels = (np.asarray(table.pixels)[rows] / 255 - np.asarray(table.mean)) / np.asarray(table.std)
     pixels = pixels.astype(np.float32)
@@ -154,10 +154,10 @@ def test_the_order_of_the_test_images_does_not_matter(monkeypatch):
     _, _, own, labels = outputs(run, state)
     first = run.info.places('test').start
     order = np.concatenate([np.arange(first), first + np.argsort(labels, kind='stable')])
-    table = run.feed.table
+    table = run.pipeline.table
     table = table.replace(pixels=table.pixels[order], labels=table.labels[order])
-    feed = dataclasses.replace(run.feed, table=run.devices.replicate(table))
-    sorted_run = dataclasses.replace(run, feed=feed)
+    pipeline = dataclasses.replace(run.pipeline, table=run.devices.replicate(table))
+    sorted_run = dataclasses.replace(run, pipeline=pipeline)
     whole = expected_cka(own[0], own[1], 359)
     for each in (run, sorted_run):
         edge, _ = evaluate.Evaluator(each).edges(state.networks)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import (
+from conftest import (take_devices, 
     as_float64,
     initial_state,
     mapped_update,
@@ -17,11 +17,12 @@ from conftest import (
     tiny_config,
 )
 
+from afkd_jax.devices import arrays as arrays_lib
 from afkd_jax.data import augment
 from afkd_jax.devices import mesh as parallel
-from afkd_jax.devices.mesh import SPLIT, WHOLE
+from afkd_jax.devices.mesh import BATCH_SHARDED, REPLICATED
 from afkd_jax.method import metrics, optim
-from afkd_jax.method import presets as methods
+from afkd_jax.method import presets
 from afkd_jax.method import state as state_lib
 from afkd_jax.method import step as step_lib
 
@@ -116,19 +117,19 @@ def plain_step(cohort, logit_teachers, map_teachers, maps_learn, loss, memory, i
                 weight = loss['kl_weight'] * loss['temperature'] ** 2
                 total += weight * kl / len(logit_teachers[k])
             if maps_learn == 'l1':
-                total += loss['l1_weight'] * jnp.abs(mapped - teacher_map).mean()
+                total += loss['map_weight'] * jnp.abs(mapped - teacher_map).mean()
             return total
 
         def map_loss(moved, k=k, own=own, transferred=transferred):
             _, mapped = transferred({**own['params'], **moved})
             return (
                 loss['adversarial_weight']
-                * ((1 - plain_judge(cohort, k, own['judge'], mapped)) ** 2).mean()
+                * ((1 - plain_judge(cohort, k, own['discriminator'], mapped)) ** 2).mean()
             )
 
-        def judge_loss(judge, k=k, own_map=seen[k][1], teacher_map=teacher_map):
-            real = plain_judge(cohort, k, judge, teacher_map)
-            fake = plain_judge(cohort, k, judge, own_map)
+        def judge_loss(discriminator, k=k, own_map=seen[k][1], teacher_map=teacher_map):
+            real = plain_judge(cohort, k, discriminator, teacher_map)
+            fake = plain_judge(cohort, k, discriminator, own_map)
             return ((1 - real) ** 2).mean() + (fake**2).mean()
 
         new = {'stats': seen[k][2], 'transfer_stats': seen[k][3]}
@@ -150,9 +151,9 @@ def plain_step(cohort, logit_teachers, map_teachers, maps_learn, loss, memory, i
                 gradient, moved, own['m'], own['v'], t, loss['feature_rate']
             )
             params = {**params, **moved}
-            new['judge'], new['jm'], new['jv'] = plain_adam(
-                jax.grad(judge_loss)(own['judge']),
-                own['judge'],
+            new['discriminator'], new['jm'], new['jv'] = plain_adam(
+                jax.grad(judge_loss)(own['discriminator']),
+                own['discriminator'],
                 own['jm'],
                 own['jv'],
                 t,
@@ -177,9 +178,9 @@ def as_memory(state):
             },
         }
         if state.discriminators:
-            judge, adam = state.discriminators[k], network.opt['feature'][1]
-            entry |= {'judge': judge.params, 'm': adam.mu, 'v': adam.nu}
-            entry |= {'jm': judge.opt[1].mu, 'jv': judge.opt[1].nu}
+            discriminator, adam = state.discriminators[k], network.opt['feature'][1]
+            entry |= {'discriminator': discriminator.params, 'm': adam.mu, 'v': adam.nu}
+            entry |= {'jm': discriminator.opt[1].mu, 'jv': discriminator.opt[1].nu}
         memory.append(entry)
     return memory
 
@@ -220,7 +221,7 @@ def test_two_steps_equal_an_independent_derivation(
     )
     state = as_float64(initial_state(config))
     memory = as_memory(state)
-    devices = parallel.Devices.take('shard_map', 1)
+    devices = take_devices(1)
     update = mapped_update(config, devices)
     cohort = tiny_cohort(config)
     plain = jax.jit(
@@ -236,7 +237,7 @@ def test_two_steps_equal_an_independent_derivation(
         loss = {
             'temperature': 2.5,
             'kl_weight': 0.7 * np.exp(-5 * (1 - (t - 1) / 4) ** 2),
-            'l1_weight': 0.3,
+            'map_weight': 0.3,
             'adversarial_weight': 2.0,
             'smoothing': 0.1,
             'logit_rate': 0.1 * shrink,
@@ -253,8 +254,8 @@ def test_two_steps_equal_an_independent_derivation(
 def states_by_turns(method):
     """Returns a mixed pair's states when the optimizers move in turn, one in each step."""
     config = tiny_config(MIXED, batch_size=BATCH, method=method)
-    devices = parallel.Devices.take('shard_map', 1)
-    cohort = tiny_cohort(config, parallel.DATA)
+    devices = take_devices(1)
+    cohort = tiny_cohort(config, DATA)
     optimizers = cohort.optimizers
     for turn, (name, rule) in enumerate(optimizers.used().items()):
         rule = dataclasses.replace(
@@ -266,7 +267,7 @@ def states_by_turns(method):
     def one_step(state, images, labels):
         return step_lib.update(cohort, state, images, labels, jax.random.key(0))[0]
 
-    update = devices.map(one_step, (WHOLE, SPLIT, SPLIT))
+    update = devices.map(one_step, (REPLICATED, BATCH_SHARDED, BATCH_SHARDED))
     states = [initial_state(config)]
     batch = [devices.split(part) for part in random_batch(BATCH)]
     for _ in optimizers.used():
@@ -301,8 +302,8 @@ def test_each_optimizer_moves_its_own_parts_and_no_others(method, turn, movers):
         old, new = before.networks[k].params, after.networks[k].params
         actual = {name: moved(old[name], new[name]) for name in old if old[name] is not None}
         if before.discriminators:
-            judges = (state.discriminators[k].params for state in (before, after))
-            actual['discriminator'] = moved(*judges)
+            discriminators = (state.discriminators[k].params for state in (before, after))
+            actual['discriminator'] = moved(*discriminators)
         assert {name for name, has_moved in actual.items() if has_moved} == movers & actual.keys()
 
 
@@ -331,11 +332,11 @@ PARTS = {
 @pytest.mark.parametrize('networks', [MIXED, TRIPLE])
 @pytest.mark.parametrize('method', methods.PRESETS)
 def test_what_a_method_does_not_use_does_not_exist(method, networks):
-    optimizers, has_transfers, judges, losses = PARTS[method]
+    optimizers, has_transfers, discriminators, losses = PARTS[method]
     config = tiny_config(networks, method=method, batch_size=BATCH)
-    devices = parallel.Devices.take('shard_map', 1)
+    devices = take_devices(1)
     state = initial_state(config)
-    assert len(state.discriminators) == judges * len(networks)
+    assert len(state.discriminators) == discriminators * len(networks)
     for network in state.networks:
         assert set(network.opt) == optimizers
         assert set(network.params) == {'trunk', 'head', 'transfer'}
@@ -344,7 +345,7 @@ def test_what_a_method_does_not_use_does_not_exist(method, networks):
 
     batch = (devices.split(part) for part in random_batch(BATCH))
     after, values = mapped_update(config, devices)(devices.replicate(state), *batch)
-    used = optimizers | ({'discriminator'} if judges else set())
+    used = optimizers | ({'discriminator'} if discriminators else set())
     assert set(values) == losses | {'accuracy'} | {
         f'{kind}_{name}' for kind in ('grad_norm', 'learning_rate') for name in used
     }
@@ -359,7 +360,7 @@ def test_what_a_method_does_not_use_does_not_exist(method, networks):
 def test_eight_networks_take_a_step():
     networks = tuple(f'tiny-{4 + k % 3}-2' for k in range(8))
     config = tiny_config(networks, ring_order=(8, 1, 3, 2, 4, 5, 7, 6), batch_size=BATCH)
-    devices, state = parallel.Devices.take('shard_map', 1), initial_state(config)
+    devices, state = take_devices(1), initial_state(config)
     batch = (devices.split(part) for part in random_batch(BATCH))
     after, values = mapped_update(config, devices)(devices.replicate(state), *batch)
     assert all(np.isfinite(value).all() for value in values.values())
@@ -370,21 +371,21 @@ def test_eight_networks_take_a_step():
 
 
 def test_for_a_pair_learning_from_all_is_learning_from_the_ring():
-    devices = parallel.Devices.take('shard_map', 1)
+    devices = take_devices(1)
     states = []
     for method in ('dml', 'kd_ring'):
         config = tiny_config(MIXED, method=method, batch_size=BATCH)
         state = devices.replicate(initial_state(config))
         batch = (devices.split(part) for part in random_batch(BATCH))
         states.append(mapped_update(config, devices)(state, *batch)[0])
-    assert state_lib.fingerprint(states[0]) == state_lib.fingerprint(states[1])
+    assert arrays_lib.fingerprint(states[0]) == arrays_lib.fingerprint(states[1])
 
 
 def test_vanilla_costs_what_the_networks_cost_alone():
     # Counted by XLA: K steps of value_and_grad and SGD, one network each, against one of ours.
     config = tiny_config(('resnet8', 'resnet8'), method='vanilla', batch_size=BATCH)
     cohort, state = tiny_cohort(config), initial_state(config)
-    devices = parallel.Devices.take('shard_map', 1)
+    devices = take_devices(1)
     images, labels = random_batch(BATCH)
 
     def plain(params, stats, velocity, images, labels):
@@ -411,7 +412,7 @@ def test_vanilla_costs_what_the_networks_cost_alone():
 
 def test_learning_alone_does_not_see_the_other_network():
     config = tiny_config(method='vanilla', batch_size=BATCH)
-    devices = parallel.Devices.take('shard_map', 1)
+    devices = take_devices(1)
     update = mapped_update(config, devices)
     state = initial_state(config)
     other = state.replace(networks=(state.networks[0], initial_state(config, 7).networks[1]))
@@ -423,16 +424,16 @@ def test_learning_alone_does_not_see_the_other_network():
 
 
 def test_dropout_differs_between_networks_and_steps():
-    # Two equal networks on one batch: only their dropout can tell them apart.
+    # Two equal networks on one batch: only their dropout can log them apart.
     config = tiny_config(('tiny-8-2-drop', 'tiny-8-2-drop'), method='vanilla', batch_size=BATCH)
-    cohort, state = tiny_cohort(config, parallel.DATA), initial_state(config)
+    cohort, state = tiny_cohort(config, DATA), initial_state(config)
     state = state.replace(networks=(state.networks[0],) * 2)
-    devices = parallel.Devices.take('shard_map', 1)
+    devices = take_devices(1)
 
     def update(state, images, labels, key):
         return step_lib.update(cohort, state, images, labels, key)[1]['cross_entropy']
 
-    mapped = devices.map(update, (WHOLE, SPLIT, SPLIT, WHOLE))
+    mapped = devices.map(update, (REPLICATED, BATCH_SHARDED, BATCH_SHARDED, REPLICATED))
     batch = [devices.split(part) for part in random_batch(BATCH)]
     entropies = [
         float(entropy)
@@ -448,16 +449,16 @@ def test_dropout_differs_between_networks_and_steps():
 def test_the_same_images_are_varied_anew_in_every_step(pad, flip, differs):
     # At learning rate 0 a batch's cross-entropy changes only with how its images are varied.
     config = tiny_config(method='vanilla', batch_size=BATCH)
-    cohort = tiny_cohort(config, parallel.DATA)
+    cohort = tiny_cohort(config, DATA)
     still = dataclasses.replace(cohort.optimizers.logit, schedule=lambda step: jnp.float32(0))
     cohort = dataclasses.replace(cohort, optimizers=optim.Optimizers(still, None, None))
-    devices = parallel.Devices.take('shard_map', 1)
+    devices = take_devices(1)
     step = devices.map(
-        functools.partial(step_lib.train_step, cohort, augment.Recipe(pad, flip)),
-        places=(WHOLE, WHOLE, WHOLE, SPLIT, WHOLE),
+        functools.partial(step_lib.train_step, cohort, augment.Augmentation(pad, flip)),
+        specs=(REPLICATED, REPLICATED, REPLICATED, BATCH_SHARDED, REPLICATED),
     )
     pixels = np.random.default_rng(0).integers(0, 256, (BATCH, 8, 8, 1), np.uint8)
-    table = augment.Table(
+    table = augment.DeviceImages(
         pixels=pixels, labels=random_batch(BATCH)[1], mean=np.float32([0.5]), std=np.float32([0.3])
     )
     state, zeros, table, key = devices.replicate(

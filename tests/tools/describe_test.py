@@ -6,13 +6,12 @@ import pytest
 from conftest import tiny_config
 
 from afkd_jax import models
+from afkd_jax.config import Config
 from afkd_jax.tools import describe
-from configs import default
 
 
 def test_the_papers_experiment_is_described_without_data(tmp_path):
-    config = default.get_config()
-    config.data.data_dir = str(tmp_path)
+    config = Config().replace(**{'data.data_dir': str(tmp_path)})
     facts = describe.describe(config)
     assert facts['image_shape'] == [32, 32, 3]
     assert facts['images'] == {'train': 50_000, 'validation': 0, 'test': 10_000}
@@ -78,8 +77,7 @@ def test_dml_learns_from_all_the_others():
 
 @pytest.mark.parametrize('name', models.NAMES)
 def test_every_registered_network_is_described(name, tmp_path):
-    config = default.get_config(f'{name},resnet8')
-    config.data.data_dir = str(tmp_path)
+    config = Config().replace(networks=(name, 'resnet8'), **{'data.data_dir': str(tmp_path)})
     first, second = describe.describe(config)['networks']
     assert first['name'] == name
     assert first['stem'].startswith('conv 3x3')

@@ -7,7 +7,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from conftest import tiny_config
+from conftest import take_devices, tiny_config
 
 from afkd_jax.data import dataset as sources
 from afkd_jax.devices import mesh as parallel
@@ -32,13 +32,13 @@ def test_the_bytes_of_a_small_state_are_those_counted_by_hand(monkeypatch, peers
     # Images of digits are 8x8x1, maps 4x4x8.
     trunk = 3 * 3 * 1 * 8 + 2 * 8  # convolution, norm
     head = 8 * 10 + 10
-    judge = 3 * 3 * 8 * 8 + 2 * 8 + 2 * 2 * 8 + 1  # convolution, norm, convolution over 2x2
+    discriminator = 3 * 3 * 8 * 8 + 2 * 8 + 2 * 2 * 8 + 1  # convolution, norm, convolution over 2x2
     parts = result['bytes_per_device']
     networks = 2 // peers
-    assert parts['parameters'] == networks * 4 * (trunk + head + judge)
+    assert parts['parameters'] == networks * 4 * (trunk + head + discriminator)
     assert parts['batch_statistics'] == networks * 4 * 2 * 8
     # Momentum of trunk and head; both moments and a count of Adam, of trunk and of discriminator.
-    adam = 2 * (trunk + judge) + 2
+    adam = 2 * (trunk + discriminator) + 2
     assert parts['optimizer_states'] == networks * 4 * (trunk + head + adam)
     whole = (parts['images_and_other_arguments'], parts['temporaries'], parts['program'])
     rest = sum(parts[name] for name in ('parameters', 'batch_statistics', 'optimizer_states'))
@@ -113,7 +113,7 @@ def test_the_largest_batch_is_found(monkeypatch):
             assert batch_size % 4 == 0
             return batch_size <= self.limit
 
-    devices = parallel.Devices.take('shard_map', 4)
+    devices = take_devices(4)
     for limit in (3, 4, 63, 100, 511, 512, 700, 10**9):
         asked.clear()
         found = Limited(it.config, it.info, devices, limit).largest_batch(lambda words: None)

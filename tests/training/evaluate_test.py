@@ -29,7 +29,7 @@ def plain(networks=PAIR):
     run = run_lib.prepare(tiny_config(networks))
     state = jax.device_get(run.initial_state())
     places = run.info.places('test')
-    table = jax.device_get(run.feed.table)
+    table = jax.device_get(run.pipeline.table)
     pixels = table.pixels[places.start : places.stop] / 255
     pixels = ((pixels - table.mean) / table.std).astype(np.float32)
     labels = table.labels[places.start : places.stop]
@@ -60,14 +60,14 @@ def test_what_fills_up_the_last_batch_is_not_counted(one_device):
     # would give more than 100 %.
     run = run_lib.prepare(tiny_config(eval_batch_size=512))
     networks = run.initial_state().networks
-    every = np.arange(run.feed.table.labels.size)
-    images, _ = augment.evaluation_batch(run.feed.table, every)
+    every = np.arange(run.pipeline.table.labels.size)
+    images, _ = augment.evaluation_batch(run.pipeline.table, every)
     logits, _ = jax.jit(functools.partial(run.cohort.networks[0].apply, train=False))(
         networks[0].variables(), images
     )
     labels = run.devices.replicate(logits.argmax(1).astype(np.int32))
-    feed = dataclasses.replace(run.feed, table=run.feed.table.replace(labels=labels))
-    scores = evaluate.Evaluator(dataclasses.replace(run, feed=feed))(networks, 'test')
+    pipeline = dataclasses.replace(run.pipeline, table=run.pipeline.table.replace(labels=labels))
+    scores = evaluate.Evaluator(dataclasses.replace(run, pipeline=pipeline))(networks, 'test')
     assert scores.accuracy[0] == 100.0
 
 
@@ -127,7 +127,7 @@ def test_by_class_the_images_and_the_accuracy_add_up(one_device):
     found = summary.classes(run.cohort, scores)
     json.dumps(found)
     places = run.info.places('test')
-    labels = np.asarray(run.feed.table.labels)[places.start : places.stop]
+    labels = np.asarray(run.pipeline.table.labels)[places.start : places.stop]
     assert found['images'] == np.bincount(labels, minlength=10).tolist()
     for entry, accuracy in zip(
         [*found['networks'], found['ensemble']], scores.accuracy, strict=True

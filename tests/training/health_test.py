@@ -11,7 +11,7 @@ from afkd_jax.checkpoints.progress import Progress
 from afkd_jax.data import order as batches
 from afkd_jax.errors import UserError
 from afkd_jax.method import metrics
-from afkd_jax.training.health import Watch
+from afkd_jax.training.health import Health
 
 
 class Ear:
@@ -29,7 +29,7 @@ def watching(folder, **fields):
         order=batches.Order(seed=0, examples=64, batch_size=16),
     )
     progress, ear = Progress.start(2), Ear()
-    return Watch(run, folder, progress, ear), progress, ear.heard
+    return Health(run, folder, progress, ear), progress, ear.heard
 
 
 SHAPES = {

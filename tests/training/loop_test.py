@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 from conftest import tiny_config
 
+from afkd_jax.devices import arrays as arrays_lib
 from afkd_jax.checkpoints import store as checkpoints
 from afkd_jax.data import dataset as sources
 from afkd_jax.data import order as batches
@@ -153,7 +154,7 @@ def test_the_seed_gives_the_weights_and_the_augmentation():
     states, draws = set(), set()
     for seed in (0, 1):
         run = run_lib.prepare(short_config(seed=seed))
-        states.add(state_lib.fingerprint(run.initial_state()))
+        states.add(arrays_lib.fingerprint(run.initial_state()))
         draws |= {int(jax.random.bits(key)) for key in (run.init_key, run.step_key)}
     assert len(states) == 2
     assert len(draws) == 4
@@ -210,8 +211,8 @@ def test_stopped_and_resumed_is_the_uninterrupted_run(
 @pytest.fixture(scope='module')
 def every_step(tmp_path_factory):
     """Returns (config, workdir) of the same run with a checkpoint of every step."""
-    workdir, config = tmp_path_factory.mktemp('every'), short_config()
-    config.checkpoint.every_steps, config.checkpoint.keep = 1, 100
+    workdir = tmp_path_factory.mktemp('every')
+    config = short_config(checkpoint__every_steps=1, checkpoint__keep=100)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parallel, 'available', lambda: jax.devices()[:1])
         fit(config, workdir)
@@ -436,7 +437,7 @@ def test_a_skipped_step_leaves_nothing_but_its_count(tmp_path, monkeypatch, caps
     # Found before the checkpoint of step 3 was written, long before the log line of step 4.
     assert {path.name for path in (tmp_path / 'stop/checkpoints').iterdir()} == {'0', '1', '2'}
 
-    config.on_nonfinite = 'skip'
+    config = config.replace(on_nonfinite='skip')
     continued = fit(config, tmp_path / 'stop')
     summary = fit(config, tmp_path / 'skip')
     assert continued['fingerprint'] == summary['fingerprint']
@@ -449,7 +450,7 @@ def test_a_skipped_step_leaves_nothing_but_its_count(tmp_path, monkeypatch, caps
     run = run_lib.prepare(config)
     with checkpoints.Checkpoints(tmp_path / 'skip', run.origin()) as kept:
         states = [kept.restore(run.abstract(), step).point.state for step in (2, 3, 4)]
-    fingerprints = [state_lib.fingerprint(state.replace(step=0)) for state in states]
+    fingerprints = [arrays_lib.fingerprint(state.replace(step=0)) for state in states]
     assert fingerprints[0] == fingerprints[1] != fingerprints[2]
     assert [int(state.step) for state in states] == [2, 3, 4]
 

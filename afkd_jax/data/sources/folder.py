@@ -1,20 +1,20 @@
 """Image files in folders, as ImageNet is commonly unpacked.
 
-DIR/train/<class>/... and one of DIR/test, DIR/val, DIR/validation, likewise: the first of these
-that has class folders. Every file below a class folder whose name ends like an image's is one, at
-any depth; hidden files and folders are passed over, and links to folders below a class folder.
-Classes are numbered in the order of their names, compared as bytes, and so are the images of a
-split.
+DIR/train/<class>/... and the first of DIR/test, DIR/val, DIR/validation that has class folders.
+Every file below a class folder, at any depth, with the extension of an image counts. Hidden files
+and folders are skipped, and links to folders below a class folder. Classes and images are numbered
+in the order of their names, compared as bytes.
 """
 
-import hashlib
 import os
 import pathlib
 
 import numpy as np
 from PIL import Image
 
-from afkd_jax.data.examples import Examples
+from afkd_jax.config import Config
+from afkd_jax.data.examples import Examples, digest
+from afkd_jax.data.sources import Source
 from afkd_jax.errors import UserError
 
 _ENDINGS = (b'.jpg', b'.jpeg', b'.png', b'.webp', b'.bmp', b'.gif', b'.tif', b'.tiff')
@@ -22,19 +22,19 @@ _TEST_NAMES = ('test', 'val', 'validation')
 
 
 def _folders(folder: pathlib.Path) -> list[bytes]:
-    """Returns the names of the folders in a folder, in order, without hidden ones."""
+    """Returns the names of the folders in a folder, sorted, without hidden ones."""
     with os.scandir(os.fsencode(folder)) as entries:
         return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith(b'.'))
 
 
-def _refuse(error: OSError) -> None:
+def _raise(error: OSError) -> None:
     raise error
 
 
 def _files(folder: bytes) -> list[bytes]:
-    """Returns the images below a folder, as paths relative to it, in order."""
+    """Returns the image files below a folder, as paths relative to it, sorted."""
     found = []
-    for where, folders, names in os.walk(folder, onerror=_refuse):
+    for where, folders, names in os.walk(folder, onerror=_raise):
         folders[:] = [name for name in folders if not name.startswith(b'.')]
         found += [
             os.path.relpath(os.path.join(where, name), folder)
@@ -45,19 +45,14 @@ def _files(folder: bytes) -> list[bytes]:
 
 
 class _Files(Examples):
-    """The image files of one split.
-
-    Args:
-      root: of the split.
-      labels: of its class folders.
-    """
+    """The image files below the class folders (name -> label) of one split."""
 
     def __init__(self, root: pathlib.Path, labels: dict[bytes, int]):
         self._root, self._folders = os.fsencode(root), list(labels)
         files = [_files(os.path.join(self._root, name)) for name in labels]
         self._folder = np.repeat(np.arange(len(files)), [len(names) for names in files])
         self._labels = np.array([*labels.values()], np.int32)[self._folder]
-        # One array and no list: a million names are 50 MB, which every worker is sent.
+        # An array instead of a list: a million names are 50 MB, sent to every worker process.
         self._files = np.array([name for names in files for name in names], 'S')
 
     def __len__(self) -> int:
@@ -72,7 +67,7 @@ class _Files(Examples):
             return file.read(), int(self._labels[index])
 
     def read_labels(self) -> np.ndarray:
-        """Returns the labels, known from the names alone."""
+        """Returns the labels, which are known from the folders."""
         return self._labels
 
     def name(self, index: int) -> str:
@@ -80,11 +75,9 @@ class _Files(Examples):
         return os.fsdecode(self._path(index))
 
     def fingerprint(self) -> str:
-        """Returns a hash of all names and labels, not of what the files hold."""
-        digest = hashlib.sha256(repr((self._folders, self._files.dtype.str)).encode())
-        for array in (self._files, self._folder, self._labels):
-            digest.update(np.ascontiguousarray(array).view(np.uint8))
-        return digest.hexdigest()
+        """Returns a hash of all names and labels, not of the files' content."""
+        description = self._folders, self._files.dtype.str
+        return digest(description, self._files, self._folder, self._labels)
 
     def first_shape(self) -> tuple[int, int, int]:
         """Returns (height, width, channels) of the first image."""
@@ -94,22 +87,20 @@ class _Files(Examples):
                 return height, width, 1 if file.mode in ('1', 'L', 'LA') else 3
         except Exception as error:  # of a broken file Pillow raises whatever its decoders do
             raise UserError(
-                f'config.dataset: {self.name(0)} is no image ({error}); mend or remove it'
+                f'config.dataset: {self.name(0)} is no image ({error}); repair or remove it'
             ) from error
 
 
-def examples(directory: str, resized: bool) -> tuple[Examples, Examples, int]:
-    """Returns the images of train and of test, and the number of classes.
+def source(config: Config, argument: str) -> Source:
+    """Returns the image files below the directory `argument`; classes are named by folder.
 
-    Args:
-      directory: holds the folders of the splits.
-      resized: whether all will be resized to one size; then they are seen in colour, whatever the
-        first one is. Otherwise its size and colours are those of all.
+    With config.data.image_size all images are decoded as RGB; else the first training image
+    determines size and channels.
 
     Raises:
       UserError: a folder is missing or empty, or the classes of the splits differ.
     """
-    root = pathlib.Path(directory).expanduser()
+    root = pathlib.Path(argument).expanduser()
     expected = f'{root}/train/CLASS/... and {root}/val/CLASS/... are expected'
     if not (root / 'train').is_dir():
         raise UserError(f'config.dataset: there is no directory {root / "train"}; {expected}')
@@ -120,21 +111,21 @@ def examples(directory: str, resized: bool) -> tuple[Examples, Examples, int]:
             f'are {len(classes)}; {expected}'
         )
     for name in _TEST_NAMES:
-        if (root / name).is_dir() and (there := _folders(root / name)):
+        if (root / name).is_dir() and (tested := _folders(root / name)):
             break
     else:
         raise UserError(
             f'config.dataset: none of {", ".join(_TEST_NAMES)} in {root} has class folders; '
             f'{expected}'
         )
-    if unknown := [os.fsdecode(folder) for folder in there if folder not in {*classes}]:
+    if unknown := [os.fsdecode(folder) for folder in tested if folder not in {*classes}]:
         raise UserError(
-            f'config.dataset: {root / name} has the class {unknown[0]!r}, which {root / "train"} '
-            'has not; the classes must be the same'
+            f'config.dataset: {root / name} has the class {unknown[0]!r}, which is not in '
+            f'{root / "train"}; the classes must be the same'
         )
     labels = {folder: label for label, folder in enumerate(classes)}
     train = _Files(root / 'train', labels)
-    test = _Files(root / name, {folder: labels[folder] for folder in there})
+    test = _Files(root / name, {folder: labels[folder] for folder in tested})
     for split, folder in ((train, 'train'), (test, name)):
         if not len(split):
             raise UserError(
@@ -147,6 +138,6 @@ def examples(directory: str, resized: bool) -> tuple[Examples, Examples, int]:
             f'config.dataset: there are no image files below {root / "train" / folder}; every '
             'class needs some'
         )
-    shape = (None, None, 3) if resized else train.first_shape()
+    shape = (None, None, 3) if config.data.image_size else train.first_shape()
     train.image_shape = test.image_shape = shape
-    return train, test, len(classes)
+    return Source(train, test, tuple(name.decode(errors='backslashreplace') for name in classes))

@@ -1,0 +1,33 @@
+"""Files that are written whole or not at all, and what is set aside instead of deleted."""
+
+import json
+import os
+import pathlib
+from typing import Any
+
+
+def write_atomic(path: pathlib.Path, content: bytes) -> None:
+    """Writes the file whole or not at all, even when the machine loses power."""
+    temporary = path.with_name(path.name + '.tmp')
+    with temporary.open('wb') as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes the file whole or not at all, as indented JSON."""
+    write_atomic(path, (json.dumps(value, indent=2, allow_nan=False) + '\n').encode())
+
+
+def set_aside(workdir: pathlib.Path, path: pathlib.Path) -> pathlib.Path:
+    """Moves what the run cannot use, but nobody may lose, to workdir/set_aside; returns where."""
+    target = workdir / 'set_aside' / path.relative_to(workdir)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    free, count = target, 1
+    while free.exists():
+        count += 1
+        free = target.with_name(f'{target.name}.{count}')
+    path.rename(free)
+    return free

@@ -1,0 +1,54 @@
+"""Memory: how much a device has, and how much a compiled step needs."""
+
+import contextlib
+import dataclasses
+import os
+from typing import Any
+
+import jax
+
+# Bytes of one device where the runtime does not report them: per chip from v4 on, per core before.
+_TPU_BYTES = {
+    'TPU v2': 8 * 2**30,
+    'TPU v3': 16 * 2**30,
+    'TPU v4': 32 * 2**30,
+    'TPU v5 lite': 16 * 2**30,
+    'TPU v5': 95 * 2**30,
+    'TPU v6 lite': 32 * 2**30,
+}
+
+
+def device_bytes(device: Any) -> int | None:
+    """Returns the bytes of a device's memory; None if unknown. CPU devices share the machine's."""
+    if device.platform == 'cpu':
+        return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    with contextlib.suppress(Exception):  # an absent device (a topology) has no statistics
+        return device.memory_stats()['bytes_limit']
+    return _TPU_BYTES.get(device.device_kind)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepBytes:
+    """The bytes that a compiled step needs on one device; outputs exclude donated arguments."""
+
+    arguments: int
+    outputs: int
+    temporaries: int
+    program: int
+
+    @classmethod
+    def of(cls, step: jax.stages.Compiled) -> 'StepBytes':
+        """Returns the compiler's own analysis."""
+        memory = step.memory_analysis()
+        assert memory is not None  # every backend of ours reports it
+        return cls(
+            memory.argument_size_in_bytes,
+            memory.output_size_in_bytes - memory.alias_size_in_bytes,
+            memory.temp_size_in_bytes,
+            memory.generated_code_size_in_bytes,
+        )
+
+    @property
+    def total(self) -> int:
+        """The sum of all parts."""
+        return self.arguments + self.outputs + self.temporaries + self.program

@@ -1,0 +1,109 @@
+"""The session: what a process holds while it trains in a workdir."""
+
+import contextlib
+import dataclasses
+import pathlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from afkd_jax.checkpoints import workdir as workdir_lib
+from afkd_jax.checkpoints.store import Checkpoints, Snapshot
+from afkd_jax.devices import processes
+from afkd_jax.devices.signals import Interrupt
+from afkd_jax.report.console import log
+from afkd_jax.report.jsonl import JsonLines
+from afkd_jax.report.terminal import Terminal
+from afkd_jax.report.trackers import Header, Tracker, Trackers
+from afkd_jax.report.versions import versions
+from afkd_jax.training import resume
+from afkd_jax.training.evaluate import Evaluator
+from afkd_jax.training.run import Run
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """A run that is ready to train.
+
+    Attributes:
+      snapshot: from which it starts; its progress is updated while it trains.
+      train_step: compiled, see Run.compiled_step.
+      compile_s: seconds to compile the training and the evaluation step.
+      check_held: raises if the workdir's lock was lost.
+      started: time.perf_counter() at which the run would have started without interruptions.
+    """
+
+    run: Run
+    workdir: pathlib.Path
+    checkpoints: Checkpoints
+    snapshot: Snapshot
+    train_step: Callable[..., Any]
+    evaluator: Evaluator
+    compile_s: float
+    tracker: Tracker
+    check_held: Callable[[], None]
+    interrupt: Interrupt
+    started: float
+
+    @property
+    def last_step(self) -> int:
+        """The number of steps of the whole run."""
+        return self.run.order.end_of(self.run.config.epochs)
+
+
+@contextlib.contextmanager
+def opened(
+    run: Run, workdir: pathlib.Path, step: int | None, interrupt: Interrupt, started: float
+) -> Iterator[Session]:
+    """Claims the workdir, restores or initialises the state, compiles, and opens the trackers.
+
+    Args:
+      run: what is trained.
+      workdir: of the run.
+      step: of the checkpoint to resume from; None for the newest.
+      interrupt: entered.
+      started: time.perf_counter() at the start of this process.
+
+    Raises:
+      UserError: the workdir or its checkpoints cannot be used.
+    """
+    primary, config = processes.is_primary(), run.config
+    last_step = run.order.end_of(config.epochs)
+    with contextlib.ExitStack() as stack:
+        claim = workdir_lib.claimed(workdir, config, log) if primary else None
+        check_held = processes.raise_on_all(
+            lambda: stack.enter_context(claim) if claim else lambda: None
+        )
+        processes.raise_on_all(lambda: workdir_lib.check_shared(workdir))
+        metadata = {'versions': versions(), 'devices': run.devices.name}
+        checkpoints = stack.enter_context(
+            Checkpoints(workdir, run.origin(), metadata, config.checkpoint.keep, check_held)
+        )
+        snapshot = resume.restore_or_init(run, workdir, checkpoints, metadata, step)
+        first_step, progress = int(snapshot.state.step), snapshot.progress
+        log(
+            f'{workdir}: {len(run.cohort.names)} networks, {last_step} steps, on '
+            f'{run.devices.name}; compiling'
+        )
+        begin = time.perf_counter()
+        train_step, evaluator = run.compiled_step(), Evaluator(run)
+        compile_s = time.perf_counter() - begin
+        trackers: list[Tracker] = [Terminal(first_step, last_step, config.epochs)]
+        if primary:
+            names, evaluated = run.cohort.names, progress.evaluated
+            trackers.insert(0, JsonLines(workdir, names, first_step, evaluated))
+        tracker = stack.enter_context(Trackers(trackers))
+        tracker.header(Header(first_step, config, run.devices.name))
+        yield Session(
+            run,
+            workdir,
+            checkpoints,
+            snapshot,
+            train_step,
+            evaluator,
+            compile_s,
+            tracker,
+            check_held,
+            interrupt,
+            started - progress.wall_s,
+        )

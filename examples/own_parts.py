@@ -1,0 +1,80 @@
+"""A network, a loss between maps and a set of images of your own, in one config file.
+
+Command: python launch.py --config examples/own_parts.py
+
+docs/extending.md explains each part. Nothing in the package changes: the decorators register each
+part under the name by which the config selects it.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+import afkd_jax
+from afkd_jax import Config, Images, Source, default_config
+from afkd_jax.models.layers import Conv, Layers, Norm
+
+
+class Plain(nn.Module):
+    """The trunk: two 3x3 convolutions, each with a norm and a ReLU; the second halves the size."""
+
+    conv: Conv
+    norm: Norm
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
+        """Returns the feature map after its activation, [B, H / 2, W / 2, 32]."""
+        x = images
+        for channels, stride in ((16, 1), (32, 2)):
+            x = self.conv(channels, (3, 3), stride, padding=1)(x)
+            x = nn.relu(self.norm(use_running_average=not train)(x))
+        return x
+
+
+@afkd_jax.register_network('plain')
+def plain(name: str, layers: Layers, large: bool) -> nn.Module:
+    """Returns the trunk; `large` is whether the images have sides of at least 96 pixels."""
+    return Plain(layers.conv, layers.norm)
+
+
+@afkd_jax.register_map_loss('cosine')
+def cosine(maps: jax.Array, teacher_maps: jax.Array) -> jax.Array:
+    """Returns 1 - cosine similarity of whole maps: [..., B, H, W, C] twice -> [..., B]."""
+    axes = (-3, -2, -1)
+    product = jnp.sum(maps * teacher_maps, axes)
+    squares = jnp.sum(maps**2, axes) * jnp.sum(teacher_maps**2, axes)
+    return 1 - product * jax.lax.rsqrt(squares + 1e-6)
+
+
+@afkd_jax.register_source('stripes:')
+def stripes(config: Config, argument: str) -> Source:
+    """Returns noisy images of horizontal, vertical and diagonal stripes; `argument` is the side."""
+    side, rng = int(argument), np.random.default_rng(0)
+    rows, columns = np.mgrid[:side, :side]
+    patterns = np.stack([rows, columns, rows + columns]) // 2 % 2  # [class, H, W] of 0 and 1
+
+    def draw(count: int) -> Images:
+        labels = rng.integers(0, len(patterns), count).astype(np.int32)
+        noise = rng.normal(0, 60, (count, side, side))
+        pixels = np.clip(60 + 120 * patterns[labels] + noise, 0, 255).astype(np.uint8)
+        return Images(pixels[..., None], labels)
+
+    classes = ('horizontal', 'vertical', 'diagonal')
+    return Source(train=draw(600), test=draw(150), classes=classes)
+
+
+def get_config(networks: str = 'plain,resnet8') -> ConfigDict:
+    """Returns the config of the example."""
+    config = default_config(networks)
+    config.dataset = 'stripes:16'
+    config.method = 'ring+cosine'
+    config.loss.map_weight = 0.1
+    config.epochs = 5
+    config.batch_size = 50
+    config.data.pad = 0
+    config.data.flip = False
+    config.logit.schedule = 'cosine'
+    config.log_every = 6
+    return config
