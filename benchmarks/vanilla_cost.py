@@ -14,8 +14,10 @@ import jax
 import numpy as np
 import optax
 
-from afkd_jax.devices import mesh as parallel
+from afkd_jax.config import Config
+from afkd_jax.devices import mesh
 from afkd_jax.devices.mesh import BATCH_SHARDED, REPLICATED
+from afkd_jax.devices.spmd import DATA
 from afkd_jax.method import cohort as cohort_lib
 from afkd_jax.method import state as state_lib
 from afkd_jax.method import step as step_lib
@@ -60,10 +62,10 @@ class Ours:
     """One step of the pair, without gather and augmentation."""
 
     def __init__(self, cohort, images, labels):
-        devices = parallel.Devices.take('shard_map', 1)
+        devices = mesh.arrange(mesh.available()[:1], 'shard_map')
         self.step = devices.map(
             functools.partial(step_lib.update, cohort),
-            places=(REPLICATED, BATCH_SHARDED, BATCH_SHARDED, REPLICATED),
+            specs=(REPLICATED, BATCH_SHARDED, BATCH_SHARDED, REPLICATED),
             donate=(0,),
         )
         create = jax.jit(functools.partial(state_lib.create, cohort))
@@ -79,18 +81,18 @@ class Ours:
 
 def main(name: str, side: str, channels: str, rounds: str) -> None:
     """Prints the medians, and their ratios to plain training."""
-    shape, config = (int(side), int(side), int(channels)), default.get_config(f'{name},{name}')
+    shape = int(side), int(side), int(channels)
+    config = Config.of(default.get_config(f'{name},{name}'))
     rng = np.random.default_rng(0)
     images = rng.standard_normal((BATCH, *shape)).astype(np.float32)
     labels = rng.integers(0, CLASSES, BATCH).astype(np.int32)
 
     def assembled(method, axis_name):
-        config.method = method
-        return cohort_lib.assemble(config, shape, CLASSES, 50_000, axis_name)
+        return cohort_lib.assemble(config.replace(method=method), shape, CLASSES, 50_000, axis_name)
 
     runners = {'plain': Plain(assembled('vanilla', None), images, labels)}
     for method in ('vanilla', 'afd'):
-        runners[method] = Ours(assembled(method, parallel.DATA), images, labels)
+        runners[method] = Ours(assembled(method, DATA), images, labels)
     seconds = {label: [] for label in runners}
     for turn in range(int(rounds) + 2):
         for label, run in runners.items():

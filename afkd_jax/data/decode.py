@@ -92,8 +92,8 @@ class View:
         return self._resized(whole, (left, top, left + side, top + side))
 
     def _resized(self, whole: np.ndarray, box: tuple[float, float, float, float]) -> np.ndarray:
-        size, bilinear = 2 * (self.data.image_size,), Image.Resampling.BILINEAR
-        return _with_pillow(whole, lambda image: image.resize(size, bilinear, box=box))
+        size, bilinear = self.data.image_size, Image.Resampling.BILINEAR
+        return _with_pillow(whole, lambda image: image.resize((size, size), bilinear, box=box))
 
 
 def random_crop(

@@ -24,7 +24,7 @@ from afkd_jax.command import Command
 from afkd_jax.config import Config
 from afkd_jax.data import augment, dataset, pipelines
 from afkd_jax.data.images import DeviceImages
-from afkd_jax.data.pipelines.memory import InMemory
+from afkd_jax.data.pipelines.base import InMemory
 from afkd_jax.devices import mesh
 from afkd_jax.devices.memory import StepBytes
 from afkd_jax.devices.mesh import BATCH_SHARDED, REPLICATED

@@ -117,7 +117,7 @@ class Run:
         shards = {'shards': self.devices.shards} if self.cohort.local_statistics else {}
         return shards | {
             'config': config_lib.run_fields(self.config),
-            'images': {**dataclasses.asdict(self.info), 'fingerprint': self.pipeline.fingerprint},
+            'images': {**self.info.sizes(), 'fingerprint': self.pipeline.fingerprint},
             'arrays': arrays.layout(states),
         }
 

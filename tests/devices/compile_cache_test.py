@@ -1,4 +1,4 @@
-"""The cache of compiled code, on by default."""
+"""The persistent compilation cache, on by default."""
 
 import os
 import pathlib
@@ -12,31 +12,31 @@ NAME = 'JAX_COMPILATION_CACHE_DIR'
 
 @pytest.fixture
 def environment(monkeypatch):
-    """The environment, whose variable is as before afterwards."""
+    """The environment; its variable is restored afterwards."""
     monkeypatch.setenv(NAME, '')
     monkeypatch.delenv(NAME)
     return monkeypatch
 
 
-def test_it_lies_in_the_users_cache_by_kind_of_cpu(environment, tmp_path):
+def test_the_directory_is_in_the_users_cache_one_per_kind_of_cpu(environment, tmp_path):
     environment.setenv('XDG_CACHE_HOME', str(tmp_path))
-    compile_cache.keep()
-    kept = pathlib.Path(os.environ[NAME])
-    assert kept.parent == tmp_path / 'afkd_jax'
+    compile_cache.enable()
+    directory = pathlib.Path(os.environ[NAME])
+    assert directory.parent == tmp_path / 'afkd_jax'
     environment.setattr(pathlib.Path, 'read_text', lambda path: 'model name : another\n')
     del os.environ[NAME]
-    compile_cache.keep()
-    assert pathlib.Path(os.environ[NAME]) != kept
+    compile_cache.enable()
+    assert pathlib.Path(os.environ[NAME]) != directory
 
 
-def test_without_a_variable_it_lies_in_home(environment, tmp_path):
+def test_without_a_variable_the_directory_is_in_home(environment, tmp_path):
     environment.delenv('XDG_CACHE_HOME', raising=False)
     environment.setenv('HOME', str(tmp_path))
-    compile_cache.keep()
+    compile_cache.enable()
     assert pathlib.Path(os.environ[NAME]).parent == tmp_path / '.cache/afkd_jax'
 
 
 def test_jaxs_own_variable_wins(environment, tmp_path):
     environment.setenv(NAME, str(tmp_path))
-    compile_cache.keep()
+    compile_cache.enable()
     assert os.environ[NAME] == str(tmp_path)

@@ -1,4 +1,4 @@
-"""bfloat16: what computes in it, what must not, and that it learns the same."""
+"""bfloat16: what computes in it, what does not, and that networks learn as well."""
 
 import json
 
@@ -6,9 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import take_devices, initial_state, mapped_update, random_batch, tiny_cohort, tiny_config
-
-from afkd_jax.devices import mesh as parallel
+from conftest import (
+    initial_state,
+    mapped_update,
+    random_batch,
+    take_devices,
+    tiny_cohort,
+    tiny_config,
+)
 
 BATCH = 32
 SHORT = ('--config.epochs=4', '--config.method=kd_ring')

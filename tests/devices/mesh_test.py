@@ -6,35 +6,38 @@ import chex
 import jax
 import numpy as np
 import pytest
-from conftest import (take_devices, 
+from conftest import (
     PAIR,
     as_float64,
     initial_state,
     mapped_update,
     random_batch,
     relative_difference,
+    take_devices,
     tiny_cohort,
     tiny_config,
 )
 
-from afkd_jax.devices import arrays as arrays_lib
-from afkd_jax.data import augment
-from afkd_jax.data import dataset as sources
-from afkd_jax.data import pipelines
-from afkd_jax.devices import mesh as parallel
+from afkd_jax.data import dataset, pipelines
+from afkd_jax.data.images import DeviceImages
+from afkd_jax.devices.arrays import scalar_count
 from afkd_jax.devices.mesh import BATCH_SHARDED, REPLICATED
+from afkd_jax.devices.spmd import DATA
 from afkd_jax.errors import UserError
 from afkd_jax.method import metrics
 from afkd_jax.method import state as state_lib
 from afkd_jax.method import step as step_lib
-from afkd_jax.tools import hlo as collectives
-from afkd_jax.tools import plan
-from afkd_jax.training import run as run_lib
+from afkd_jax.tools import hlo, plan
+from afkd_jax.training.run import Run
 
 BATCH = 16
 MIXED = ('tiny-4-2', 'tiny-6-1-drop')  # maps of two sizes, and dropout
 FOUR = ('tiny-8-2-drop',) * 4
-INFO = sources.Info((8, 8, 1), 10, 64, 0, 16)
+INFO = dataset.Info((8, 8, 1), tuple('0123456789'), 64, 0, 16)
+
+
+def shapes_only_run(config, devices):
+    return Run(config, INFO, devices, pipelines.shapes_only(config, INFO, devices))
 
 
 @functools.cache
@@ -43,16 +46,16 @@ def after_three_steps(mapping, count, peers=1, networks=MIXED, method='afd'):
     config = tiny_config(networks, batch_size=BATCH, method=method)
     devices = take_devices(count, mapping, peers)
     rng = np.random.default_rng(0)
-    images = augment.DeviceImages(
+    images = DeviceImages(
         pixels=rng.integers(0, 256, (64, 8, 8, 1), np.uint8),
         labels=rng.integers(0, 10, 64).astype(np.int32),
         mean=np.array([0.4]),
         std=np.array([0.3]),
     )
-    run = run_lib.Run(config, INFO, devices, pipelines.ShapesOnly(config, INFO, devices, ''))
+    run = shapes_only_run(config, devices)
     state = as_float64(initial_state(config))
     if peers > 1:
-        state = jax.device_put(state_lib.TrainState.stack(state), devices.shardings(run.places))
+        state = jax.device_put(state.stack(), devices.shardings(run.layout.specs))
     else:
         state = devices.replicate(state)
     sums, images, key = devices.replicate(
@@ -69,7 +72,7 @@ def after_three_steps(mapping, count, peers=1, networks=MIXED, method='afd'):
         state, sums = step(state, sums, images, index, key)
     if peers > 1:
         check_each_device_has_its_own_networks(state, len(networks) // peers)
-        state = state_lib.StackedState.unstack(jax.device_get(state))
+        state = jax.device_get(state).unstack()
     return jax.device_get((state, sums))
 
 
@@ -99,7 +102,7 @@ def test_devices_and_mapping_change_nothing(mapping, count, x64):
         (2, 4, 'dml'),  # one, two and three hops
     ],
 )
-def test_where_the_networks_live_changes_nothing(peers, count, method, x64):
+def test_sharding_the_networks_changes_nothing(peers, count, method, x64):
     difference, where = relative_difference(
         after_three_steps('shard_map', count, peers, FOUR, method),
         after_three_steps('shard_map', 1, 1, FOUR, method),
@@ -113,23 +116,23 @@ def sent(method='afd', peers=1, count=8, networks=FOUR, **fields):
     devices = take_devices(count, 'shard_map', peers)
     it = plan.Plan(config, INFO, devices)
     compiled = it.compile(BATCH)[0]
-    rows = collectives.of(compiled, (devices.peers, devices.shares))
+    rows = hlo.collectives(compiled, (devices.peers, devices.shards))
     return {(row.operation, row.axis): row for row in rows}, it.run(BATCH).cohort
 
 
 def gradient_bytes(cohort, peers):
     state = state_lib.abstract(cohort)
     moved = sum(
-        arrays_lib.scalar_count([network.params[part] for part in parts])
+        scalar_count([network.params[part] for part in parts])
         for network in state.networks
-        for parts in cohort.moves().values()
+        for parts in cohort.updated_parts().values()
     )
-    discriminators = arrays_lib.scalar_count([discriminator.params for discriminator in state.discriminators])
+    discriminators = scalar_count([discriminator.params for discriminator in state.discriminators])
     return 4 * (moved + discriminators) // peers
 
 
 @pytest.mark.parametrize(('method', 'hops', 'maps'), [('afd', 1, 1), ('dml', 3, 0)])
-def test_between_devices_go_gradients_and_one_hop_of_the_ring_alone(method, hops, maps):
+def test_devices_exchange_gradients_and_the_rings_hops_only(method, hops, maps):
     # Without the norms' sums the whole program is known to the byte.
     found, cohort = sent(method, peers=4, batch_statistics='local')
     assert found.keys() == {
@@ -143,15 +146,15 @@ def test_between_devices_go_gradients_and_one_hop_of_the_ring_alone(method, hops
     losses = 4 * (len(cohort.objective.value_names()) + 1)
     assert gradients.bytes == gradient_bytes(cohort, 4) + statistics + losses
     assert gradients.count == 1
-    ring, share = found['collective-permute', 'peer'], BATCH // 2
-    assert ring.bytes == 4 * share * (hops * 10 + maps * 4 * 4 * 8)  # logits, and maps of 4x4x8
+    ring, shard = found['collective-permute', 'peer'], BATCH // 2
+    assert ring.bytes == 4 * shard * (hops * 10 + maps * 4 * 4 * 8)  # logits, and maps of 4x4x8
     assert ring.count == hops + maps
     # The values to log, so that every device has those of all networks: a few numbers.
     values = len(step_lib.value_shapes(cohort)) - len(cohort.optimizers.used())
     assert found['all-reduce', 'peer'].bytes == 4 * 4 * values
 
 
-def test_networks_on_every_device_send_their_gradients_alone():
+def test_replicated_networks_exchange_their_gradients_only():
     found, cohort = sent(batch_statistics='local')
     assert found.keys() == {('all-reduce', 'data')}
     assert found['all-reduce', 'data'].bytes >= gradient_bytes(cohort, 1)
@@ -169,9 +172,9 @@ def test_the_global_statistics_cost_two_small_sums_per_norm():
     assert found.count <= alone.count + 2 * norms
 
 
-def test_local_statistics_are_those_of_each_share():
-    # In the first step of plain SGD the mean over the shares' gradients is the mean over the
-    # networks that each share alone makes.
+def test_local_statistics_are_those_of_each_shard():
+    # In the first step of plain SGD the mean over the shards' gradients is the mean over the
+    # networks that each shard alone makes.
     config = tiny_config(method='vanilla', batch_size=BATCH, batch_statistics='local')
     images, labels = random_batch(BATCH)
     state = initial_state(config)
@@ -221,7 +224,7 @@ def test_the_compiled_step_reuses_the_memory_of_its_state():
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.networks))
 
 
-def test_a_batch_that_does_not_divide_is_refused():
+def test_a_batch_that_does_not_divide_is_rejected():
     devices = take_devices(8)
     devices.check_divides('batch_size', 64)
     with pytest.raises(UserError, match=r'config\.batch_size: .* multiple of 8.* 60.*nearest: 64'):
@@ -229,10 +232,9 @@ def test_a_batch_that_does_not_divide_is_refused():
 
 
 @pytest.mark.parametrize('statistics', ['global', 'local'])
-def test_only_with_local_statistics_are_other_shares_another_run(statistics):
+def test_only_with_local_statistics_does_the_run_depend_on_the_shards(statistics):
     config = tiny_config(batch_size=BATCH, batch_statistics=statistics)
     origins = [
-        run_lib.Run(config, INFO, devices, pipelines.ShapesOnly(config, INFO, devices, '')).origin()
-        for devices in (take_devices(count) for count in (2, 4))
+        shapes_only_run(config, take_devices(count)).origin() for count in (2, 4)
     ]
     assert (origins[0] != origins[1]) == (statistics == 'local')

@@ -1,4 +1,4 @@
-"""Signals: the first asks, the second ends the process, whatever the main thread is doing."""
+"""Signals: the first requests a stop, the second ends the process, also inside the compiler."""
 
 import os
 import pathlib
@@ -10,7 +10,8 @@ import time
 
 import pytest
 
-from afkd_jax.devices.signals import KILLED, Interrupt
+from afkd_jax.devices.signals import Interrupt
+from afkd_jax.errors import EXIT_KILLED
 
 # The main thread sleeps inside one call of C, as it does inside the compiler.
 PROGRAM = """
@@ -42,7 +43,7 @@ def run(numbers, naps=100, stderr=subprocess.PIPE):
 
 
 @pytest.mark.parametrize('number', Interrupt.SIGNALS)
-def test_the_first_signal_asks(number):
+def test_the_first_signal_requests_a_stop(number):
     code, output, errors = run([number], naps=3)
     assert (code, output) == (0, 'requested\n')
     assert errors == 'stopping after this step, with a checkpoint; once more ends at once\n'
@@ -51,21 +52,21 @@ def test_the_first_signal_asks(number):
 @pytest.mark.parametrize('numbers', [(signal.SIGINT,) * 2, (signal.SIGTERM, signal.SIGINT)])
 def test_the_second_signal_ends_the_process_at_once(numbers):
     code, output, errors = run(numbers)
-    assert (code, output) == (KILLED, '')
+    assert (code, output) == (EXIT_KILLED, '')
     assert errors.splitlines()[1] == 'error: interrupted; what was written before is intact'
 
 
-def test_a_scheduler_that_terminates_process_and_group_asks_once():
+def test_a_scheduler_that_terminates_process_and_group_counts_once():
     code, output, errors = run([signal.SIGTERM] * 2, naps=3)
     assert (code, output) == (0, 'requested\n')
     assert errors.count('\n') == 1
 
 
-def test_it_ends_also_where_nobody_reads_its_words():
+def test_the_process_ends_also_where_nobody_reads_its_messages():
     read, write = os.pipe()
     os.close(read)
     try:
-        assert run([signal.SIGINT] * 2, stderr=write)[0] == KILLED
+        assert run([signal.SIGINT] * 2, stderr=write)[0] == EXIT_KILLED
     finally:
         os.close(write)
 
@@ -78,7 +79,7 @@ def test_other_signals_are_not_counted():
         assert not interrupt.requested
 
 
-def test_everything_is_as_before_afterwards():
+def test_handlers_threads_and_files_are_restored():
     handlers = [signal.getsignal(number) for number in Interrupt.SIGNALS]
     threads, files = threading.active_count(), len(os.listdir('/proc/self/fd'))
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""What is told to the CPU's compiler alone."""
+"""Workarounds for the CPU's compiler."""
 
 import re
 
@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import take_devices, initial_state, mapped_update, random_batch, tiny_config
+from conftest import initial_state, mapped_update, random_batch, take_devices, tiny_config
 
-from afkd_jax.devices import mesh as parallel
 from afkd_jax.devices import xla_cpu
+from afkd_jax.devices.mesh import REPLICATED
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float64'])
-def test_kept_changes_no_bit_of_values_and_gradients(x64, dtype):
+def test_computed_once_changes_no_bit_of_values_and_gradients(x64, dtype):
     values = [0.0, -0.0, 1e-42, -3.3, 3.4e38, np.inf, -np.inf, np.nan]
     x = jnp.asarray(values, dtype)
 
@@ -27,7 +27,7 @@ def test_kept_changes_no_bit_of_values_and_gradients(x64, dtype):
     assert bits(xla_cpu.computed_once(x)) == bits(x)
 
 
-def test_kept_can_be_vmapped_and_differentiated_twice():
+def test_computed_once_can_be_vmapped_and_differentiated_twice():
     x = jnp.arange(6.0).reshape(2, 3)
 
     def cube(x):
@@ -47,9 +47,9 @@ def lowered(platform, networks=('resnet8', 'wrn-10-1'), method='vanilla'):
 
 
 @pytest.mark.parametrize('platform', ['tpu', 'cuda'])
-def test_programs_for_other_platforms_hold_nothing_of_it(monkeypatch, platform):
+def test_programs_for_other_platforms_contain_no_workaround(monkeypatch, platform):
     program = lowered(platform).as_text()
-    monkeypatch.setattr(cpu, 'kept', lambda x: x)
+    monkeypatch.setattr(xla_cpu, 'computed_once', lambda x: x)
     assert program == lowered(platform).as_text()
     assert xla_cpu.options(platform) is None
 
@@ -60,14 +60,14 @@ def test_no_activation_is_computed_twice_on_a_cpu():
     wanted = re.findall(r'stablehlo\.divide .*tensor<8x\d+x\d+x\d\d+xf32>', step.as_text())
     assert len(wanted) > 40
     text = step.compile().as_text()
-    there = re.findall(r'= f32\[8,\d+,\d+,\d\d+\]\S* divide\(', text)
-    assert 0.9 * len(wanted) < len(there) <= len(wanted)  # equal ones may have become one
+    found = re.findall(r'= f32\[8,\d+,\d+,\d\d+\]\S* divide\(', text)
+    assert 0.9 * len(wanted) < len(found) <= len(wanted)  # equal ones may have become one
 
 
 def test_the_mapped_step_is_compiled_with_the_options(monkeypatch):
     devices = take_devices(1)
     seen = []
-    monkeypatch.setattr(cpu, 'options', lambda platform: seen.append(platform) or {'no': '1'})
+    monkeypatch.setattr(xla_cpu, 'options', lambda platform: seen.append(platform) or {'no': '1'})
     with pytest.raises(jax.errors.JaxRuntimeError, match='no'):
-        devices.map(lambda x: x, (parallel.REPLICATED,))(jnp.zeros(3))
+        devices.map(lambda x: x, (REPLICATED,))(jnp.zeros(3))
     assert seen == ['cpu']

@@ -5,16 +5,17 @@ import numpy as np
 import pytest
 from conftest import tiny_cohort, tiny_config
 
-from afkd_jax.devices import arrays as arrays_lib
+from afkd_jax.devices.arrays import scalar_count
 from afkd_jax.method import adversary
 from afkd_jax.method import state as state_lib
 from afkd_jax.models import layers
 
-NORM = layers.batch_norm(None)
+LAYERS = layers.layers(None)
 
 
-def judged(maps):
-    module = adversary.Discriminator(layers.layers(None))
+def discriminated(maps):
+    """Returns the parameters of a discriminator, and its outputs on the maps."""
+    module = adversary.Discriminator(LAYERS)
     params = module.init(jax.random.key(0), maps)['params']
     return params, module.apply({'params': params}, maps, mutable=['batch_stats'])[0]
 
@@ -22,18 +23,18 @@ def judged(maps):
 @pytest.mark.parametrize('size', [2, 3, 7, 8])
 def test_one_number_in_0_1_per_map(size):
     maps = np.random.default_rng(0).standard_normal((5, size, size, 4)).astype(np.float32)
-    params, d_B = judged(maps * 10)
+    params, d_B = discriminated(maps * 10)
     assert d_B.shape == (5,)
     assert 0 < d_B.min() < d_B.max() < 1
     rest = (size + 1) // 2  # 3x3, stride 2, padding 1
     # conv 9 c^2, norm 2 c, conv over the rest to one channel with bias
-    assert arrays_lib.scalar_count(params) == 9 * 16 + 8 + rest * rest * 4 + 1
+    assert scalar_count(params) == 9 * 16 + 8 + rest * rest * 4 + 1
 
 
 def test_discriminator_equals_numpy(x64):
     rng = np.random.default_rng(1)
     maps = rng.standard_normal((3, 4, 4, 2))
-    params, d_B = judged(maps)
+    params, d_B = discriminated(maps)
     # The first convolution: at (i, j) the 3x3 window of the padded map at (2 i, 2 j).
     padded = np.pad(maps, ((0, 0), (1, 1), (1, 1), (0, 0)))
     kernel = np.asarray(params['Conv_0']['kernel'])
@@ -71,7 +72,7 @@ def test_average_pool_equals_numpy(shape, x64):
 def test_transfer_equals_numpy(size, x64):
     rng = np.random.default_rng(2)
     maps = rng.standard_normal((3, 4, 5, 2))
-    module = adversary.Transfer((*size, 6), layers.conv, NORM)
+    module = adversary.Transfer((*size, 6), LAYERS)
     variables = module.init(jax.random.key(0), maps, False)
     mapped, _ = module.apply(variables, maps, True, mutable=['batch_stats'])
     kernel = np.asarray(variables['params']['Conv_0']['kernel'])[0, 0]
@@ -82,13 +83,13 @@ def test_transfer_equals_numpy(size, x64):
 
 def test_a_transfer_that_only_pools_has_no_parameters():
     maps = np.random.default_rng(2).standard_normal((3, 8, 8, 2)).astype(np.float32)
-    module = adversary.Transfer((4, 4, 2), layers.conv, NORM)
+    module = adversary.Transfer((4, 4, 2), LAYERS)
     mapped, variables = module.init_with_output(jax.random.key(0), maps, False)
     assert variables == {}
     np.testing.assert_allclose(mapped, plain_pool(maps, (4, 4)), rtol=1e-5)
 
 
-def test_a_discriminator_keeps_no_running_statistics():
+def test_a_discriminator_has_no_running_statistics():
     state = state_lib.abstract(tiny_cohort(tiny_config()))
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
     discriminators = [path for path in paths if path.startswith('.discriminators')]

@@ -1,11 +1,11 @@
-"""Cohorts: where there is a transfer layer, who is refused, the ring."""
+"""Cohorts: where there is a transfer layer, what is rejected, the ring."""
 
 import jax
 import pytest
 from conftest import tiny_cohort, tiny_config
 
-from afkd_jax.devices import arrays as arrays_lib
 from afkd_jax.config import Config
+from afkd_jax.devices.arrays import scalar_count
 from afkd_jax.errors import UserError
 from afkd_jax.method import cohort as cohort_lib
 from afkd_jax.method import state as state_lib
@@ -27,17 +27,17 @@ def test_a_transfer_layer_exists_exactly_where_shapes_differ(networks, shared, p
     cohort = tiny_cohort(tiny_config(networks, method=method))
     assert cohort.shared_map == shared
     layers = [network.params['transfer'] for network in state_lib.abstract(cohort).networks]
-    counts = [None if layer is None else arrays_lib.scalar_count(layer) for layer in layers]
+    counts = [None if layer is None else scalar_count(layer) for layer in layers]
     assert tuple(counts) == parameters
 
 
-def test_without_maps_to_learn_from_there_is_none():
+def test_where_no_maps_are_compared_there_is_none():
     cohort = tiny_cohort(tiny_config(('tiny-4-2', 'tiny-6-1'), method='dml'))
-    assert cohort.transfers == ()
+    assert cohort.transfers == (None, None)
     assert cohort.shared_map is None
 
 
-def test_the_issues_cohort_and_eight_networks():
+def test_a_cohort_of_three_families_and_one_of_eight_networks():
     config = Config().replace(networks=('resnet32', 'wrn-16-2', 'mobilenet_v2'))
     cohort = cohort_lib.assemble(config, (32, 32, 3), 100, 50_000)
     assert cohort.map_shapes == ((8, 8, 64), (8, 8, 128), (4, 4, 1280))
@@ -59,7 +59,7 @@ def test_networks_of_one_name_start_from_different_seeds():
 
 
 @pytest.mark.parametrize('order', [(1, 2), (1, 2, 2), (0, 1, 2), (1, 2, 4), (1, 2, 3, 1)])
-def test_an_order_that_is_no_ring_is_refused(order):
+def test_an_order_that_is_no_ring_is_rejected(order):
     with pytest.raises(
         UserError, match=r'config.ring_order: must name each .* 1 .. 3 once, as in'
     ) as e:
@@ -68,19 +68,19 @@ def test_an_order_that_is_no_ring_is_refused(order):
 
 
 @pytest.mark.parametrize(
-    ('networks', 'method', 'sentence'),
+    ('networks', 'method', 'message'),
     [
         (('resnet8', 'vgg8'), 'afd', '"vgg8".*1x1, too small for a discriminator; at least 2x2'),
         (('mobilenet_v2', 'resnet8'), 'adversarial', '"mobilenet_v2".*1x1'),
     ],
 )
-def test_images_too_small_for_a_discriminator_are_refused(networks, method, sentence):
-    with pytest.raises(UserError, match=f'images of 8x8 are too small for {sentence}'):
+def test_images_too_small_for_a_discriminator_are_rejected(networks, method, message):
+    with pytest.raises(UserError, match=f'images of 8x8 are too small for {message}'):
         tiny_cohort(tiny_config(networks, method=method))
     assert tiny_cohort(tiny_config(networks, method='l1_kd')).shared_map[:2] == (1, 1)
 
 
-def test_networks_on_several_devices_stand_in_the_ring_as_listed():
+def test_sharded_networks_are_in_the_ring_as_listed():
     networks = ('tiny-4-2',) * 4
     cohort = tiny_cohort(tiny_config(networks, ring_order=(1, 2, 3, 4)), peers=2)
     assert len(cohort.local.networks) == len(cohort.local.discriminators) == 2

@@ -38,7 +38,7 @@ def test_mimicry_kl_of_equals_is_zero_and_else_positive(logits):
 
 
 def test_mimicry_kl_is_the_forward_kl_of_the_teacher():
-    # KL(q || p) is large where the teacher is sure of what the pupil rules out.
+    # KL(q || p) is large where the teacher is sure of what the student rules out.
     sure, spread = jnp.array([[20.0, 0.0]]), jnp.array([[0.0, 0.0]])
     np.testing.assert_allclose(losses.mimicry_kl(spread, sure, 1.0), [np.log(2)], rtol=1e-5)
     assert losses.mimicry_kl(sure, spread, 1.0)[0] > 5
@@ -64,20 +64,22 @@ def test_temperature_squared_keeps_the_scale_of_the_gradient(x64):
 def test_least_squares_terms_equal_numpy():
     own, teacher = np.random.default_rng(5).uniform(size=(2, 9))
     np.testing.assert_allclose(losses.generator_loss(own), (1 - own) ** 2, rtol=1e-6)
-    np.testing.assert_allclose(losses.discriminator_loss(own, teacher), (1 - teacher) ** 2 + own**2, rtol=1e-6)
+    np.testing.assert_allclose(
+        losses.discriminator_loss(own, teacher), (1 - teacher) ** 2 + own**2, rtol=1e-6
+    )
     assert losses.generator_loss(1.0) == 0
     assert losses.discriminator_loss(0.0, 1.0) == 0
     assert losses.discriminator_loss(1.0, 0.0) == 2
 
 
-@pytest.mark.parametrize('pupil', [0, 1, 2])
-def test_a_pupils_loss_gives_its_teacher_a_gradient_of_exactly_zero(pupil, logits):
-    def pupils_kl(z):
-        return losses.mimicry_kl(z, Ring((0, 1, 2)).teachers(z), 3.0)[pupil].mean()
+@pytest.mark.parametrize('student', [0, 1, 2])
+def test_a_students_loss_gives_its_teacher_a_gradient_of_exactly_zero(student, logits):
+    def students_kl(z):
+        return losses.mimicry_kl(z, Ring((0, 1, 2)).teachers(z), 3.0)[student].mean()
 
-    gradient = np.asarray(jax.grad(pupils_kl)(jnp.asarray(logits)))
+    gradient = np.asarray(jax.grad(students_kl)(jnp.asarray(logits)))
     moved = [bool(np.abs(part).max() > 0) for part in gradient]
-    assert moved == [k == pupil for k in range(3)]
+    assert moved == [k == student for k in range(3)]
 
 
 @pytest.mark.parametrize('smoothing', [0.0, 0.1, 0.9])

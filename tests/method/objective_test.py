@@ -6,22 +6,16 @@ import numpy as np
 import pytest
 from conftest import softmax
 
-from afkd_jax.method import losses
+from afkd_jax.config import Loss
+from afkd_jax.data.augment import Mixed
 from afkd_jax.method.objective import Objective
 from afkd_jax.method.presets import Method
 from afkd_jax.method.ring import Ring
 
 
-def objective(logits='nobody', maps='nothing', order=(0, 1, 2), **fields):
-    defaults = {
-        'temperature': 2.0,
-        'label_smoothing': 0.0,
-        'kl_weight': 1.0,
-        'kl_ramp_steps': 0,
-        'map_weight': 1.0,
-        'adversarial_weight': 1.0,
-    }
-    return Objective(Method(logits, maps), Ring(order), **defaults | fields)
+def objective(logits='nobody', maps='nothing', order=(0, 1, 2), kl_ramp_steps=0, **fields):
+    loss = Loss(temperature=2.0, **fields)
+    return Objective(Method(logits, maps), Ring(order), loss, kl_ramp_steps)
 
 
 @pytest.fixture
@@ -35,7 +29,7 @@ LABELS = np.array([0, 3, 1, 1, 2])
 @pytest.mark.parametrize('order', [(0, 1, 2), (2, 0, 1), (1, 0, 2)])
 def test_learning_from_all_of_three_equals_numpy(order, logits, x64):
     # The gradient to z_k of CE + mean over the two others of T^2 KL(q || p) is, per image of B,
-    # (p(1) - onehot + T mean (p(T) - q(T))) / B; whoever stands where in the ring.
+    # (p(1) - onehot + T mean (p(T) - q(T))) / B; whatever the order of the ring.
     to_logits, values = objective('all', order=order).of_logits(jnp.array(logits), LABELS, 0)
     for k in range(3):
         others = [j for j in range(3) if j != k]
@@ -49,11 +43,11 @@ def test_learning_from_all_of_three_equals_numpy(order, logits, x64):
         np.testing.assert_allclose(to_logits[k], gradient, rtol=1e-9, atol=1e-12)
 
 
-def test_of_mixed_images_both_labels_count_by_their_shares(logits, x64):
-    share, other = np.array([0.2, 1.0, 0.0, 0.7, 0.5]), LABELS[::-1].copy()
-    mixed = losses.Mixed(other, share)
+def test_of_mixed_images_both_labels_count_by_their_weights(logits, x64):
+    weight, other = np.array([0.2, 1.0, 0.0, 0.7, 0.5]), LABELS[::-1].copy()
+    mixed = Mixed(other, weight)
     to_logits, values = objective().of_logits(jnp.array(logits), LABELS, 0, mixed)
-    labels = share[:, None] * np.eye(4)[LABELS] + (1 - share)[:, None] * np.eye(4)[other]
+    labels = weight[:, None] * np.eye(4)[LABELS] + (1 - weight)[:, None] * np.eye(4)[other]
     for k in range(3):
         p = softmax(logits[k])
         entropy = -(labels * np.log(p)).sum(1).mean()
@@ -61,13 +55,13 @@ def test_of_mixed_images_both_labels_count_by_their_shares(logits, x64):
         np.testing.assert_allclose(to_logits[k], (p - labels) / 5, rtol=1e-9, atol=1e-12)
 
 
-def test_the_ramp_weighs_the_kl_alone(logits, x64):
+def test_the_ramp_weights_the_kl_only(logits, x64):
     alone, _ = objective().of_logits(jnp.array(logits), LABELS, 0)
     full, values = objective('ring', kl_weight=0.5).of_logits(jnp.array(logits), LABELS, 0)
-    for step, share in ((0, np.exp(-5)), (5, np.exp(-1.25)), (10, 1.0), (99, 1.0)):
+    for step, weight in ((0, np.exp(-5)), (5, np.exp(-1.25)), (10, 1.0), (99, 1.0)):
         ramped = objective('ring', kl_weight=0.5, kl_ramp_steps=10)
         gradient, reported = ramped.of_logits(jnp.array(logits), LABELS, step)
-        np.testing.assert_allclose(gradient - alone, share * (full - alone), atol=1e-12)
+        np.testing.assert_allclose(gradient - alone, weight * (full - alone), atol=1e-12)
         # What is reported is the KL itself.
         np.testing.assert_allclose(reported['mimicry_kl'], values['mimicry_kl'])
 
@@ -90,7 +84,7 @@ def test_adversarial_gradients_equal_the_formulas(x64):
         return jax.nn.sigmoid((w[None] * m).sum((1, 2, 3)))
 
     adversarial = objective(maps='adversarial', adversarial_weight=3.0)
-    to_maps, to_judges, values = adversarial.of_adversaries(
+    to_maps, to_discriminators, values = adversarial.of_adversaries(
         [discriminator] * 3, list(jnp.array(weights)), jnp.array(maps)
     )
     for k in range(3):
@@ -103,6 +97,6 @@ def test_adversarial_gradients_equal_the_formulas(x64):
         expected = (
             np.einsum('b,bhwc->hwc', real, teacher) + np.einsum('b,bhwc->hwc', fake, own)
         ) / 4
-        np.testing.assert_allclose(to_judges[k], expected, rtol=1e-9)
+        np.testing.assert_allclose(to_discriminators[k], expected, rtol=1e-9)
         np.testing.assert_allclose(values['adversarial'][k], ((1 - d) ** 2).mean())
         np.testing.assert_allclose(values['discriminator'][k], ((1 - d_p) ** 2 + d**2).mean())

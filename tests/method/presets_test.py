@@ -21,19 +21,19 @@ from afkd_jax.method import presets
     ],
 )
 def test_methods(name, logits, maps):
-    assert methods.named(name) == methods.Method(logits, maps)
+    assert presets.named(name) == presets.Method(logits, maps)
 
 
-def test_how_far_the_teachers_of_the_logits_stand():
+def test_hops_to_the_teachers_of_the_logits():
     hops = {
-        logits: [list(methods.Method(logits, 'nothing').hops(networks)) for networks in (2, 4)]
-        for logits in methods.LOGITS
+        logits: [list(presets.Method(logits, 'nothing').hops(networks)) for networks in (2, 4)]
+        for logits in presets.LOGITS
     }
     assert hops == {'nobody': [[], []], 'ring': [[1], [1]], 'all': [[1], [1, 2, 3]]}
 
 
 @pytest.mark.parametrize(
-    ('name', 'sentence'),
+    ('name', 'message'),
     [
         ('vanila', '"vanila"; did you mean "vanilla"'),
         ('ring+l2', r'"ring\+l2".*LOGITS\+MAPS'),
@@ -41,6 +41,6 @@ def test_how_far_the_teachers_of_the_logits_stand():
         ('all+', r'"all\+"'),
     ],
 )
-def test_unknown_method(name, sentence):
-    with pytest.raises(UserError, match=f'config.method: .*{sentence}'):
-        methods.named(name)
+def test_unknown_method(name, message):
+    with pytest.raises(UserError, match=f'config.method: .*{message}'):
+        presets.named(name)

@@ -1,6 +1,6 @@
-"""Whatever is given: it works, or one sentence says why not; never a traceback, never a hang.
+"""Any input works or is rejected with a one-line error: never a traceback, never a hang.
 
-More examples, of other seeds: HYPOTHESIS_EXAMPLES=2000 python -m pytest tests/properties_test.py
+More examples, of other seeds: HYPOTHESIS_EXAMPLES=2000 python -m pytest tests/method/properties_test.py
 """
 
 import gzip
@@ -13,7 +13,7 @@ from conftest import tiny_config
 from hypothesis import strategies as st
 
 from afkd_jax import config as config_lib
-from afkd_jax.data import dataset as sources
+from afkd_jax.data import dataset as dataset_lib
 from afkd_jax.errors import UserError
 
 MORE = os.environ.get('HYPOTHESIS_EXAMPLES')
@@ -34,7 +34,7 @@ SHAPE = st.sampled_from([0, 1, 3, 8, 28, 255, 2**16, 2**32 - 1])
 
 @st.composite
 def idx_files(draw):
-    """Draws the bytes of the four files: well-formed ones, changed in up to three places."""
+    """Draws the bytes of the four files: well-formed ones, with up to three changes."""
     files = {}
     for prefix, count in (('train', draw(st.sampled_from([0, 1, 20, 64]))), ('t10k', 12)):
         images = struct.pack('>4I', 2051, count, 8, 8) + bytes(count * 64)
@@ -51,8 +51,8 @@ def idx_files(draw):
         if kind == 'byte':
             content[draw(st.integers(0, len(content) - 1))] = draw(st.integers(0, 255))
         elif kind == 'header':
-            place = 4 * draw(st.integers(0, len(content) // 4 - 1 if len(content) < 20 else 3))
-            content[place : place + 4] = struct.pack('>I', draw(SHAPE))
+            start = 4 * draw(st.integers(0, len(content) // 4 - 1 if len(content) < 20 else 3))
+            content[start : start + 4] = struct.pack('>I', draw(SHAPE))
         elif kind == 'cut':
             del content[draw(st.integers(0, len(content))) :]
         elif kind == 'longer':
@@ -71,26 +71,27 @@ def idx_files(draw):
 
 @examples(300)
 @hypothesis.given(files=idx_files())
-def test_any_idx_files_are_read_or_refused_with_a_sentence(files, tmp_path_factory):
+def test_any_idx_files_are_read_or_rejected_with_one_line(files, tmp_path_factory):
     folder = tmp_path_factory.mktemp('idx')
     for name, content in files.items():
         if content is not None:
             (folder / name).write_bytes(content)
     config = tiny_config(dataset=f'idx:{folder}', batch_size=8)
-    sentence = None
+    message = None
     try:
-        splits = sources.load(config)
+        dataset = dataset_lib.dataset(config)
+        images = dataset.load()
     except UserError as error:
-        sentence = str(error)
-    if sentence:
-        assert sentence.startswith('config.')
-        assert '\n' not in sentence
+        message = str(error)
+    if message:
+        assert message.startswith('config.')
+        assert '\n' not in message
         return
-    info = splits.info
-    for split in (splits.train, splits.validation, splits.test):
-        assert split.pixels.dtype == np.uint8
-        assert split.pixels.shape == (len(split), *info.image_shape)
-        assert all(0 <= label < info.num_classes for label in split.labels)
+    info = dataset.info
+    assert images.pixels.dtype == np.uint8
+    assert images.pixels.shape == (info.examples, *info.image_shape)
+    assert images.labels.shape == (info.examples,)
+    assert all(0 <= label < info.num_classes for label in images.labels)
     assert min(info.image_shape) > 0
     assert info.test > 0
     assert info.train >= 8
@@ -117,7 +118,7 @@ VALUES = st.one_of(
 
 @examples(80)
 @hypothesis.given(overrides=st.lists(st.tuples(NAMES, VALUES), min_size=1, max_size=2))
-def test_any_override_is_taken_or_refused_with_a_sentence(overrides, forked):
+def test_any_override_is_accepted_or_rejected_with_one_line(overrides, forked):
     arguments = [f'--config.{name}={value}' for name, value in overrides]
     code, output, errors = forked(['--config=configs/digits.py', '--mode=describe', *arguments])
     if code == 0:

@@ -1,4 +1,4 @@
-"""The ring: who teaches whom."""
+"""The ring: which network teaches which."""
 
 import dataclasses
 
@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from conftest import take_devices
 
-from afkd_jax.devices import mesh as parallel
-from afkd_jax.devices.mesh import REPLICATED
+from afkd_jax.devices.mesh import PEER_SHARDED, REPLICATED
 from afkd_jax.method.ring import Ring
 
 
@@ -29,7 +28,7 @@ def test_k_hops_round_the_ring_are_the_identity(order):
 
 
 def test_three_networks_are_the_drawing():
-    # teacher 1 -> pupil 2, 2 -> 3, 3 -> 1
+    # teacher 1 -> student 2, 2 -> 3, 3 -> 1
     assert listed(3).teachers(jnp.array([1, 2, 3])).tolist() == [3, 1, 2]
     assert [listed(3).teacher_of(k) + 1 for k in range(3)] == [3, 1, 2]
 
@@ -45,10 +44,10 @@ def test_an_order_of_its_own():
 
 @pytest.mark.parametrize('order', [(0, 1), (2, 0, 1), (6, 5, 4, 0, 1, 2, 3)])
 @pytest.mark.parametrize('hops', [1, 2])
-def test_teacher_of_names_whom_the_roll_brings(order, hops):
+def test_teacher_of_names_the_network_that_the_roll_brings(order, hops):
     ring, networks = Ring(order), len(order)
-    roll_across_devices = ring.teachers(jnp.arange(networks), hops).tolist()
-    assert roll_across_devices == [ring.teacher_of(k, hops) for k in range(networks)]
+    rolled = ring.teachers(jnp.arange(networks), hops).tolist()
+    assert rolled == [ring.teacher_of(k, hops) for k in range(networks)]
 
 
 @pytest.mark.parametrize('order', [(0, 1, 2), (1, 0, 2)])
@@ -99,16 +98,16 @@ def test_a_ring_over_devices_is_the_roll(networks, peers):
 
     def per_device(own_LxC):
         moved = [over.teachers(own_LxC, hops) for hops in range(1, networks)]
-        place_L = over.first(len(own_LxC)) + jnp.arange(len(own_LxC))
+        index_L = over.first(len(own_LxC)) + jnp.arange(len(own_LxC))
         values = over.gathered({'sum': own_LxC.sum(1), 'first': own_LxC[:, 0]})
-        return moved, place_L, values, over.logsumexp(100 * own_LxC)
+        return moved, index_L, values, over.logsumexp(100 * own_LxC)
 
-    spread = PEER_SHARDED
-    mapped = devices.map(per_device, specs=(spread,), out=(spread, spread, REPLICATED, REPLICATED))
-    moved, place_K, values, largest_C = mapped(own_KxC)
+    out = PEER_SHARDED, PEER_SHARDED, REPLICATED, REPLICATED
+    mapped = devices.map(per_device, specs=(PEER_SHARDED,), out=out)
+    moved, index_K, values, largest_C = mapped(own_KxC)
     for hops, got in enumerate(moved, start=1):
         np.testing.assert_array_equal(got, ring.teachers(own_KxC, hops))
-    assert place_K.tolist() == list(range(networks))
+    assert index_K.tolist() == list(range(networks))
     np.testing.assert_allclose(values['sum'], own_KxC.sum(1), rtol=1e-6)
     np.testing.assert_array_equal(values['first'], own_KxC[:, 0])
     np.testing.assert_allclose(largest_C, jax.nn.logsumexp(100 * own_KxC, 0), rtol=1e-6)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
-from afkd_jax.devices import mesh as parallel
+from afkd_jax.devices import mesh
 from afkd_jax.training import evaluate
 from afkd_jax.training import run as run_lib
 
@@ -23,26 +23,25 @@ def hsic(k, other):
 
 
 def prepared(monkeypatch, networks, devices=1, **fields):
-    monkeypatch.setattr(parallel, 'available', lambda: jax.devices()[:devices])
+    monkeypatch.setattr(mesh, 'available', lambda: jax.devices()[:devices])
     run = run_lib.prepare(tiny_config(networks, **fields))
     return run, run.initial_state()
 
 
 def outputs(run, state, transfer=True):
     """Returns (predictions, maps as they are compared, own maps, labels) of the test split."""
-    table, places = run.pipeline.table, run.info.places('test')
-    rows = slice(places.start, places.stop)
-    pixels = (np.asarray(table.pixels)[rows] / 255 - np.asarray(table.mean)) / np.asarray(table.std)
-    pixels = pixels.astype(np.float32)
+    images, test = jax.device_get(run.pipeline.images), run.info.indices('test')
+    rows = slice(test.start, test.stop)
+    pixels = ((images.pixels[rows] / 255 - images.mean) / images.std).astype(np.float32)
     predictions, shared, own = [], [], []
     for k, network in enumerate(state.networks):
         logits, maps = run.cohort.networks[k].apply(network.variables(), pixels, False)
         predictions.append(np.asarray(logits).argmax(1))
         own.append(np.asarray(maps, np.float64))
-        if transfer and run.cohort.transfers and (module := run.cohort.transfers[k]):
+        if transfer and (module := run.cohort.transfers[k]):
             maps = module.apply(network.transfer_variables(), maps, False)
         shared.append(np.asarray(maps, np.float64))
-    return predictions, shared, own, np.asarray(table.labels)[rows]
+    return predictions, shared, own, images.labels[rows]
 
 
 def expected_cka(own, teacher, batch_size):
@@ -138,7 +137,7 @@ def test_equal_networks_are_equal_and_dead_ones_are_not_compared(monkeypatch):
         dead = first.replace(params={**first.params, 'trunk': trunk})
         for edge in (*compare((first, dead)), *compare((dead, dead))):
             assert edge['cka'] is None
-    # Nor has JSON a number for what a network that has diverged gives.
+    # The figures of a network that has diverged are not finite, which JSON cannot hold.
     trunk = {**first.params['trunk'], 'Conv_0': {'kernel': conv * jnp.nan}}
     diverged = first.replace(params={**first.params, 'trunk': trunk})
     for edge in compare((first, diverged)):
@@ -152,11 +151,11 @@ def test_the_order_of_the_test_images_does_not_matter(monkeypatch):
         monkeypatch, ('tiny-8-2', 'tiny-6-2'), method='vanilla', eval_batch_size=40
     )
     _, _, own, labels = outputs(run, state)
-    first = run.info.places('test').start
+    first = run.info.indices('test').start
     order = np.concatenate([np.arange(first), first + np.argsort(labels, kind='stable')])
-    table = run.pipeline.table
-    table = table.replace(pixels=table.pixels[order], labels=table.labels[order])
-    pipeline = dataclasses.replace(run.pipeline, table=run.devices.replicate(table))
+    images = run.pipeline.images
+    images = images.replace(pixels=images.pixels[order], labels=images.labels[order])
+    pipeline = dataclasses.replace(run.pipeline, images=run.devices.replicate(images))
     sorted_run = dataclasses.replace(run, pipeline=pipeline)
     whole = expected_cka(own[0], own[1], 359)
     for each in (run, sorted_run):
@@ -164,12 +163,12 @@ def test_the_order_of_the_test_images_does_not_matter(monkeypatch):
         assert edge['cka'] == pytest.approx(whole, abs=0.02)
 
 
-def test_networks_on_several_devices_have_the_same_figures(monkeypatch):
+def test_sharded_networks_have_the_same_figures(monkeypatch):
     networks = ('tiny-4-2',) * 4
     run, state = prepared(monkeypatch, networks)
-    spread, same = prepared(monkeypatch, networks, devices=4, mesh__peer=2)
+    sharded, same = prepared(monkeypatch, networks, devices=4, mesh__peer=2)
     expected = evaluate.Evaluator(run).edges(state.networks)
-    for edge, other in zip(evaluate.Evaluator(spread).edges(same.networks), expected, strict=True):
+    for edge, other in zip(evaluate.Evaluator(sharded).edges(same.networks), expected, strict=True):
         assert edge.keys() == other.keys()
         for name, value in edge.items():
             assert value == pytest.approx(other[name], rel=1e-4), name

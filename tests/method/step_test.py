@@ -1,4 +1,4 @@
-"""The step: who moves, and an independent re-derivation of all that it does."""
+"""The step: which parts each optimizer updates, and an independent derivation of all updates."""
 
 import dataclasses
 import functools
@@ -7,23 +7,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import (take_devices, 
+from conftest import (
     as_float64,
     initial_state,
     mapped_update,
     random_batch,
     relative_difference,
+    take_devices,
     tiny_cohort,
     tiny_config,
 )
 
-from afkd_jax.devices import arrays as arrays_lib
 from afkd_jax.data import augment
-from afkd_jax.devices import mesh as parallel
+from afkd_jax.data.images import DeviceImages
+from afkd_jax.devices import arrays
 from afkd_jax.devices.mesh import BATCH_SHARDED, REPLICATED
-from afkd_jax.method import metrics, optim
-from afkd_jax.method import presets
-from afkd_jax.method import state as state_lib
+from afkd_jax.devices.spmd import DATA
+from afkd_jax.method import metrics, optim, presets
 from afkd_jax.method import step as step_lib
 
 # Maps of 4x4x4, 8x8x6 and 3x3x4: the shared one is 3x3x6, and every network has a transfer layer.
@@ -48,14 +48,14 @@ def plain_forward(cohort, k, params, stats, images):
 
 
 def plain_map(cohort, k, transfer, stats, own_map):
-    if not cohort.transfers or cohort.transfers[k] is None:
+    if cohort.transfers[k] is None:
         return own_map, None
     variables = {'params': transfer, 'batch_stats': stats}
     mapped, new = cohort.transfers[k].apply(variables, own_map, True, mutable=['batch_stats'])
     return mapped, new.get('batch_stats', {})
 
 
-def plain_judge(cohort, k, params, maps):
+def plain_discriminator(cohort, k, params, maps):
     return cohort.discriminators[k].apply({'params': params}, maps, mutable=['batch_stats'])[0]
 
 
@@ -124,12 +124,12 @@ def plain_step(cohort, logit_teachers, map_teachers, maps_learn, loss, memory, i
             _, mapped = transferred({**own['params'], **moved})
             return (
                 loss['adversarial_weight']
-                * ((1 - plain_judge(cohort, k, own['discriminator'], mapped)) ** 2).mean()
+                * ((1 - plain_discriminator(cohort, k, own['discriminator'], mapped)) ** 2).mean()
             )
 
-        def judge_loss(discriminator, k=k, own_map=seen[k][1], teacher_map=teacher_map):
-            real = plain_judge(cohort, k, discriminator, teacher_map)
-            fake = plain_judge(cohort, k, discriminator, own_map)
+        def discriminator_loss(discriminator, k=k, own_map=seen[k][1], teacher_map=teacher_map):
+            real = plain_discriminator(cohort, k, discriminator, teacher_map)
+            fake = plain_discriminator(cohort, k, discriminator, own_map)
             return ((1 - real) ** 2).mean() + (fake**2).mean()
 
         new = {'stats': seen[k][2], 'transfer_stats': seen[k][3]}
@@ -138,11 +138,11 @@ def plain_step(cohort, logit_teachers, map_teachers, maps_learn, loss, memory, i
         gradient = jax.grad(lambda p, start=start: logit_loss({**start, **p}))(
             {name: part for name, part in by_logit.items() if part is not None}
         )
-        kept = {name: start[name] for name in gradient}
-        kept, new['velocity'] = plain_sgd(
-            gradient, kept, own['velocity'], loss['logit_rate'], 0.9, 1e-4
+        updated = {name: start[name] for name in gradient}
+        updated, new['velocity'] = plain_sgd(
+            gradient, updated, own['velocity'], loss['logit_rate'], 0.9, 1e-4
         )
-        params = {**start, **kept}
+        params = {**start, **updated}
         if maps_learn == 'adversarial':
             moved = {name: start[name] for name in ('trunk', 'transfer')}
             gradient = jax.grad(map_loss)(moved)
@@ -151,11 +151,11 @@ def plain_step(cohort, logit_teachers, map_teachers, maps_learn, loss, memory, i
                 gradient, moved, own['m'], own['v'], t, loss['feature_rate']
             )
             params = {**params, **moved}
-            new['discriminator'], new['jm'], new['jv'] = plain_adam(
-                jax.grad(judge_loss)(own['discriminator']),
+            new['discriminator'], new['dm'], new['dv'] = plain_adam(
+                jax.grad(discriminator_loss)(own['discriminator']),
                 own['discriminator'],
-                own['jm'],
-                own['jv'],
+                own['dm'],
+                own['dv'],
                 t,
                 loss['discriminator_rate'],
             )
@@ -180,7 +180,7 @@ def as_memory(state):
         if state.discriminators:
             discriminator, adam = state.discriminators[k], network.opt['feature'][1]
             entry |= {'discriminator': discriminator.params, 'm': adam.mu, 'v': adam.nu}
-            entry |= {'jm': discriminator.opt[1].mu, 'jv': discriminator.opt[1].nu}
+            entry |= {'dm': discriminator.opt[1].mu, 'dv': discriminator.opt[1].nu}
         memory.append(entry)
     return memory
 
@@ -209,7 +209,7 @@ def test_two_steps_equal_an_independent_derivation(
         loss__temperature=2.5,
         loss__kl_weight=0.7,
         loss__kl_ramp_up=0.5,
-        loss__l1_weight=0.3,
+        loss__map_weight=0.3,
         loss__adversarial_weight=2.0,
         loss__label_smoothing=0.1,
         logit__schedule='steps',
@@ -226,7 +226,7 @@ def test_two_steps_equal_an_independent_derivation(
     cohort = tiny_cohort(config)
     plain = jax.jit(
         functools.partial(
-            plain_step, cohort, logit_teachers, map_teachers, cohort.objective.method.maps
+            plain_step, cohort, logit_teachers, map_teachers, cohort.method.maps
         )
     )
     state = devices.replicate(state)
@@ -251,7 +251,7 @@ def test_two_steps_equal_an_independent_derivation(
 
 
 @functools.cache
-def states_by_turns(method):
+def states_in_turn(method):
     """Returns a mixed pair's states when the optimizers move in turn, one in each step."""
     config = tiny_config(MIXED, batch_size=BATCH, method=method)
     devices = take_devices(1)
@@ -295,7 +295,7 @@ def moved(before, after):
     ],
 )
 def test_each_optimizer_moves_its_own_parts_and_no_others(method, turn, movers):
-    before, after = states_by_turns(method)[turn : turn + 2]
+    before, after = states_in_turn(method)[turn : turn + 2]
     assert before.networks[0].params['transfer'] is not None
     assert before.networks[1].params['transfer'] is None
     for k in range(2):
@@ -330,8 +330,8 @@ PARTS = {
 
 
 @pytest.mark.parametrize('networks', [MIXED, TRIPLE])
-@pytest.mark.parametrize('method', methods.PRESETS)
-def test_what_a_method_does_not_use_does_not_exist(method, networks):
+@pytest.mark.parametrize('method', presets.PRESETS)
+def test_unused_parts_are_not_built(method, networks):
     optimizers, has_transfers, discriminators, losses = PARTS[method]
     config = tiny_config(networks, method=method, batch_size=BATCH)
     devices = take_devices(1)
@@ -349,8 +349,8 @@ def test_what_a_method_does_not_use_does_not_exist(method, networks):
     assert set(values) == losses | {'accuracy'} | {
         f'{kind}_{name}' for kind in ('grad_norm', 'learning_rate') for name in used
     }
-    announced = step_lib.value_shapes(tiny_cohort(config))
-    assert {name: value.shape for name, value in values.items()} == announced
+    shapes = step_lib.value_shapes(tiny_cohort(config))
+    assert {name: value.shape for name, value in values.items()} == shapes
     assert all(np.isfinite(value).all() for value in values.values())
     assert int(after.step) == 1
     for k, network in enumerate(jax.device_get(after).networks):
@@ -378,7 +378,7 @@ def test_for_a_pair_learning_from_all_is_learning_from_the_ring():
         state = devices.replicate(initial_state(config))
         batch = (devices.split(part) for part in random_batch(BATCH))
         states.append(mapped_update(config, devices)(state, *batch)[0])
-    assert arrays_lib.fingerprint(states[0]) == arrays_lib.fingerprint(states[1])
+    assert arrays.fingerprint(states[0]) == arrays.fingerprint(states[1])
 
 
 def test_vanilla_costs_what_the_networks_cost_alone():
@@ -424,7 +424,7 @@ def test_learning_alone_does_not_see_the_other_network():
 
 
 def test_dropout_differs_between_networks_and_steps():
-    # Two equal networks on one batch: only their dropout can log them apart.
+    # Two equal networks on one batch: only their dropout distinguishes them.
     config = tiny_config(('tiny-8-2-drop', 'tiny-8-2-drop'), method='vanilla', batch_size=BATCH)
     cohort, state = tiny_cohort(config, DATA), initial_state(config)
     state = state.replace(networks=(state.networks[0],) * 2)
@@ -446,8 +446,8 @@ def test_dropout_differs_between_networks_and_steps():
 
 
 @pytest.mark.parametrize(('pad', 'flip', 'differs'), [(2, True, True), (0, False, False)])
-def test_the_same_images_are_varied_anew_in_every_step(pad, flip, differs):
-    # At learning rate 0 a batch's cross-entropy changes only with how its images are varied.
+def test_the_same_images_are_augmented_anew_in_every_step(pad, flip, differs):
+    # At learning rate 0 a batch's cross-entropy changes only with how its images are augmented.
     config = tiny_config(method='vanilla', batch_size=BATCH)
     cohort = tiny_cohort(config, DATA)
     still = dataclasses.replace(cohort.optimizers.logit, schedule=lambda step: jnp.float32(0))
@@ -458,20 +458,20 @@ def test_the_same_images_are_varied_anew_in_every_step(pad, flip, differs):
         specs=(REPLICATED, REPLICATED, REPLICATED, BATCH_SHARDED, REPLICATED),
     )
     pixels = np.random.default_rng(0).integers(0, 256, (BATCH, 8, 8, 1), np.uint8)
-    table = augment.DeviceImages(
+    images = DeviceImages(
         pixels=pixels, labels=random_batch(BATCH)[1], mean=np.float32([0.5]), std=np.float32([0.3])
     )
-    state, zeros, table, key = devices.replicate(
+    state, zeros, images, key = devices.replicate(
         (
             initial_state(config),
             metrics.zeros(step_lib.value_shapes(cohort)),
-            table,
+            images,
             jax.random.key(0),
         )
     )
     index = devices.split(np.arange(BATCH, dtype=np.int32))
     entropies = []
     for _ in range(2):
-        state, sums = step(state, zeros, table, index, key)
+        state, sums = step(state, zeros, images, index, key)
         entropies.append(metrics.means(sums)['cross_entropy'])
     assert (entropies[0] != entropies[1]) == differs

@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from afkd_jax.devices import arrays as arrays_lib
 from afkd_jax import models
+from afkd_jax.devices.arrays import scalar_count
 from afkd_jax.errors import UserError
-from afkd_jax.method import state as state_lib
 from afkd_jax.models import (
     layers,
     mobilenet_v2,
@@ -21,7 +20,7 @@ from afkd_jax.models import (
     vgg,
     wide_resnet,
 )
-from afkd_jax.tools.describe import multiply_adds
+from afkd_jax.tools.flops import multiply_adds
 
 
 @functools.cache
@@ -76,7 +75,7 @@ def noise(size, batch=4, channels=1):
 )
 def test_published_parameter_counts_for_small_images(name, num_classes, count):
     _, _, variables, _ = abstract(name, num_classes)
-    assert arrays_lib.scalar_count(variables['params']) == count
+    assert scalar_count(variables['params']) == count
 
 
 @pytest.mark.parametrize(
@@ -97,7 +96,7 @@ def test_published_parameter_counts_for_small_images(name, num_classes, count):
 )
 def test_published_parameter_counts_for_imagenet(name, count):
     _, _, variables, _ = abstract(name, 1000, 224)
-    assert arrays_lib.scalar_count(variables['params']) == count
+    assert scalar_count(variables['params']) == count
 
 
 @pytest.mark.parametrize(
@@ -116,7 +115,7 @@ def test_published_parameter_counts_of_vgg(name, convolutions, count):
     # Theirs have a bias before every norm, which cancels there; ours have none.
     biases = np.dot(convolutions, vgg.CHANNELS)
     _, _, variables, _ = abstract(name, 10)
-    assert arrays_lib.scalar_count(variables['params']) == count - biases
+    assert scalar_count(variables['params']) == count - biases
 
 
 def test_multiply_adds_by_hand():
@@ -193,7 +192,7 @@ def test_evaluation_leaves_the_batch_statistics_alone_and_training_does_not(name
     assert all(map(np.array_equal, old, jax.tree.leaves(evaluated['batch_stats'])))
     same = [*map(np.array_equal, old, jax.tree.leaves(trained['batch_stats']))]
     assert not any(same)
-    # The map is activated, and pipelines the classifier through its mean.
+    # The map is activated, and feeds the classifier through its mean.
     assert maps.min() == 0
     assert maps.max() > 0
     head = variables['params']['head']['Dense_0']
@@ -208,24 +207,22 @@ def test_he_initialisation():
     assert abs(float(kernel.mean())) < 1e-3
 
 
-LAYERS = {'conv': layers.conv, 'norm': layers.batch_norm(None)}
-WIDE = wide_resnet.Block(
-    4, 1, 0.0, **LAYERS, dropout=functools.partial(layers.Dropout, axis_name=None)
-)
+LAYERS = layers.layers(None)
+WIDE = wide_resnet.Block(4, 1, 0.0, LAYERS)
 
 
 @pytest.mark.parametrize(
     ('block', 'activated'),
     [
-        (resnet_cifar.Block(4, 1, 'B', **LAYERS), True),
-        (resnet.Block(4, 1, False, **LAYERS), True),
-        (resnet.Block(1, 1, True, **LAYERS), True),
+        (resnet_cifar.Block(4, 1, 'B', LAYERS), True),
+        (resnet.Block(4, 1, False, LAYERS), True),
+        (resnet.Block(1, 1, True, LAYERS), True),
         (WIDE, False),
-        (mobilenet_v2.Block(4, 1, 6, **LAYERS), False),
+        (mobilenet_v2.Block(4, 1, 6, LAYERS), False),
     ],
     ids=['resnet_cifar', 'resnet', 'bottleneck', 'wide_resnet', 'mobilenet_v2'],
 )
-def test_a_block_whose_weights_are_zero_hands_its_input_on(block, activated):
+def test_a_block_whose_weights_are_zero_returns_its_input(block, activated):
     x = noise(6, channels=4)
     variables = jax.tree.map(jnp.zeros_like, block.init(jax.random.key(0), x, False))
     out = block.apply(variables, x, False)
@@ -255,7 +252,7 @@ def test_a_wide_block_that_changes_the_shape_equals_a_plain_computation():
 
 
 def test_mobilenets_activations_end_at_6():
-    block = mobilenet_v2.Block(3, 1, 6, **LAYERS)
+    block = mobilenet_v2.Block(3, 1, 6, LAYERS)
     x = 1e4 * noise(4, channels=4)
     out, variables = block.init_with_output(jax.random.key(0), x, False)
     # The last 1x1 convolution of the block sees no more than 6 in each channel.
@@ -264,15 +261,15 @@ def test_mobilenets_activations_end_at_6():
 
 
 def test_a_shuffled_unit_interleaves_its_two_halves():
-    # What the first half of the channels brings is left as it is, on the even places.
+    # What the first half of the channels brings is left as it is, at the even indices.
     images = noise(4, channels=6)
-    unit = shufflenet_v2.Unit(6, first=False, **LAYERS)
+    unit = shufflenet_v2.Unit(6, False, LAYERS)
     out, _ = unit.init_with_output(jax.random.key(0), images, False)
     np.testing.assert_array_equal(out[..., ::2], images[..., :3])
     assert not np.allclose(out[..., 1::2], images[..., 3:])
 
 
-def test_dropout_drops_its_share_and_keeps_the_mean():
+def test_dropout_drops_at_its_rate_and_preserves_the_mean():
     x = jnp.ones((64, 5, 5, 8))
     module = layers.Dropout(0.3, None)
     key = {'dropout': jax.random.key(0)}
@@ -287,7 +284,7 @@ def test_dropout_drops_its_share_and_keeps_the_mean():
 
 
 @pytest.mark.parametrize(
-    ('name', 'sentence'),
+    ('name', 'message'),
     [
         ('resnet21', 'depth 21.*6n + 2.*"resnet20" and "resnet26"'),
         ('resnet200', '"resnet200" is not known.*"resnet200-B" or "resnet200-A"'),
@@ -313,8 +310,8 @@ def test_dropout_drops_its_share_and_keeps_the_mean():
         ('', 'no network is called ""; valid: densenet-100-12, densenet-40-12'),
     ],
 )
-def test_unknown_names_are_refused(name, sentence):
+def test_unknown_names_are_rejected(name, message):
     with pytest.raises(
-        UserError, match=f'config.networks: .*{re.escape(sentence)}'.replace(re.escape('.*'), '.*')
+        UserError, match=f'config.networks: .*{re.escape(message)}'.replace(re.escape('.*'), '.*')
     ):
         models.build(name, 10, (32, 32, 3))

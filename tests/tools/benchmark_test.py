@@ -12,7 +12,7 @@ import jax
 import pytest
 from conftest import PAIR, tiny_config
 
-from afkd_jax.devices import mesh as parallel
+from afkd_jax.devices import mesh
 from afkd_jax.errors import UserError
 from afkd_jax.tools import benchmark, sweep
 
@@ -22,7 +22,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(benchmark, '_BLOCKS', 2)
     monkeypatch.setattr(benchmark, '_BLOCK_S', 0.01)
     monkeypatch.setattr(benchmark, '_PRODUCT', 64)
-    monkeypatch.setattr(parallel, 'available', lambda: jax.devices()[:2])
+    monkeypatch.setattr(mesh, 'available', lambda: jax.devices()[:2])
 
 
 def test_figures_agree_with_each_other_and_the_plan(quick):
@@ -37,8 +37,8 @@ def test_figures_agree_with_each_other_and_the_plan(quick):
     assert 0 < result['augment_s'] < 1
     assert 0 < result['lower_s'] < result['compile_s']
     assert result['flops_per_s'] == pytest.approx(result['flops_per_step'] / result['step_s'])
-    share = result['flops_per_s'] / result['matmul_flops_per_s']
-    assert result['share_of_matmul'] == pytest.approx(share)
+    fraction = result['flops_per_s'] / result['matmul_flops_per_s']
+    assert result['share_of_matmul'] == pytest.approx(fraction)
     assert result['peak_bytes'] > result['planned_bytes'] > 0
     assert '2 x cpu' in result['device']
 
@@ -80,33 +80,33 @@ def test_a_sweep_is_every_combination():
         ('batch_size=16,17', 'config.batch_size: must be a multiple'),
     ],
 )
-def test_a_sweep_that_cannot_be_is_refused(words, named):
+def test_invalid_sweeps_are_rejected(words, named):
     with pytest.raises(UserError, match=re.escape(named)):
         sweep.configs(tiny_config(), words)
 
 
 def test_results_are_appended_to_a_csv(tmp_path):
-    file = tmp_path / 'there' / 'benchmark.csv'
+    file = tmp_path / 'new' / 'benchmark.csv'
     for k in (2, 3):
         sweep.append({'k': k, 'versions': {'jax': '1'}}, file)
     with file.open(newline='') as lines:
         rows = list(csv.DictReader(lines))
     assert [row['k'] for row in rows] == ['2', '3']
     assert json.loads(rows[0]['versions']) == {'jax': '1'}
-    # Of another version: it is set aside.
+    # Of another version: the old file is renamed.
     for _ in range(2):
         sweep.append({'batch': 1}, file)
     assert file.read_text().split() == ['batch', '1', '1']
     assert 'versions' in file.with_name('benchmark-1.csv').read_text()
 
 
-def test_a_sweep_is_for_benchmarks_alone(forked):
-    code, _, words = forked(['--config', 'configs/digits.py', '--mode', 'train', '--sweep', 'k=2'])
+def test_sweep_is_an_option_of_benchmark_only(forked):
+    code, _, errors = forked(['--config', 'configs/digits.py', '--mode', 'train', '--sweep', 'k=2'])
     assert code == 1
-    assert '--sweep: k=2 is only for --mode benchmark' in words
+    assert '--sweep: k=2 is only for --mode benchmark' in errors
 
 
-def test_launch_prints_json_last_and_keeps_the_results_of_a_sweep(tmp_path):
+def test_launch_prints_json_last_and_appends_the_results_of_a_sweep(tmp_path):
     # In a folder of its own, where runs/benchmark.csv is made, and on one device.
     root = pathlib.Path(__file__).parents[2]
     command = [sys.executable, root / 'launch.py', '--config', root / 'configs/digits.py']

@@ -7,7 +7,9 @@ from conftest import tiny_config
 
 from afkd_jax import models
 from afkd_jax.config import Config
+from afkd_jax.registry import NETWORKS
 from afkd_jax.tools import describe
+from afkd_jax.tools.flops import multiply_adds as count_multiply_adds
 
 
 def test_the_papers_experiment_is_described_without_data(tmp_path):
@@ -51,13 +53,13 @@ def test_a_mixed_ring_of_three():
 
 def test_alone_there_is_no_ring_and_no_adversary():
     facts = describe.describe(tiny_config(method='vanilla'))
-    assert 'nobody teaches' in describe.text(facts)
+    assert 'no network teaches another' in describe.text(facts)
     assert list(facts['optimizers']) == ['logit']
     assert all(entry['discriminator'] is None for entry in facts['networks'])
 
 
 def test_multiply_adds_of_a_matrix_product_by_hand():
-    count = describe.multiply_adds(lambda a, b: jnp.tanh(a @ b), jnp.ones((3, 4)), jnp.ones((4, 5)))
+    count = count_multiply_adds(lambda a, b: jnp.tanh(a @ b), jnp.ones((3, 4)), jnp.ones((4, 5)))
     assert count == 3 * 4 * 5
 
 
@@ -75,7 +77,7 @@ def test_dml_learns_from_all_the_others():
     assert 'network 1 (tiny-4-2) learns from the logits of 3 (tiny-4-2), 2 (tiny-4-2)\n' in text
 
 
-@pytest.mark.parametrize('name', models.NAMES)
+@pytest.mark.parametrize('name', NETWORKS.names())
 def test_every_registered_network_is_described(name, tmp_path):
     config = Config().replace(networks=(name, 'resnet8'), **{'data.data_dir': str(tmp_path)})
     first, second = describe.describe(config)['networks']
@@ -107,5 +109,5 @@ def test_published_multiply_adds(name, image_size, multiply_adds):
     image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     variables = jax.eval_shape(lambda k, x: network.init(k, x, False), key, image)
-    actual = describe.multiply_adds(lambda v, x: network.apply(v, x, False), variables, image)
+    actual = count_multiply_adds(lambda v, x: network.apply(v, x, False), variables, image)
     assert actual / 1e6 == pytest.approx(multiply_adds, rel=0.01)

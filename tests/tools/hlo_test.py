@@ -1,8 +1,8 @@
-"""Collectives are read from HLO as CPUs, GPUs and TPUs have it."""
+"""Collectives are parsed from the HLO of CPUs, GPUs and TPUs."""
 
 import pytest
 
-from afkd_jax.tools import hlo as collectives
+from afkd_jax.tools import hlo
 
 # (line, mesh, operation, axis, bytes)
 LINES = {
@@ -35,13 +35,13 @@ LINES = {
         (2, 4),
         ('collective-permute', 'peer', 2 * 16 * 2 * 2 * 64),
     ),
-    'a hop that is begun': (
+    'a hop, started': (
         '  %p = (f32[4,10]{1,0:T(8,128)}, f32[4,10]{1,0:T(8,128)}, u32[]{:S(2)}, u32[]{:S(2)}) '
         'collective-permute-start(%x), source_target_pairs={{0,1},{1,2},{2,0}}',
         (3, 1),
         ('collective-permute', 'peer', 160),
     ),
-    'a gather that is begun': (
+    'a gather, started': (
         '  %g = (f32[4]{0}, f32[16]{0}) all-gather-start(%x), replica_groups=[1,4]<=[4], '
         'dimensions={0}',
         (1, 4),
@@ -51,28 +51,28 @@ LINES = {
 
 
 @pytest.mark.parametrize('name', LINES)
-def test_a_line_is_read(name):
+def test_a_line_is_parsed(name):
     line, mesh, (operation, axis, size) = LINES[name]
-    (row,) = collectives.parse(line, mesh)
+    (row,) = hlo.parse(line, mesh)
     assert (row.operation, row.axis, row.bytes) == (operation, axis, size)
     assert (row.count, row.largest) == (1, size)
 
 
-def test_what_sends_nothing_is_left_out():
+def test_operations_that_send_nothing_are_left_out():
     text = """
       %a = f32[64]{0} all-reduce(%x), replica_groups={{0},{1}}, to_apply=%sum
       %d = f32[64]{0} all-reduce-done(%s)
       %f = f32[64]{0} fusion(%all-reduce.1), kind=kLoop, calls=%c
       %g = f32[64]{0} get-tuple-element(%all-reduce.1), index=0
     """
-    assert collectives.parse(text, (1, 2)) == []
+    assert hlo.parse(text, (1, 2)) == []
 
 
 def test_operations_of_one_kind_are_added_and_the_largest_mover_comes_first():
     text = '\n'.join(
         LINES[name][0] for name in ('several arrays in one', 'plain', 'plain', 'a hop')
     )
-    rows = collectives.parse(text, (2, 4))
+    rows = hlo.parse(text, (2, 4))
     assert [(row.operation, row.axis, row.count) for row in rows] == [
         ('collective-permute', 'peer', 1),
         ('all-reduce', 'data', 2),
@@ -81,6 +81,6 @@ def test_operations_of_one_kind_are_added_and_the_largest_mover_comes_first():
     assert (rows[1].bytes, rows[1].largest) == (512, 256)
 
 
-def test_groups_that_are_not_known_are_no_silence():
+def test_unknown_groups_raise():
     with pytest.raises(ValueError, match='no groups are known'):
-        collectives.parse('%a = f32[64]{0} all-reduce(%x), replica_groups={}, to_apply=%s', (1, 2))
+        hlo.parse('%a = f32[64]{0} all-reduce(%x), replica_groups={}, to_apply=%s', (1, 2))

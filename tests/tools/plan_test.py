@@ -1,4 +1,4 @@
-"""The plan: its figures by hand, its words, and TPUs that are not there."""
+"""--mode plan: figures by hand, messages, and TPUs that are not attached."""
 
 import dataclasses
 import importlib.util
@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 from conftest import take_devices, tiny_config
 
-from afkd_jax.data import dataset as sources
-from afkd_jax.devices import mesh as parallel
+from afkd_jax.data import dataset
+from afkd_jax.devices import memory as memory_lib
+from afkd_jax.devices import mesh
 from afkd_jax.errors import UserError
-from afkd_jax.tools import plan
-from afkd_jax.tools import tpu as topology
+from afkd_jax.tools import plan, tpu
 
 HAVE_TPU_COMPILER = importlib.util.find_spec('libtpu') is not None
 
 
 def planned(monkeypatch, config, count=8, memory=None, **arguments):
-    monkeypatch.setattr(parallel, 'available', lambda: jax.devices()[:count])
+    monkeypatch.setattr(mesh, 'available', lambda: jax.devices()[:count])
     if memory:
-        monkeypatch.setattr(topology, 'memory_of', lambda device: memory)
+        monkeypatch.setattr(memory_lib, 'device_bytes', lambda device: memory)
     return plan.plan(config, None, arguments.get('search', False))
 
 
@@ -61,17 +61,17 @@ def test_the_operations_are_those_of_the_convolutions(monkeypatch):
         )
 
     def conv(size, stride, inputs, outputs, kernel=3):
-        places = taps(size, stride) if kernel == 3 else -(-size // stride)
-        return places**2 * inputs * outputs
+        positions = taps(size, stride) if kernel == 3 else -(-size // stride)
+        return positions**2 * inputs * outputs
 
-    forward = conv(8, 1, 1, 128)  # whose gradient to the images nobody asks for
+    forward = conv(8, 1, 1, 128)  # no gradient to the images is taken
     twice = 2 * conv(8, 1, 128, 128)
     twice += conv(8, 2, 128, 256) + conv(4, 1, 256, 256) + conv(8, 2, 128, 256, kernel=1)
     twice += conv(4, 2, 256, 512) + conv(2, 1, 512, 512) + conv(4, 2, 256, 512, kernel=1)
     operations = 2 * 2 * (2 * forward + 3 * (twice + 512 * 10))  # two networks, two a multiply-add
     assert result['flops_per_image'] == pytest.approx(operations, rel=0.02)
     assert result['flops_per_step'] == pytest.approx(128 * operations, rel=0.02)
-    # By the formula that counts taps on the padding too, the networks alone.
+    # The networks alone, by the formula that counts taps on the padding too.
     assert len(result['networks']) == 2
     assert result['networks'][0]['flops_per_image'] > operations / 2
 
@@ -101,7 +101,7 @@ def test_a_set_that_is_too_large_is_planned_batch_by_batch(monkeypatch):
 
 
 def test_the_largest_batch_is_found(monkeypatch):
-    it = plan.Plan(tiny_config(batch_size=64), sources.Info((8, 8, 1), 10, 1294, 0, 16), None)
+    it = plan.Plan(tiny_config(batch_size=64), dataset.Info((8, 8, 1), tuple('0123456789'), 1294, 0, 16), None)
     asked = []
 
     @dataclasses.dataclass(frozen=True)
@@ -126,14 +126,14 @@ def test_the_largest_batch_is_found(monkeypatch):
         assert found > best - max(4, best / 8) - 4, limit
 
 
-def test_what_does_not_fit_is_said_with_the_compilers_figures(monkeypatch):
-    def refuse(self, batch_size):
+def test_a_step_that_does_not_fit_is_reported_with_the_compilers_figures(monkeypatch):
+    def reject(self, batch_size):
         raise plan._TooLarge('RESOURCE_EXHAUSTED: Ran out of memory. Used 20.1G of 15.75G hbm.')
 
-    monkeypatch.setattr(plan.Plan, 'compile', refuse)
+    monkeypatch.setattr(plan.Plan, 'compile', reject)
     result = planned(monkeypatch, tiny_config(), count=1)
     assert result['fits'] is False
-    assert result['why'] == '20.1G are needed, 15.75G are there'
+    assert result['why'] == '20.1G are needed, 15.75G exist'
     assert json.loads(json.dumps(result)) == result
     assert any('it does not fit' in str(part) for part in plan.tables(result))
 
@@ -151,18 +151,18 @@ def test_what_does_not_fit_is_said_with_the_compilers_figures(monkeypatch):
         ('v3-32', ('v3', '4x4')),
     ],
 )
-def test_tpus_are_known_by_their_names(name, layout):
-    assert topology.layout_of(name) == layout
+def test_known_tpu_names(name, layout):
+    assert tpu.layout_of(name) == layout
 
 
 @pytest.mark.parametrize('name', ['v5e-17', 'v4-9', 'v9-8', 'a100', 'v5e', 'v5e:4', 'gpu:2x2'])
-def test_others_are_refused(name):
+def test_unknown_tpu_names_are_rejected(name):
     with pytest.raises(UserError, match=f'--topology: .*{name}'):
-        topology.layout_of(name)
+        tpu.layout_of(name)
 
 
 @pytest.mark.skipif(HAVE_TPU_COMPILER, reason='the compiler for TPUs is installed')
-def test_without_the_compiler_for_tpus_one_sentence_names_the_command(forked):
+def test_without_the_compiler_for_tpus_the_error_message_names_the_command(forked):
     command = ['--config=configs/digits.py', '--mode=plan', '--topology=v5e-4']
     code, _, errors = forked(command)
     assert code == 1
@@ -173,7 +173,7 @@ def test_without_the_compiler_for_tpus_one_sentence_names_the_command(forked):
 
 
 @pytest.mark.skipif(not HAVE_TPU_COMPILER, reason='needs pip install "jax[tpu]"')
-def test_a_tpu_that_is_not_there():
+def test_a_tpu_that_is_not_attached():
     result = plan.plan(tiny_config(mesh__peer=2), 'v5e-4', False)
     assert result['device'] == '4 x TPU v5 lite, 2 peer x 2 data'
     assert result['memory_per_device'] == 16 * 2**30

@@ -11,7 +11,7 @@ import pytest
 from conftest import PAIR, softmax, tiny_config
 
 from afkd_jax.data import augment
-from afkd_jax.devices import mesh as parallel
+from afkd_jax.devices import mesh
 from afkd_jax.method import metrics
 from afkd_jax.report import summary
 from afkd_jax.training import evaluate
@@ -20,7 +20,7 @@ from afkd_jax.training import run as run_lib
 
 @pytest.fixture
 def one_device(monkeypatch):
-    monkeypatch.setattr(parallel, 'available', lambda: jax.devices()[:1])
+    monkeypatch.setattr(mesh, 'available', lambda: jax.devices()[:1])
 
 
 @functools.cache
@@ -28,11 +28,11 @@ def plain(networks=PAIR):
     """Returns accuracy and cross-entropy of untrained networks on test, computed in the test."""
     run = run_lib.prepare(tiny_config(networks))
     state = jax.device_get(run.initial_state())
-    places = run.info.places('test')
-    table = jax.device_get(run.pipeline.table)
-    pixels = table.pixels[places.start : places.stop] / 255
+    indices = run.info.indices('test')
+    table = jax.device_get(run.pipeline.images)
+    pixels = table.pixels[indices.start : indices.stop] / 255
     pixels = ((pixels - table.mean) / table.std).astype(np.float32)
-    labels = table.labels[places.start : places.stop]
+    labels = table.labels[indices.start : indices.stop]
     probabilities = []
     for module, network in zip(run.cohort.networks, state.networks, strict=True):
         apply = jax.jit(functools.partial(module.apply, train=False))
@@ -60,13 +60,13 @@ def test_what_fills_up_the_last_batch_is_not_counted(one_device):
     # would give more than 100 %.
     run = run_lib.prepare(tiny_config(eval_batch_size=512))
     networks = run.initial_state().networks
-    every = np.arange(run.pipeline.table.labels.size)
-    images, _ = augment.evaluation_batch(run.pipeline.table, every)
+    every = np.arange(run.pipeline.images.labels.size)
+    images, _ = augment.evaluation_batch(run.pipeline.images, every)
     logits, _ = jax.jit(functools.partial(run.cohort.networks[0].apply, train=False))(
         networks[0].variables(), images
     )
     labels = run.devices.replicate(logits.argmax(1).astype(np.int32))
-    pipeline = dataclasses.replace(run.pipeline, table=run.pipeline.table.replace(labels=labels))
+    pipeline = dataclasses.replace(run.pipeline, images=run.pipeline.images.replace(labels=labels))
     scores = evaluate.Evaluator(dataclasses.replace(run, pipeline=pipeline))(networks, 'test')
     assert scores.accuracy[0] == 100.0
 
@@ -126,8 +126,8 @@ def test_by_class_the_images_and_the_accuracy_add_up(one_device):
     scores = evaluate.Evaluator(run)(run.initial_state().networks, 'test')
     found = summary.classes(run.cohort, scores)
     json.dumps(found)
-    places = run.info.places('test')
-    labels = np.asarray(run.pipeline.table.labels)[places.start : places.stop]
+    indices = run.info.indices('test')
+    labels = np.asarray(run.pipeline.images.labels)[indices.start : indices.stop]
     assert found['images'] == np.bincount(labels, minlength=10).tolist()
     for entry, accuracy in zip(
         [*found['networks'], found['ensemble']], scores.accuracy, strict=True

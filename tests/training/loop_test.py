@@ -11,22 +11,20 @@ import jax.numpy as jnp
 import pytest
 from conftest import tiny_config
 
-from afkd_jax.devices import arrays as arrays_lib
 from afkd_jax.checkpoints import store as checkpoints
 from afkd_jax.data import dataset as sources
 from afkd_jax.data import order as batches
-from afkd_jax.devices import mesh as parallel
+from afkd_jax.devices import arrays as arrays_lib
+from afkd_jax.devices import mesh
 from afkd_jax.devices.signals import Interrupt
 from afkd_jax.errors import UserError
-from afkd_jax.method import state as state_lib
 from afkd_jax.method import step as step_lib
-from afkd_jax.report import figures as curves
-from afkd_jax.training import evaluate
-from afkd_jax.training import health as watch
+from afkd_jax.report import figures
+from afkd_jax.training import evaluate, health
 from afkd_jax.training import loop as train
 from afkd_jax.training import run as run_lib
 
-DRAW = curves.draw
+DRAW = figures.draw
 
 
 def fit(config, workdir, step=None):
@@ -36,9 +34,9 @@ def fit(config, workdir, step=None):
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
-    monkeypatch.setattr(parallel, 'available', lambda: jax.devices()[:1])
+    monkeypatch.setattr(mesh, 'available', lambda: jax.devices()[:1])
     # Half a second each; the run that `uninterrupted` makes draws its curves.
-    monkeypatch.setattr(curves, 'draw', lambda workdir: None)
+    monkeypatch.setattr(figures, 'draw', lambda workdir: None)
 
 
 def short_config(**fields):
@@ -52,7 +50,7 @@ def uninterrupted(tmp_path_factory):
     """Returns (workdir, summary) of a run that nothing stopped."""
     workdir = tmp_path_factory.mktemp('uninterrupted')
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parallel, 'available', lambda: jax.devices()[:1])
+        patch.setattr(mesh, 'available', lambda: jax.devices()[:1])
         return workdir, fit(short_config(), workdir)
 
 
@@ -160,8 +158,8 @@ def test_the_seed_gives_the_weights_and_the_augmentation():
     assert len(draws) == 4
 
 
-def told(workdir):
-    """Returns what metrics.jsonl says of the run itself: nothing of time, and of its starts."""
+def values(workdir):
+    """Returns the lines of metrics.jsonl about the run itself, without times."""
     rows = lines(workdir, 'train') + lines(workdir, 'evaluation')
     return [{key: row[key] for key in row if key != 'images_per_s'} for row in rows]
 
@@ -172,7 +170,7 @@ RESULTS = ('fingerprint', 'networks', 'ensemble', 'ring', 'steps', 'evaluated')
 def assert_same_run(workdir, summary, uninterrupted):
     for key in RESULTS:
         assert summary[key] == uninterrupted[1][key], key
-    assert told(workdir) == told(uninterrupted[0])
+    assert values(workdir) == values(uninterrupted[0])
 
 
 @pytest.mark.parametrize('stop_at', [5, 7, 10])
@@ -214,7 +212,7 @@ def every_step(tmp_path_factory):
     workdir = tmp_path_factory.mktemp('every')
     config = short_config(checkpoint__every_steps=1, checkpoint__keep=100)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parallel, 'available', lambda: jax.devices()[:1])
+        patch.setattr(mesh, 'available', lambda: jax.devices()[:1])
         fit(config, workdir)
     return config, workdir
 
@@ -316,10 +314,10 @@ def test_a_run_is_finished_only_when_all_is_written(every_step, tmp_path, monkey
         def full(_):
             raise OSError(28, 'No space left on device')
 
-        patch.setattr(curves, 'draw', full)
+        patch.setattr(figures, 'draw', full)
         with pytest.raises(OSError, match='No space'):
             fit(config, tmp_path, 10)
-    monkeypatch.setattr(curves, 'draw', DRAW)
+    monkeypatch.setattr(figures, 'draw', DRAW)
     assert fit(config, tmp_path)['steps'] == 10
     assert (tmp_path / 'curves.png').read_bytes().startswith(b'\x89PNG')
 
@@ -369,10 +367,10 @@ def test_a_run_moves_between_numbers_of_devices(every_step, tmp_path, monkeypatc
     config, workdir = every_step
     shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
     for count, step in ((8, 8), (1, 9)):
-        monkeypatch.setattr(parallel, 'available', lambda: jax.devices()[:count])  # noqa: B023
+        monkeypatch.setattr(mesh, 'available', lambda: jax.devices()[:count])  # noqa: B023
         assert fit(config, tmp_path, step)['steps'] == 10
     output = capsys.readouterr().out
-    assert "devices: '1 x cpu (x86_64)' -> '8 x cpu (x86_64)': the run goes on, but not" in output
+    assert "devices: '1 x cpu (x86_64)' -> '8 x cpu (x86_64)': the run continues, but not" in output
     assert "devices: '8 x cpu (x86_64)' -> '1 x cpu (x86_64)'" in output
 
 
@@ -441,7 +439,7 @@ def test_a_skipped_step_leaves_nothing_but_its_count(tmp_path, monkeypatch, caps
     continued = fit(config, tmp_path / 'stop')
     summary = fit(config, tmp_path / 'skip')
     assert continued['fingerprint'] == summary['fingerprint']
-    assert told(tmp_path / 'stop') == told(tmp_path / 'skip')
+    assert values(tmp_path / 'stop') == values(tmp_path / 'skip')
     assert (summary['steps'], summary['steps_skipped']) == (10, 1)
     assert [row['skipped'] for row in lines(tmp_path / 'skip', 'train')] == [0, 1, 0, 0, 0, 0]
     (warning,) = lines(tmp_path / 'skip', 'warning')
@@ -449,14 +447,14 @@ def test_a_skipped_step_leaves_nothing_but_its_count(tmp_path, monkeypatch, caps
     assert 'warning: step 4: 1 steps skipped' in capsys.readouterr().out
     run = run_lib.prepare(config)
     with checkpoints.Checkpoints(tmp_path / 'skip', run.origin()) as kept:
-        states = [kept.restore(run.abstract(), step).point.state for step in (2, 3, 4)]
+        states = [kept.restore(run.abstract(), step).snapshot.state for step in (2, 3, 4)]
     fingerprints = [arrays_lib.fingerprint(state.replace(step=0)) for state in states]
     assert fingerprints[0] == fingerprints[1] != fingerprints[2]
     assert [int(state.step) for state in states] == [2, 3, 4]
 
 
 def test_a_run_that_only_skips_is_ended(tmp_path, monkeypatch):
-    monkeypatch.setattr(watch, 'GIVE_UP', 3)
+    monkeypatch.setattr(health, 'GIVE_UP', 3)
     failing(monkeypatch, lambda step: step >= 3)
     with pytest.raises(UserError, match=r'^step 8: the last 4 steps were all skipped, step 7: cro'):
         fit(short_config(on_nonfinite='skip'), tmp_path)
@@ -473,7 +471,7 @@ def test_a_broken_config_json_is_refused(content, sentence, tmp_path):
 
 def test_without_validation_the_test_split_is_only_watched(tmp_path, monkeypatch):
     # Here also: pmap, on two devices.
-    monkeypatch.setattr(parallel, 'available', lambda: jax.devices()[:2])
+    monkeypatch.setattr(mesh, 'available', lambda: jax.devices()[:2])
     config = short_config(method='kd_ring', mapping='pmap', data__validation_fraction=0.0, epochs=1)
     summary = fit(config, tmp_path)
     for entry in [*summary['networks'], summary['ensemble']]:
@@ -485,13 +483,13 @@ def test_without_validation_the_test_split_is_only_watched(tmp_path, monkeypatch
 
 
 def test_networks_on_several_devices_stop_and_continue_to_the_bit(monkeypatch, tmp_path):
-    monkeypatch.setattr(parallel, 'available', lambda: jax.devices()[:4])
+    monkeypatch.setattr(mesh, 'available', lambda: jax.devices()[:4])
     config = short_config(mesh__peer=2, checkpoint__every_steps=3)
     summary = fit(config, tmp_path / 'run')
     assert summary['device'].endswith(', 2 peer x 2 data')
     assert fit(config, tmp_path / 'run', step=6)['fingerprint'] == summary['fingerprint']
     # A checkpoint of theirs goes on where each device has all networks.
-    monkeypatch.setattr(parallel, 'available', lambda: jax.devices()[:2])
+    monkeypatch.setattr(mesh, 'available', lambda: jax.devices()[:2])
     moved = fit(short_config(), tmp_path / 'run', step=5)
     for a, b in zip(moved['networks'], summary['networks'], strict=True):
         assert abs(a['test_accuracy'] - b['test_accuracy']) < 3
