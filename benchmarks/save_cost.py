@@ -5,7 +5,7 @@ python -m benchmarks.save_cost CONFIG SECONDS ROUNDS [NETWORK,NETWORK]
 Blocks of steps of about SECONDS each, in turn with one checkpoint at their beginning and without;
 the same number of steps, in one process. The cost of a checkpoint is the median difference of a
 round; of one a minute its share of 60 s. Times end when the steps are done; a save must be
-complete by the end of its block. Random images of no meaning would do, but the config's are used.
+complete by the end of its block. The values of the images do not matter; the config's are used.
 """
 
 import importlib
@@ -26,14 +26,14 @@ from afkd_jax.training import run as run_lib
 def main(name, seconds, rounds, *networks):
     config = importlib.import_module(f'configs.{name}').get_config(*networks)
     run = run_lib.prepare(config)
-    state, no_sums = run.initial_state(), run.no_sums()
+    state, zero_sums = run.initial_state(), run.zero_sums()
     step = run.compiled_step()
     count = 0
 
     def take(steps):
         nonlocal state, count
         for _ in range(steps):
-            state, sums = step(state, no_sums, *run.pipeline.batch(run.order.indices(count)))
+            state, sums = step(state, zero_sums, *run.pipeline.batch(run.order.indices(count)))
             sums.steps.block_until_ready()
             count += 1
 
@@ -43,15 +43,15 @@ def main(name, seconds, rounds, *networks):
     step_s = (time.perf_counter() - start) / 5
     steps = max(2, round(seconds / step_s))
     with tempfile.TemporaryDirectory() as folder:
-        about = {'versions': {}, 'devices': run.devices.name}
-        with Checkpoints(pathlib.Path(folder), run.origin(), about, keep=1) as checkpoints:
-            point = Snapshot(state, no_sums, Progress.start(len(run.cohort.names)))
+        metadata = {'versions': {}, 'devices': run.devices.name}
+        with Checkpoints(pathlib.Path(folder), run.origin(), metadata, keep=1) as checkpoints:
+            progress = Progress.start(len(run.cohort.names))
 
             def block(save):
                 begin = time.perf_counter()
                 blocked = 0.0
                 if save:
-                    checkpoints.save(count, Snapshot(state, no_sums, point.progress))
+                    checkpoints.save(count, Snapshot(state, zero_sums, progress))
                     blocked = time.perf_counter() - begin
                 take(steps)
                 taken = time.perf_counter() - begin
@@ -72,12 +72,12 @@ def main(name, seconds, rounds, *networks):
             saves, restores = [], []
             for _ in range(5):
                 begin = time.perf_counter()
-                checkpoints.save(count, Snapshot(state, no_sums, point.progress))
+                checkpoints.save(count, Snapshot(state, zero_sums, progress))
                 checkpoints.wait()
                 saves.append(time.perf_counter() - begin)
                 begin = time.perf_counter()
                 restored = checkpoints.restore(run.abstract())
-                jax.block_until_ready(restored.point.state)
+                jax.block_until_ready(restored.snapshot.state)
                 restores.append(time.perf_counter() - begin)
     arrays = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     cost = statistics.median(costs)

@@ -8,18 +8,16 @@ os.environ['XLA_FLAGS'] = (
 )
 
 import functools
-import re
 import shutil
 import subprocess
 import tempfile
 
-import flax.linen as nn
 import forks
 import jax
 import numpy as np
 import pytest
+from tiny import PAIR
 
-from afkd_jax import models
 from afkd_jax.config import Config
 from afkd_jax.devices import mesh
 from afkd_jax.devices.mesh import BATCH_SHARDED, REPLICATED
@@ -27,7 +25,6 @@ from afkd_jax.devices.spmd import DATA
 from afkd_jax.method import cohort as cohort_lib
 from afkd_jax.method import state as state_lib
 from afkd_jax.method import step as step_lib
-from afkd_jax.registry import register_network
 from configs import digits
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
@@ -64,35 +61,6 @@ def pytest_collection_modifyitems(items):
 def pytest_unconfigure():
     if not _WORKER:
         shutil.rmtree(_CACHE, ignore_errors=True)
-
-
-class Tiny(nn.Module):
-    """One convolution, norm, ReLU and perhaps dropout: a trunk that compiles in no time."""
-
-    channels: int
-    stride: int
-    rate: float
-    layers: models.layers.Layers
-    stem: str = 'conv 3x3'
-
-    @nn.compact
-    def __call__(self, images, train):
-        x = self.layers.conv(self.channels, (3, 3), self.stride, padding=1)(images)
-        x = nn.relu(self.layers.norm(use_running_average=not train)(x))
-        return self.layers.dropout(self.rate)(x, train)
-
-
-TINY = r'tiny-(\d+)-(\d)(-drop)?'
-
-
-# 'tiny-C-S': C channels, stride S; 8x8 images give maps of ceil(8 / S).
-@register_network(pattern=TINY)
-def _tiny(name, layers, large):
-    match = re.fullmatch(TINY, name)
-    return Tiny(int(match[1]), int(match[2]), 0.3 if match[3] else 0.0, layers)
-
-
-PAIR = ('tiny-8-2', 'tiny-8-2')
 
 
 def tiny_config(networks=PAIR, **fields):

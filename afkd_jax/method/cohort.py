@@ -143,7 +143,10 @@ def assemble(
     parts = layers.layers(axis_name, dtype=config.dtype, local_statistics=local)
     # One module serves all networks of one name: modules hold no parameters.
     modules = {name: models.build(name, num_classes, image_shape, parts) for name in names}
-    shapes = {name: _map_shape(module, image_shape) for name, module in modules.items()}
+    shapes = {
+        name: _map_shape(module, image_shape)  # pyright: ignore - modules hash by fields
+        for name, module in modules.items()
+    }
     for name, shape in shapes.items():
         # Our choice: a discriminator would see no map where it is a single point.
         _check_size(name, shape, image_shape, least=2 if method.adversarial else 1)

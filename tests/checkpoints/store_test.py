@@ -1,4 +1,4 @@
-"""Checkpoints: what is kept, what comes back, what is refused."""
+"""Checkpoints: retention, restoring, and the rejection of damaged and foreign ones."""
 
 import contextlib
 import hashlib
@@ -10,21 +10,21 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from conftest import take_devices, PAIR, initial_state, tiny_cohort, tiny_config
+from conftest import PAIR, initial_state, take_devices, tiny_cohort, tiny_config
 
-from afkd_jax.devices import arrays as arrays_lib
 from afkd_jax import config as config_lib
 from afkd_jax.checkpoints import store as checkpoints_lib
-from afkd_jax.checkpoints.progress import Progress
+from afkd_jax.checkpoints.progress import Best, Progress
 from afkd_jax.checkpoints.store import Checkpoints, Snapshot
-from afkd_jax.devices import mesh as parallel
+from afkd_jax.devices import arrays as arrays_lib
+from afkd_jax.devices.mesh import REPLICATED
 from afkd_jax.errors import UserError
 from afkd_jax.method import metrics
 from afkd_jax.method import state as state_lib
 from afkd_jax.method import step as step_lib
 from afkd_jax.training import run as run_lib
 
-ABOUT = {'versions': {'jax': '1'}, 'devices': '1 x cpu'}
+METADATA = {'versions': {'jax': '1'}, 'devices': '1 x cpu'}
 
 
 def sums_of(config):
@@ -32,18 +32,14 @@ def sums_of(config):
 
 
 @pytest.fixture(scope='module')
-def point():
-    """A state and sums in which no two arrays are same_structure, on the host."""
+def snapshot():
+    """A state and sums of random values, so that no two arrays are equal; on the host."""
     config, rng = tiny_config(), np.random.default_rng(0)
     arrays = initial_state(config), sums_of(config)
     arrays = jax.tree.map(
         lambda leaf: np.asarray(rng.integers(1, 9, np.shape(leaf)), np.asarray(leaf).dtype), arrays
     )
     return Snapshot(*arrays, Progress.start(2))
-
-
-def replicated(count):
-    return take_devices(count)
 
 
 def origin(config):
@@ -55,19 +51,19 @@ def origin(config):
     }
 
 
-def like(config, count=1):
+def abstract(config, count=1):
     arrays = state_lib.abstract(tiny_cohort(config)), sums_of(config)
-    return replicated(count).abstract(arrays)
+    return take_devices(count).abstract(arrays)
 
 
 def opened(folder, config=None, keep=2):
-    return Checkpoints(folder, origin(config or tiny_config()), ABOUT, keep)
+    return Checkpoints(folder, origin(config or tiny_config()), METADATA, keep)
 
 
-def write(folder, point, steps, keep=9, config=None):
+def write(folder, snapshot, steps, keep=9, config=None):
     with opened(folder, config, keep) as checkpoints:
         for step in steps:
-            checkpoints.save(step, point)
+            checkpoints.save(step, snapshot)
 
 
 def names(folder):
@@ -79,12 +75,14 @@ def same(a, b):
     return fingerprints[0] == fingerprints[1] and a.progress == b.progress
 
 
-def test_a_point_comes_back_to_the_bit_on_any_number_of_devices(point, tmp_path):
+def test_a_snapshot_is_restored_to_the_bit_on_any_number_of_devices(snapshot, tmp_path):
     progress = Progress(
-        best=[{'validation': 98.6013986013986, 'test': 97.5, 'step': 4}, None, None],
+        best=[Best(step=4, validation=98.6013986013986, test=97.5), None, None],
         saturated=[3, 0],
         warned=[True, False],
-        scores={'test': {'step': 4, 'accuracy': [0.1, 1 / 3], 'cross_entropy': [2.5, 1e-30]}},
+        evaluations={
+            'test': (4, metrics.Evaluation([0.1, 1 / 3], [2.5, 1e-30], top5=[1.0, 1e-30]))
+        },
         evaluated=4,
         images_per_s=[1e3, 2e3],
         wall_s=3.5,
@@ -93,20 +91,20 @@ def test_a_point_comes_back_to_the_bit_on_any_number_of_devices(point, tmp_path)
     for written in (1, 8):
         folder = tmp_path / str(written)
         folder.mkdir()
-        state, sums = replicated(written).replicate((point.state, point.sums))
+        state, sums = take_devices(written).replicate((snapshot.state, snapshot.sums))
         write(folder, Snapshot(state, sums, progress), [6])
         for count in (1, 2, 8):
             with opened(folder) as checkpoints:
-                restored = checkpoints.restore(like(tiny_config(), count))
-            assert same(restored.point, Snapshot(point.state, point.sums, progress))
-            whole = replicated(count).sharding(parallel.REPLICATED)
-            arrays = jax.tree.leaves((restored.point.state, restored.point.sums))
+                restored = checkpoints.restore(abstract(tiny_config(), count))
+            assert same(restored.snapshot, Snapshot(snapshot.state, snapshot.sums, progress))
+            whole = take_devices(count).shardings(REPLICATED)
+            arrays = jax.tree.leaves((restored.snapshot.state, restored.snapshot.sums))
             assert all(leaf.sharding == whole for leaf in arrays)
-            assert restored.about == ABOUT
+            assert restored.metadata == METADATA
             assert (restored.rejected, restored.newer) == ({}, [])
 
 
-def test_a_point_comes_back_to_the_bit_wherever_the_networks_live(tmp_path):
+def test_a_snapshot_is_restored_to_the_bit_on_any_number_of_peers(tmp_path):
     config = tiny_config(('tiny-4-2',) * 4, dataset='digits')
     runs = {
         peers: run_lib.prepare(
@@ -124,85 +122,84 @@ def test_a_point_comes_back_to_the_bit_wherever_the_networks_live(tmp_path):
             with opened(folder, config) as checkpoints:
                 restored = checkpoints.restore(other.abstract())
             assert restored.rejected == {}
-            arrays = restored.point.state
+            arrays = restored.snapshot.state
             assert other.fingerprint(arrays) == start
-            for leaf, like in zip(
+            for leaf, expected in zip(
                 jax.tree.leaves(arrays), jax.tree.leaves(other.abstract()[0]), strict=True
             ):
-                assert leaf.sharding.is_equivalent_to(like.sharding, leaf.ndim)
+                assert leaf.sharding.is_equivalent_to(expected.sharding, leaf.ndim)
 
 
-def test_the_last_and_the_best_are_kept(point, tmp_path):
+def test_the_last_and_the_best_are_kept(snapshot, tmp_path):
     progress = Progress.start(2)
     with opened(tmp_path, keep=2) as checkpoints:
         for step in range(0, 18, 2):
             if step == 4:
-                progress.best[0] = {'validation': 1.0, 'test': 1.0, 'step': 4}
+                progress.best[0] = Best(4, validation=1.0, test=1.0)
             if step == 8:
-                progress.best[2] = {'validation': 1.0, 'test': 1.0, 'step': 8}
+                progress.best[2] = Best(8, validation=1.0, test=1.0)
             if step == 14:
-                progress.best[2] = {'validation': 2.0, 'test': 1.0, 'step': 14}
-            checkpoints.save(step, Snapshot(point.state, point.sums, progress))
+                progress.best[2] = Best(14, validation=2.0, test=1.0)
+            checkpoints.save(step, Snapshot(snapshot.state, snapshot.sums, progress))
             checkpoints.wait()
             if step == 12:
                 assert names(tmp_path) == ['10', '12', '4', '8']
     assert names(tmp_path) == ['14', '16', '4']
     with opened(tmp_path) as checkpoints:
         for step in (4, 14, 16):
-            assert checkpoints.restore(like(tiny_config()), step).point.progress.best_steps()
-        restored = checkpoints.restore(like(tiny_config()), 14)
+            assert checkpoints.restore(abstract(tiny_config()), step).snapshot.progress.best_steps()
+        restored = checkpoints.restore(abstract(tiny_config()), 14)
         assert [path.name for path in restored.newer] == ['16']
         with pytest.raises(UserError, match='no checkpoint of step 2 .* there are 4, 14, 16'):
-            checkpoints.restore(like(tiny_config()), 2)
+            checkpoints.restore(abstract(tiny_config()), 2)
 
 
-def test_a_step_that_is_saved_again_is_replaced(point, tmp_path):
+def test_a_step_that_is_saved_again_is_replaced(snapshot, tmp_path):
     for expected in ('4', '4.2', '4.3', '4.4'):
         later = Progress.start(2)
         later.evaluated = len(expected)
         with opened(tmp_path) as checkpoints:
-            checkpoints.save(4, Snapshot(point.state, point.sums, later))
+            checkpoints.save(4, Snapshot(snapshot.state, snapshot.sums, later))
             checkpoints.wait()
             assert names(tmp_path) == [expected]
-            assert checkpoints.restore(like(tiny_config()), 4).point.progress == later
+            assert checkpoints.restore(abstract(tiny_config()), 4).snapshot.progress == later
 
 
-def test_training_goes_on_while_a_save_is_written_and_may_reuse_the_memory(
-    point, tmp_path, monkeypatch
-):
+def test_the_arrays_may_be_donated_while_a_save_is_written(snapshot, tmp_path, monkeypatch):
     written = []
     monkeypatch.setattr(
         checkpoints_lib.Checkpoints,
         '_write',
-        lambda self, step, arrays, content: written.append(arrays),
+        lambda self, step, arrays, content, best: written.append(arrays),
     )
     donating = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
-    arrays = replicated(1).replicate((point.state, point.sums))
+    arrays = take_devices(1).replicate((snapshot.state, snapshot.sums))
     with opened(tmp_path) as checkpoints:
-        checkpoints.save(0, Snapshot(*arrays, point.progress))
+        checkpoints.save(0, Snapshot(*arrays, snapshot.progress))
         jax.block_until_ready(donating(arrays))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(arrays))
-    (kept,) = written
-    state, sums = kept  # on the disk, and on the way to it, networks that are same_structure are stacked
-    kept = state_lib.StackedState.unstack(state), sums
-    assert arrays_lib.fingerprint(kept) == arrays_lib.fingerprint((point.state, point.sums))
+    ((state, sums),) = written
+    assert isinstance(state, state_lib.StackedState)  # the structure in which it is stored
+    assert arrays_lib.fingerprint((state.unstack(), sums)) == arrays_lib.fingerprint(
+        (snapshot.state, snapshot.sums)
+    )
 
 
 def test_the_best_is_the_first_with_the_highest_validation_accuracy():
     progress = Progress.start(2)
     assert progress.improved([1.0, 2.0, 3.0]) == [0, 1, 2]
-    progress.best = [{'validation': value} for value in (50.0, 60.0, 70.0)]
-    assert progress.improved([50.0, 60.1, 69.9]) == [1]
+    progress.best = [Best(2, validation=value, test=1.0) for value in (50.0, 60.0, 70.0)]
+    assert progress.improved([50.0, 60.1, 69.9]) == [1]  # 50.0 again is no new maximum
 
 
 def test_none_to_restore(tmp_path):
     with Checkpoints(tmp_path, origin(tiny_config())) as checkpoints:  # to read only
-        assert checkpoints.restore(like(tiny_config())) is None
+        assert checkpoints.restore(abstract(tiny_config())) is None
     assert list(tmp_path.iterdir()) == []
     with opened(tmp_path) as checkpoints:
-        assert checkpoints.restore(like(tiny_config())) is None
+        assert checkpoints.restore(abstract(tiny_config())) is None
         with pytest.raises(UserError, match='no checkpoint of step 3 .* there are none'):
-            checkpoints.restore(like(tiny_config()), 3)
+            checkpoints.restore(abstract(tiny_config()), 3)
 
 
 @pytest.mark.parametrize(
@@ -212,10 +209,10 @@ def test_none_to_restore(tmp_path):
         (PAIR, 'kd_ring', r"config.method: 'afd' -> 'kd_ring'"),
     ],
 )
-def test_another_runs_checkpoint_is_refused_with_the_differing_fields(
-    networks, method, difference, point, tmp_path
+def test_a_checkpoint_of_another_run_is_rejected_with_the_differing_fields(
+    networks, method, difference, snapshot, tmp_path
 ):
-    write(tmp_path, point, [1])
+    write(tmp_path, snapshot, [1])
     config = tiny_config(networks, method=method)
     with (
         opened(tmp_path, config) as checkpoints,
@@ -223,11 +220,11 @@ def test_another_runs_checkpoint_is_refused_with_the_differing_fields(
             UserError, match=f'no checkpoint can be used: 1 is of another run .*{difference}'
         ),
     ):
-        checkpoints.restore(like(config))
+        checkpoints.restore(abstract(config))
 
 
-def test_other_shapes_and_images_are_named_too(point, tmp_path):
-    write(tmp_path, point, [1])
+def test_other_shapes_and_images_are_named_too(snapshot, tmp_path):
+    write(tmp_path, snapshot, [1])
     ours = origin(tiny_config())
     ours['arrays']['0/step'] = 'int64[]'
     ours['images']['fingerprint'] = 'cd'
@@ -238,10 +235,9 @@ def test_other_shapes_and_images_are_named_too(point, tmp_path):
             match=r"images.fingerprint: 'ab' -> 'cd'; arrays.0/step: 'int32\[\]' -> 'int64\[\]'",
         ),
     ):
-        checkpoints.restore(like(tiny_config()))
+        checkpoints.restore(abstract(tiny_config()))
 
 
-# What happens to a checkpoint's directory, and what is said of it.
 def _largest(folder):
     files = [path for path in (folder / 'arrays').rglob('*') if path.is_file()]
     return max(files, key=lambda path: path.stat().st_size)
@@ -262,6 +258,7 @@ def _edit(path):
     path.write_text(path.read_text().replace('"step": 4', '"step": 3'))
 
 
+# What happens to the directory of a checkpoint, and part of the error message.
 DAMAGES = {
     'truncated': (lambda folder: _cut(_largest(folder)), 'is damaged'),
     'flipped': (lambda folder: _flip(_largest(folder)), 'is damaged'),
@@ -285,41 +282,45 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize('name', DAMAGES)
-def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(name, point, tmp_path):
-    damage, sentence = DAMAGES[name]
-    write(tmp_path, point, [2, 4])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(name, snapshot, tmp_path):
+    damage, message = DAMAGES[name]
+    write(tmp_path, snapshot, [2, 4])
     newest = tmp_path / 'checkpoints' / '4'
     if name == 'other arrays':
-        other = jax.tree.map(lambda leaf: leaf + 1, point.state)
+        other = jax.tree.map(lambda leaf: leaf + 1, snapshot.state)
         (tmp_path / 'checkpoints' / 'other').mkdir()
-        write(tmp_path / 'checkpoints' / 'other', Snapshot(other, point.sums, point.progress), [4])
+        write(
+            tmp_path / 'checkpoints' / 'other',
+            Snapshot(other, snapshot.sums, snapshot.progress),
+            [4],
+        )
     damage(newest)
     with opened(tmp_path, keep=9) as checkpoints:
-        restored = checkpoints.restore(like(tiny_config()))
+        restored = checkpoints.restore(abstract(tiny_config()))
         assert list(restored.rejected) == [newest]
-        assert sentence in restored.rejected[newest]
-        assert same(restored.point, point)
-        with pytest.raises(UserError, match=f'no checkpoint can be used: 4 .*{sentence}'):
-            checkpoints.restore(like(tiny_config()), 4)
+        assert message in restored.rejected[newest]
+        assert same(restored.snapshot, snapshot)
+        with pytest.raises(UserError, match=f'no checkpoint can be used: 4 .*{message}'):
+            checkpoints.restore(abstract(tiny_config()), 4)
         damage(tmp_path / 'checkpoints' / '2')
         if name != 'record edited':  # there 2 does not say "step": 4
             with pytest.raises(
                 UserError, match=r'no checkpoint can be used: 4 .*; 2 .*name another'
             ):
-                checkpoints.restore(like(tiny_config()))
+                checkpoints.restore(abstract(tiny_config()))
 
 
-def test_a_checkpoint_under_another_steps_name_is_told(point, tmp_path):
-    write(tmp_path, point, [4])
+def test_a_checkpoint_under_the_name_of_another_step_is_rejected(snapshot, tmp_path):
+    write(tmp_path, snapshot, [4])
     shutil.copytree(tmp_path / 'checkpoints' / '4', tmp_path / 'checkpoints' / '100')
     with opened(tmp_path) as checkpoints:
-        restored = checkpoints.restore(like(tiny_config()))
+        restored = checkpoints.restore(abstract(tiny_config()))
     assert list(restored.rejected.values()) == ['is that of step 4']
-    assert same(restored.point, point)
+    assert same(restored.snapshot, snapshot)
 
 
-def test_a_file_that_cannot_be_read_is_damage_too(point, tmp_path, monkeypatch):
-    write(tmp_path, point, [2, 4])
+def test_a_file_that_cannot_be_read_is_damage_too(snapshot, tmp_path, monkeypatch):
+    write(tmp_path, snapshot, [2, 4])
     digest = hashlib.file_digest
 
     def failing(file, kind):
@@ -329,27 +330,27 @@ def test_a_file_that_cannot_be_read_is_damage_too(point, tmp_path, monkeypatch):
 
     monkeypatch.setattr(hashlib, 'file_digest', failing)
     with opened(tmp_path) as checkpoints:
-        restored = checkpoints.restore(like(tiny_config()))
+        restored = checkpoints.restore(abstract(tiny_config()))
     ((path, why),) = restored.rejected.items()
     assert (path.name, why) == ('4', 'cannot be read ([Errno 5] Input/output error)')
 
 
-def test_nothing_is_published_after_the_lock_is_lost(point, tmp_path):
+def test_nothing_is_published_after_the_lock_is_lost(snapshot, tmp_path):
     def lost():
         raise UserError('lost')
 
-    write(tmp_path, point, [2])
+    write(tmp_path, snapshot, [2])
     with (
         pytest.raises(UserError, match='lost'),
-        Checkpoints(tmp_path, origin(tiny_config()), ABOUT, 1, lost) as checkpoints,
+        Checkpoints(tmp_path, origin(tiny_config()), METADATA, 1, lost) as checkpoints,
     ):
-        checkpoints.save(4, point)
+        checkpoints.save(4, snapshot)
     assert '2' in names(tmp_path)
     assert '4' not in names(tmp_path)
 
 
-def test_no_flipped_bit_goes_unnoticed(point, tmp_path):
-    write(tmp_path, point, [4])
+def test_no_flipped_bit_goes_unnoticed(snapshot, tmp_path):
+    write(tmp_path, snapshot, [4])
     rng = random.Random(0)
     files = sorted(path for path in (tmp_path / 'checkpoints' / '4').rglob('*') if path.is_file())
     files = [path for path in files if path.stat().st_size]
@@ -361,13 +362,13 @@ def test_no_flipped_bit_goes_unnoticed(point, tmp_path):
             data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
             path.write_bytes(data)
             with pytest.raises(UserError, match='no checkpoint can be used: 4 (is damaged|has )'):
-                checkpoints.restore(like(tiny_config()))
+                checkpoints.restore(abstract(tiny_config()))
             path.write_bytes(whole)
-        assert same(checkpoints.restore(like(tiny_config())).point, point)
+        assert same(checkpoints.restore(abstract(tiny_config())).snapshot, snapshot)
 
 
-def test_what_a_killed_process_left_half_done_is_removed(point, tmp_path):
-    write(tmp_path, point, [2])
+def test_what_a_killed_process_left_half_done_is_removed(snapshot, tmp_path):
+    write(tmp_path, snapshot, [2])
     folder = tmp_path / 'checkpoints'
     shutil.copytree(folder / '2', folder / '4.unfinished')
     shutil.copytree(folder / '2', folder / '1.unfinished')
@@ -380,91 +381,101 @@ def test_what_a_killed_process_left_half_done_is_removed(point, tmp_path):
     assert names(tmp_path) == ['2', 'notes']
 
 
-def test_a_state_that_has_run_over_is_not_kept(point, tmp_path):
-    networks = jax.tree.map(np.copy, point.state.networks)
+def test_a_state_that_has_overflowed_is_not_saved(snapshot, tmp_path):
+    networks = jax.tree.map(np.copy, snapshot.state.networks)
     networks[1].params['trunk']['Conv_0']['kernel'][0, 0, 0, 0] = np.inf
-    bad = Snapshot(point.state.replace(networks=networks), point.sums, point.progress)
+    bad = Snapshot(snapshot.state.replace(networks=networks), snapshot.sums, snapshot.progress)
     with opened(tmp_path) as checkpoints:
-        checkpoints.save(2, point)
+        checkpoints.save(2, snapshot)
         checkpoints.save(4, bad)
         with pytest.raises(UserError, match=r'step 4: .networks\[1\].params.*not finite.*diverged'):
             checkpoints.wait()
     assert names(tmp_path) == ['2']
 
 
-@pytest.mark.parametrize('looks_first', [True, False])
-def test_a_full_disk_is_told_and_what_was_there_is_intact(
-    looks_first, point, small_disk, monkeypatch
+@pytest.mark.parametrize('checked_first', [True, False])
+def test_a_full_disk_is_named_and_earlier_checkpoints_are_intact(
+    checked_first, snapshot, small_disk, monkeypatch
 ):
     folder, _ = small_disk
-    if not looks_first:  # as when somebody else fills it in the meantime
-        monkeypatch.setattr(checkpoints_lib, '_check_room', lambda *_: None)
-    write(folder, point, [2])
+    if not checked_first:  # as when another program fills it in the meantime
+        monkeypatch.setattr(checkpoints_lib, '_check_disk_space', lambda *_: None)
+    write(folder, snapshot, [2])
     filler = folder / 'filler'
     with filler.open('wb', buffering=0) as file, contextlib.suppress(OSError):
         while file.write(bytes(4096)):
             pass
-    why = 'are needed, 0.0 MB are free' if looks_first else 'No space left on device'
+    why = 'are needed, 0.0 MB are free' if checked_first else 'No space left on device'
     with (
         pytest.raises(UserError, match=f'4: the checkpoint cannot be written .*{why}.*before it'),
         opened(folder) as checkpoints,
     ):
-        checkpoints.save(4, point)
+        checkpoints.save(4, snapshot)
     assert names(folder) == ['2']
     with opened(folder) as checkpoints:
-        assert same(checkpoints.restore(like(tiny_config())).point, point)
+        assert same(checkpoints.restore(abstract(tiny_config())).snapshot, snapshot)
         filler.unlink()
-        checkpoints.save(4, point)
+        checkpoints.save(4, snapshot)
     assert names(folder) == ['2', '4']
 
 
-def test_a_failed_save_is_raised_by_whatever_comes_next(point, tmp_path, monkeypatch):
+def test_the_error_of_a_save_is_raised_by_the_next_call(snapshot, tmp_path, monkeypatch):
     with opened(tmp_path) as checkpoints:
-        checkpoints.save(2, point)
+        checkpoints.save(2, snapshot)
         checkpoints.wait()
 
         def full(*_, **__):
             raise OSError(28, 'No space left on device')
 
         monkeypatch.setattr(checkpoints._orbax, 'save', full)
-        for raises in (checkpoints.poll, checkpoints.wait, lambda: checkpoints.save(6, point)):
-            checkpoints.save(4, point)
+        for raises in (checkpoints.poll, checkpoints.wait, lambda: checkpoints.save(6, snapshot)):
+            checkpoints.save(4, snapshot)
             checkpoints._writing.exception()  # waits, so that poll() can know
             with pytest.raises(UserError, match='cannot be written .*No space left'):
                 raises()
     assert names(tmp_path) == ['2']
 
 
-def test_arrays_that_are_read_as_others_than_were_written_are_refused(point, tmp_path, monkeypatch):
-    write(tmp_path, point, [2])
+@pytest.mark.parametrize('changed', ['a network', 'the sums'])
+def test_arrays_that_are_read_as_others_than_were_written_are_rejected(
+    changed, snapshot, tmp_path, monkeypatch
+):
+    write(tmp_path, snapshot, [2])
     with opened(tmp_path) as checkpoints:
         read = checkpoints._orbax.restore
 
         def other(*arguments, **named):
             state, sums = read(*arguments, **named)
-            head = state.networks.params['head']['Dense_0']  # of both; one differs
-            head['bias'] = head['bias'].at[1, 3].add(1e-6)
+            if changed == 'a network':
+                head = state.networks.params['head']['Dense_0']  # both, stacked; one is changed
+                head['bias'] = head['bias'].at[1, 3].add(1e-6)
+            else:
+                sums = sums.replace(steps=sums.steps + 1)
             return state, sums
 
         monkeypatch.setattr(checkpoints._orbax, 'restore', other)
         with pytest.raises(UserError, match='2 is read as other arrays than were written'):
-            checkpoints.restore(like(tiny_config(), 1))
+            checkpoints.restore(abstract(tiny_config(), 1))
 
 
-def test_the_record_tells_a_reader_what_it_is(point, tmp_path):
-    write(tmp_path, point, [2])
+def test_the_record_describes_the_checkpoint(snapshot, tmp_path):
+    write(tmp_path, snapshot, [2])
+    state = snapshot.state
     content = json.loads((tmp_path / 'checkpoints/2/record.json').read_text())['content']
     assert content['step'] == 2
     assert content['origin']['config']['networks'] == list(PAIR)
     assert content['versions'] == {'jax': '1'}
     assert content['digests'] == {
-        str(k): arrays_lib.fingerprint(own)
-        for k, own in enumerate(zip(point.state.networks, point.state.discriminators, strict=True))
+        **{
+            str(k): arrays_lib.fingerprint(part)
+            for k, part in enumerate(zip(state.networks, state.discriminators, strict=True))
+        },
+        'sums': arrays_lib.fingerprint(snapshot.sums),
     }
 
 
-def test_the_fingerprint_sees_every_array_and_bit(point):
-    state = point.state
+def test_the_fingerprint_depends_on_every_array_and_bit(snapshot):
+    state = snapshot.state
     fingerprint = arrays_lib.fingerprint(state)
     assert fingerprint == arrays_lib.fingerprint(jax.tree.map(np.copy, state))
     leaves, tree = jax.tree.flatten(state)

@@ -1,4 +1,4 @@
-"""The workdir: whose it is, who holds it, what is set aside."""
+"""The workdir: its run, its lock, and its files."""
 
 import os
 import pathlib
@@ -12,6 +12,7 @@ import time
 import pytest
 from conftest import tiny_config
 
+from afkd_jax.checkpoints import files, lock
 from afkd_jax.checkpoints import workdir as workdir_lib
 from afkd_jax.config import Config
 from afkd_jax.errors import UserError
@@ -29,8 +30,8 @@ with workdir.claimed(pathlib.Path(sys.argv[1]), Config.of(digits.get_config()), 
 
 
 def claimed(folder, config=None):
-    told = []
-    return workdir_lib.claimed(folder, config or tiny_config(), told.append), told
+    logged = []
+    return workdir_lib.claimed(folder, config or tiny_config(), logged.append), logged
 
 
 @pytest.fixture
@@ -48,11 +49,11 @@ def holder(tmp_path):
     process.communicate()
 
 
-def test_a_workdir_in_use_is_refused_with_its_owner_named(holder, tmp_path):
+def test_a_workdir_in_use_is_rejected_and_its_owner_is_named(holder, tmp_path):
     context, _ = claimed(tmp_path / 'run')
-    sentence = f'is in use by process {holder.pid} on {socket.gethostname()}'
+    message = f'is in use by process {holder.pid} on {socket.gethostname()}'
     started = time.monotonic()
-    with pytest.raises(UserError, match=sentence), context:
+    with pytest.raises(UserError, match=message), context:
         pass
     assert time.monotonic() - started < 5  # at once: its process lives on this machine
 
@@ -61,12 +62,12 @@ def test_the_lock_of_a_process_that_was_killed_is_taken_over(holder, tmp_path):
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     assert (tmp_path / 'run' / 'lock').exists()
-    context, told = claimed(tmp_path / 'run', Config.of(digits.get_config()))
+    context, logged = claimed(tmp_path / 'run', Config.of(digits.get_config()))
     started = time.monotonic()
     with context as check_held:
         check_held()
     assert time.monotonic() - started < 5
-    (line,) = told
+    (line,) = logged
     assert f'took over the lock of process {holder.pid} on {socket.gethostname()}' in line
     assert not (tmp_path / 'run' / 'lock').exists()
 
@@ -74,22 +75,22 @@ def test_the_lock_of_a_process_that_was_killed_is_taken_over(holder, tmp_path):
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
     """The lock of a process on another machine, with a short lease."""
-    monkeypatch.setattr(workdir_lib, 'LEASE_S', 2.0)
+    monkeypatch.setattr(lock, 'LEASE_S', 2.0)
     path = tmp_path / 'run' / 'lock'
     path.parent.mkdir()
     path.write_text('filelock/2\npid=4711\nhost=elsewhere\nmode=lease\ntoken=ab\nduration=2.0\n')
     return path
 
 
-def test_another_machines_lock_without_a_sign_of_life_is_taken_over(elsewhere, tmp_path):
-    context, told = claimed(tmp_path / 'run')
+def test_the_lock_of_another_machine_is_taken_over_after_the_lease(elsewhere, tmp_path):
+    context, logged = claimed(tmp_path / 'run')
     with context:
         pass
-    assert 'locked by process 4711 on elsewhere; waiting 2 s' in told[0]
-    assert 'took over' in told[1]
+    assert 'locked by process 4711 on elsewhere; waiting 2 s' in logged[0]
+    assert 'took over' in logged[1]
 
 
-def test_another_machines_living_lock_is_respected(elsewhere, tmp_path):
+def test_a_lock_that_another_machine_renews_is_respected(elsewhere, tmp_path):
     done = threading.Event()
 
     def live():
@@ -112,7 +113,7 @@ def test_another_machines_living_lock_is_respected(elsewhere, tmp_path):
 
 
 def test_a_lock_that_is_lost_is_noticed(tmp_path, monkeypatch):
-    monkeypatch.setattr(workdir_lib, 'LEASE_S', 0.6)
+    monkeypatch.setattr(lock, 'LEASE_S', 0.6)
     context, _ = claimed(tmp_path)
     with context as check_held:
         (tmp_path / 'lock').unlink()
@@ -123,7 +124,7 @@ def test_a_lock_that_is_lost_is_noticed(tmp_path, monkeypatch):
             check_held()
 
 
-def test_what_does_not_change_the_bits_may_change(tmp_path):
+def test_fields_that_do_not_change_the_bits_may_change(tmp_path):
     changed = tiny_config(
         checkpoint__keep=7, checkpoint__every_steps=3, checkpoint__every_minutes=0.5,
         on_nonfinite='skip', saturation_steps=9, data__data_dir='x', data__manual_dir='y',
@@ -145,7 +146,7 @@ def test_a_file_is_no_workdir(tmp_path):
         pass
 
 
-def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
+def test_a_workdir_that_cannot_be_written_is_rejected(tmp_path):
     mount = ['mount', '-t', 'tmpfs', '-o', 'ro', 'tmpfs', str(tmp_path)]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip('mounting needs rights that are not there')
@@ -158,12 +159,12 @@ def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
         subprocess.run(['umount', '-l', str(tmp_path)], check=True)
 
 
-def test_nothing_that_is_set_aside_replaces_another(tmp_path):
+def test_what_is_set_aside_replaces_nothing(tmp_path):
     for content in ('a', 'b', 'c'):
         (tmp_path / 'checkpoints').mkdir(exist_ok=True)
         path = tmp_path / 'checkpoints' / '4'
         path.write_text(content)
-        workdir_lib.set_aside(tmp_path, path)
+        files.set_aside(tmp_path, path)
     aside = tmp_path / 'set_aside' / 'checkpoints'
     assert {path.name: path.read_text() for path in aside.iterdir()} == {
         '4': 'a', '4.2': 'b', '4.3': 'c',
@@ -171,22 +172,22 @@ def test_nothing_that_is_set_aside_replaces_another(tmp_path):
 
 
 @pytest.mark.parametrize('text', ['', '{', '[]', '{"finished": false}', '{"finished": 1}', '\0'])
-def test_only_a_finished_summary_is_one(text, tmp_path):
-    assert workdir_lib.summary(tmp_path) is None
+def test_only_the_summary_of_a_finished_run_counts(text, tmp_path):
+    assert workdir_lib.finished_summary(tmp_path) is None
     (tmp_path / 'summary.json').write_text(text)
-    assert workdir_lib.summary(tmp_path) is None
+    assert workdir_lib.finished_summary(tmp_path) is None
     (tmp_path / 'summary.json').write_text('{"finished": true, "steps": 3}')
-    assert workdir_lib.summary(tmp_path) == {'finished': True, 'steps': 3}
+    assert workdir_lib.finished_summary(tmp_path) == {'finished': True, 'steps': 3}
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / 'x.json'
-    workdir_lib.write_json(path, {'a': 1})
+    files.write_json(path, {'a': 1})
 
     def full(_):
         raise OSError(28, 'No space left on device')
 
     monkeypatch.setattr(os, 'fsync', full)
     with pytest.raises(OSError, match='No space'):
-        workdir_lib.write_json(path, {'a': 2})
+        files.write_json(path, {'a': 2})
     assert path.read_text() == '{\n  "a": 1\n}\n'

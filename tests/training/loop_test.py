@@ -393,7 +393,7 @@ def test_a_finished_run_says_so_and_changes_nothing(uninterrupted, capsys):
 
 def test_a_workdir_of_another_config_is_refused(uninterrupted):
     workdir, _ = uninterrupted
-    with pytest.raises(UserError, match=r'another config \(data.pad: 1 -> 0; seed: 0 -> 2\)'):
+    with pytest.raises(UserError, match=r'another config \(seed: 0 -> 2; data.pad: 1 -> 0\)'):
         fit(short_config(seed=2, data__pad=0), workdir)
 
 
