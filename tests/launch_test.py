@@ -280,7 +280,7 @@ BAD_COMMANDS = {
     'unknown network': ([*SHORT, "--config.networks=('resnet8','resnet9')"], '"resnet9"'),
     'unknown network behind the file': (
         ['--config=configs/cifar100.py:resnet32,wrn-16-3x'],
-        'no network is called "wrn-16-3x"; did you mean "wrn-16-4"',
+        'there is no network "wrn-16-3x"; did you mean "wrn-16-4"',
     ),
     'an argument that a file does not take': (
         ['--config={small}/silent.py:resnet8'],
@@ -317,7 +317,7 @@ BAD_COMMANDS = {
     ),
     'a split that is misspelt': (
         ['--config=configs/imagenet.py', '--config.data.train_split=train[:90%', '--mode=prepare'],
-        "config.data.train_split: 'train.:90%' is not understood .*; write e.g. 'train",
+        "config.data.train_split: must be a split as 'train.:90%.' .*, but is 'train.:90%",
     ),
     'a size that is not known yet': (
         ['--config=configs/imagenet.py', '--config.data.test_split=foo', '--mode=describe'],
@@ -337,7 +337,7 @@ BAD_COMMANDS = {
     ),
     'peers that do not divide': (
         ['--config=configs/digits.py:resnet8,resnet8,resnet8', '--config.mesh.peer=2'],
-        'config.mesh.peer: must divide the number of networks, 3, but is 2',
+        'config.mesh.peer: must be a divisor of the 3 networks, but is 2',
     ),
     'more devices than there are': (
         [*SHORT, '--config.mesh.data=64'],
@@ -458,7 +458,7 @@ BAD_COMMANDS = {
         ['--config=configs/digits.py', '--config.data.train_examples=2000'],
         'config.data.train_examples: must be at most 1294',
     ),
-    'no kind of data set': ([*SHORT, '--config.dataset=cifar10'], "tfds:cifar10.*but is 'cifar10'"),
+    'no kind of data set': ([*SHORT, '--config.dataset=cifar10'], "there is no source .cifar10.*tfds:cifar10"),
     'no directory of images': (
         [*IDX[:2], '--config.dataset=idx:/nonexistent'],
         'there is no directory',
@@ -491,7 +491,7 @@ BAD_COMMANDS = {
         damaged_idx('claims'),
     ),
     'unequal lengths': (IDX, 'has 80 images but .* has 79 labels', damaged_idx('lengths')),
-    'label out of range': (IDX, 'go to 3 in training and to 9 in test', damaged_idx('label')),
+    'label out of range': (IDX, 'the test images must have labels in 0 .. 3, but one is 9', damaged_idx('label')),
     'eval of nothing yet': ([*RUN, '--mode=eval', '--workdir={small}'], 'holds no run'),
     'eval of another step': (
         [*RUN, '--mode=eval', '--step=3'],
@@ -534,11 +534,11 @@ BAD_COMMANDS = {
     'a workdir in use': (RUN, f'is in use by process {os.getpid()} on ', lock),
     'batch that devices cannot share': (
         ['--config=configs/digits.py', '--config.batch_size=60'],
-        'config.batch_size: must be a multiple of 8, the number of devices, but is 60; nearest: 64',
+        'config.batch_size: must be a multiple of 8 .the number of devices., but is 60; nearest: 64',
     ),
     'evaluation batch that devices cannot share': (
         ['--config=configs/digits.py', '--config.eval_batch_size=4'],
-        'config.eval_batch_size: must be a multiple of 8, .*but is 4; nearest: 8',
+        'config.eval_batch_size: must be a multiple of 8 .the number of devices., .*but is 4; nearest: 8',
     ),
     'no step': ([*RUN, '--mode=eval', '--step=last'], 'step.*last'),
     'negative step': ([*RUN, '--mode=eval', '--step=-1'], 'step'),
@@ -631,7 +631,7 @@ class Callback:
     def __del__(self):
         raise {error}
 
-cli._hush()
+cli._hide_tracebacks()
 thread = threading.Thread(target=lambda: 1 / 0)
 thread.start()
 thread.join()
@@ -658,7 +658,7 @@ def test_libraries_print_no_traceback_but_swallow_no_ctrl_c(error, code, output,
 
 
 @pytest.mark.parametrize(
-    ('error', 'sentence', 'code'),
+    ('error', 'pattern', 'code'),
     [
         (
             ZeroDivisionError('a\nb'),
@@ -676,9 +676,9 @@ def test_libraries_print_no_traceback_but_swallow_no_ctrl_c(error, code, output,
         (UserError('as it is'), '^as it is$', 1),
     ],
 )
-def test_every_error_becomes_a_sentence(error, sentence, code):
-    words, given = cli._sentence(error)
-    assert re.search(sentence, words), words
+def test_every_error_becomes_one_line(error, pattern, code):
+    message, given = cli._message(error)
+    assert re.search(pattern, message), message
     assert given == code
 
 

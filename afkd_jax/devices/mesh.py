@@ -95,11 +95,9 @@ class Devices(abc.ABC):
         count = self.shards
         if batch_size % count:
             what = 'the number of devices' if self.peers == 1 else f'the devices along {DATA}'
+            rule = f'a multiple of {count} ({what})'
             nearest = max(1, round(batch_size / count)) * count
-            raise UserError(
-                f'{field_error(field, f"a multiple of {count}, {what},", batch_size)}'
-                f'; nearest: {nearest}'
-            )
+            raise UserError(f'{field_error(field, rule, batch_size)}; nearest: {nearest}')
 
     def shardings(self, specs: Any) -> Any:
         """Returns the sharding of every spec of a tree."""
@@ -266,14 +264,14 @@ def devices_of(config: Config, found: Sequence[Device] | None = None) -> Devices
             f'{", ".join(different)}; use config.mesh.peer=1'
         )
     if len(networks) % peers:
-        raise field_error('mesh.peer', f'a divisor of the networks, {len(networks)},', peers)
+        raise field_error('mesh.peer', f'a divisor of the {len(networks)} networks', peers)
     if config.mapping == 'pmap' and (peers > 1 or processes > 1):
         raise UserError(
             "config.mapping: 'pmap' maps over one axis of one process's devices; use 'shard_map' "
             'with config.mesh.peer above 1, or with several processes'
         )
     if not shards and processes > 1 and len(found) % peers:
-        rule = f'a divisor of the number of devices of all processes, {len(found)},'
+        rule = f'a divisor of the {len(found)} devices of all processes'
         raise field_error('mesh.peer', rule, peers)
     shards = shards or len(found) // peers
     count = peers * shards

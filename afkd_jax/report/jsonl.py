@@ -11,7 +11,7 @@ from typing import Any
 from afkd_jax.checkpoints.files import write_atomic
 from afkd_jax.errors import UserError
 from afkd_jax.report.console import log
-from afkd_jax.report.trackers import EvaluationValues, Header, Tracker, TrainValues
+from afkd_jax.report.trackers import EvaluationValues, Event, Start, Tracker, TrainValues, Warned
 from afkd_jax.report.versions import git_commit, versions
 
 
@@ -31,10 +31,8 @@ class JsonLines(Tracker):
         self._resumes = path.exists()
         if self._resumes:
             _set_later_lines_aside(path, step, evaluated)
-        self._names, self._file = names, path.open('ab', buffering=0)
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+        super().__init__()
+        self._names, self._file = names, self.enter_context(path.open('ab', buffering=0))
 
     def _write(self, kind: str, **values: Any) -> None:
         # Unbuffered, so that a line that does not fit on the disk is not tried again.
@@ -48,76 +46,55 @@ class JsonLines(Tracker):
                 'intact: make room, or mend the disk, then the same command continues'
             ) from error
 
-    def header(self, header: Header) -> None:
-        """Writes kind 'run', or 'resume' after a stop."""
-        self._write(
-            'resume' if self._resumes else 'run',
-            step=header.step,
-            time=time.strftime('%Y-%m-%dT%H:%M:%S%z'),
-            config=header.config.to_dict(),
-            versions=versions(),
-            devices=header.devices,
-            commit=git_commit(),
-        )
-
-    def train(self, values: TrainValues) -> None:
-        """Writes kind 'train'.
+    def handle(self, event: Event) -> None:
+        """Writes a line of kind 'run' or 'resume', 'train', 'evaluation' or 'warning'.
 
         Raises:
-          UserError: a value is not finite; nothing is written.
+          UserError: a value is not finite, or the disk cannot be written; nothing is written.
         """
-        _reject_nonfinite(values.step, values.means)
-        own = {name: means for name, means in values.means.items() if isinstance(means, list)}
-        networks = [
-            {'name': name, **{key: means[k] for key, means in own.items()}}
-            for k, name in enumerate(self._names)
-        ]
-        self._write(
-            'train',
-            step=values.step,
-            epoch=values.epoch,
-            images_per_s=values.images_per_s,
-            skipped=values.skipped,
-            **{name: mean for name, mean in values.means.items() if name not in own},
-            networks=networks,
-        )
-
-    def evaluation(self, values: EvaluationValues) -> None:
-        """Writes kind 'evaluation'.
-
-        Raises:
-          UserError: a value is not finite; nothing is written.
-        """
-        evaluation = values.evaluation
-        _reject_nonfinite(
-            values.step, {f'cross-entropy on {values.split}': evaluation.cross_entropy}
-        )
-        networks: list[dict[str, Any]] = [
-            {'name': name, 'accuracy': accuracy, 'cross_entropy': entropy}
-            for name, accuracy, entropy in zip(
-                (*self._names, 'ensemble'),
-                evaluation.accuracy,
-                evaluation.cross_entropy,
-                strict=True,
-            )
-        ]
-        for network, top5 in zip(networks, evaluation.top5 or (), strict=False):
-            network['top5_accuracy'] = top5
-        self._write(
-            'evaluation',
-            step=values.step,
-            epoch=values.epoch,
-            split=values.split,
-            networks=networks,
-        )
-
-    def warning(self, step: int, text: str) -> None:
-        """Writes kind 'warning'."""
-        self._write('warning', step=step, text=text)
+        match event:
+            case Start(step, config, devices):
+                self._write(
+                    'resume' if self._resumes else 'run',
+                    step=step,
+                    time=time.strftime('%Y-%m-%dT%H:%M:%S%z'),
+                    config=config.to_dict(),
+                    versions=versions(),
+                    devices=devices,
+                    commit=git_commit(),
+                )
+            case TrainValues(step, epoch, means, speed, skipped):
+                _reject_nonfinite(step, means)
+                own = {name: mean for name, mean in means.items() if isinstance(mean, list)}
+                self._write(
+                    'train',
+                    step=step,
+                    epoch=epoch,
+                    images_per_s=speed,
+                    skipped=skipped,
+                    **{name: mean for name, mean in means.items() if name not in own},
+                    networks=_rows(self._names, own),
+                )
+            case EvaluationValues(step, epoch, split, evaluation):
+                entropies = evaluation.cross_entropy
+                _reject_nonfinite(step, {f'cross-entropy on {split}': entropies})
+                own = {'accuracy': evaluation.accuracy, 'cross_entropy': entropies}
+                own |= {'top5_accuracy': evaluation.top5} if evaluation.top5 else {}
+                networks = _rows((*self._names, 'ensemble'), own)
+                self._write('evaluation', step=step, epoch=epoch, split=split, networks=networks)
+            case Warned(step, text):
+                self._write('warning', step=step, text=text)
 
     def sync(self) -> None:
         """See Tracker."""
         os.fsync(self._file.fileno())
+
+
+def _rows(names: tuple[str, ...], values: dict[str, list[float]]) -> list[dict[str, Any]]:
+    return [
+        {'name': name, **{key: value[k] for key, value in values.items()}}
+        for k, name in enumerate(names)
+    ]
 
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:

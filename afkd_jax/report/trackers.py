@@ -1,20 +1,19 @@
-"""Trackers: what receives a run's values while it trains.
+"""Trackers: what receives a run's events while it trains.
 
-`JsonLines` (metrics.jsonl) is always on; `Terminal` prints; `Trackers` forwards to several.
+`JsonLines` (metrics.jsonl) is always on; `Terminal` prints.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Any
 
 from afkd_jax.config import Config
 from afkd_jax.method.metrics import Evaluation
 
 
 @dataclasses.dataclass(frozen=True)
-class Header:
-    """What the following values come from: a new run, or one that resumes at `step`."""
+class Start:
+    """A new run, or one that resumes at `step`."""
 
     step: int
     config: Config
@@ -23,7 +22,7 @@ class Header:
 
 @dataclasses.dataclass(frozen=True)
 class TrainValues:
-    """Means over the steps since the last such values.
+    """Means over the steps since the last such event.
 
     Attributes:
       epoch: passes completed, with fraction.
@@ -40,86 +39,53 @@ class TrainValues:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationValues:
-    """One split's evaluation, of the networks and the ensemble."""
+    """One split's evaluation, at the end of an epoch."""
 
     step: int
-    epoch: float
+    epoch: int
     split: str
     evaluation: Evaluation
 
 
-class Tracker:
-    """The interface; every method does nothing by default. A context that ends with the run."""
+@dataclasses.dataclass(frozen=True)
+class Warned:
+    """A warning."""
 
-    def __enter__(self) -> 'Tracker':
-        return self
+    step: int
+    text: str
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Ends the tracker."""
 
-    def header(self, header: Header) -> None:
-        """Takes what the following values come from."""
+@dataclasses.dataclass(frozen=True)
+class EpochEnd:
+    """The end of an epoch, after its values, evaluations and checkpoint."""
 
-    def train(self, values: TrainValues) -> None:
-        """Takes training values, once per log line."""
+    epoch: int
 
-    def evaluation(self, values: EvaluationValues) -> None:
-        """Takes an evaluation, once per epoch and split."""
 
-    def warning(self, step: int, text: str) -> None:
-        """Takes a warning."""
+Event = Start | TrainValues | EvaluationValues | Warned | EpochEnd
 
-    def epoch(self, epoch: int) -> None:
-        """Takes the end of an epoch, after its values, evaluations and checkpoint."""
+
+class Tracker(contextlib.ExitStack):
+    """Receives events, and is a context that ends with the run."""
+
+    def handle(self, event: Event) -> None:
+        """Takes an event; unknown ones are ignored."""
 
     def sync(self) -> None:
-        """Returns when all values so far are on disk."""
+        """Returns when all events so far are on disk."""
 
 
 class Trackers(Tracker):
-    """Forwards to several trackers, in order."""
+    """Forwards to several trackers, in order; they are entered elsewhere."""
 
     def __init__(self, trackers: Sequence[Tracker]):
-        self._trackers = tuple(trackers)
+        super().__init__()
+        self._trackers = trackers
 
-    def __enter__(self) -> 'Trackers':
-        for tracker in self._trackers:
-            tracker.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        for tracker in reversed(self._trackers):
-            tracker.__exit__(*error)
-
-    def header(self, header: Header) -> None:
+    def handle(self, event: Event) -> None:
         """See Tracker."""
         for tracker in self._trackers:
-            tracker.header(header)
-
-    def train(self, values: TrainValues) -> None:
-        """See Tracker."""
-        for tracker in self._trackers:
-            tracker.train(values)
-
-    def evaluation(self, values: EvaluationValues) -> None:
-        """See Tracker."""
-        for tracker in self._trackers:
-            tracker.evaluation(values)
-
-    def warning(self, step: int, text: str) -> None:
-        """See Tracker."""
-        for tracker in self._trackers:
-            tracker.warning(step, text)
-
-    def epoch(self, epoch: int) -> None:
-        """See Tracker."""
-        for tracker in self._trackers:
-            tracker.epoch(epoch)
+            tracker.handle(event)
 
     def sync(self) -> None:
         """See Tracker."""

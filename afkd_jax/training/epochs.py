@@ -39,7 +39,7 @@ class EpochEvaluation:
         for split, evaluation in (('test', test), ('validation', validation)):
             if evaluation:
                 values = EvaluationValues(step, epoch, split, evaluation)
-                self._session.tracker.evaluation(values)
+                self._session.tracker.handle(values)
                 progress.evaluations[split] = step, evaluation
         for k in improved:
             assert validation

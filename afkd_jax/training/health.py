@@ -9,6 +9,7 @@ from afkd_jax.checkpoints import files
 from afkd_jax.devices import processes
 from afkd_jax.errors import UserError
 from afkd_jax.method.metrics import Sums
+from afkd_jax.report.trackers import Warned
 from afkd_jax.training.session import Session
 
 # A discriminator whose mean outputs are this close to 0 or 1, on the student's and the teacher's
@@ -45,7 +46,7 @@ class Health:
             self._check_saturation(step, sums)
         if skipped:
             text = f'{skipped} steps skipped, {progress.skipped} in the whole run; '
-            self._warn(step, text + self._first_bad(sums))
+            self._tracker.handle(Warned(step, text + self._first_bad(sums)))
         if progress.skipped_in_a_row >= GIVE_UP:
             raise UserError(
                 f'step {step}: the last {progress.skipped_in_a_row} steps were all skipped, '
@@ -73,9 +74,6 @@ class Health:
                 'from before: lower config.logit.learning_rate, in a new --workdir, or continue '
                 f'with --config.on_nonfinite=skip (see {path})'
             )
-
-    def _warn(self, step: int, text: str) -> None:
-        self._tracker.warning(step, text)
 
     def _bad(self, sums: Sums) -> list[tuple[str, int | None, float]]:
         """Returns (value's name, network counted from 0 or None, value) of the first skipped step.
@@ -133,11 +131,11 @@ class Health:
             counts[k] = counts[k] + int(sums.steps) if saturated else 0
             warn = counts[k] >= limit
             if warn and not self._progress.warned[k]:
-                self._warn(
-                    step,
+                text = (
                     f'the discriminator of network {k + 1} ({self._run.cohort.names[k]}) has been '
                     f'saturated for {counts[k]} steps: mean output {own:.4f} on own and '
                     f"{teacher:.4f} on its teacher's maps; its network learns next to nothing from "
-                    'it (a lower config.discriminator.learning_rate may help)',
+                    'it (a lower config.discriminator.learning_rate may help)'
                 )
+                self._tracker.handle(Warned(step, text))
             self._progress.warned[k] = warn

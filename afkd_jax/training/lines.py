@@ -34,4 +34,4 @@ class Lines:
         if sums.steps:
             epoch = session.run.order.epoch_at(step)
             skipped = int(sums.skipped)
-            session.tracker.train(TrainValues(step, epoch, metrics.means(sums), speed, skipped))
+            session.tracker.handle(TrainValues(step, epoch, metrics.means(sums), speed, skipped))

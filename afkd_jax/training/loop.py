@@ -16,6 +16,7 @@ from afkd_jax.errors import EXIT_RESUMABLE
 from afkd_jax.report import figures, summary
 from afkd_jax.report.console import log, log_from_any
 from afkd_jax.report.tables import result_tables
+from afkd_jax.report.trackers import EpochEnd
 from afkd_jax.training import run as run_lib
 from afkd_jax.training import session as session_lib
 from afkd_jax.training.clock import Clock
@@ -147,7 +148,7 @@ class Loop:
         if evaluated or self.step > self._saved_step:
             self._save()
         if evaluated:
-            self._session.tracker.epoch(epoch)
+            self._session.tracker.handle(EpochEnd(epoch))
 
     def _save_due(self) -> bool:
         every = self._run.config.checkpoint.every_steps

@@ -14,7 +14,7 @@ from afkd_jax.devices.signals import Interrupt
 from afkd_jax.report.console import log
 from afkd_jax.report.jsonl import JsonLines
 from afkd_jax.report.terminal import Terminal
-from afkd_jax.report.trackers import Header, Tracker, Trackers
+from afkd_jax.report.trackers import Start, Tracker, Trackers
 from afkd_jax.report.versions import versions
 from afkd_jax.training import resume
 from afkd_jax.training.evaluate import Evaluator
@@ -88,12 +88,13 @@ def opened(
         begin = time.perf_counter()
         train_step, evaluator = run.compiled_step(), Evaluator(run)
         compile_s = time.perf_counter() - begin
-        trackers: list[Tracker] = [Terminal(first_step, last_step, config.epochs)]
+        trackers: list[Tracker] = []
         if primary:
-            names, evaluated = run.cohort.names, progress.evaluated
-            trackers.insert(0, JsonLines(workdir, names, first_step, evaluated))
-        tracker = stack.enter_context(Trackers(trackers))
-        tracker.header(Header(first_step, config, run.devices.name))
+            lines = JsonLines(workdir, run.cohort.names, first_step, progress.evaluated)
+            trackers.append(stack.enter_context(lines))
+        trackers.append(stack.enter_context(Terminal(first_step, last_step, config.epochs)))
+        tracker = Trackers(trackers)
+        tracker.handle(Start(first_step, config, run.devices.name))
         yield Session(
             run,
             workdir,

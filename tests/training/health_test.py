@@ -18,10 +18,11 @@ from afkd_jax.training.health import Health
 
 class Warnings(Tracker):
     def __init__(self):
+        super().__init__()
         self.texts = []
 
-    def warning(self, step, text):
-        self.texts.append((step, text))
+    def handle(self, event):
+        self.texts.append((event.step, event.text))
 
 
 def checking(folder, **fields):
