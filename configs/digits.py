@@ -2,7 +2,7 @@
 
 Command: python launch.py --config configs/digits.py
 
-Measured: see docs/results.md. The recipe is ours (the paper has no such experiment): cosine
+Results: docs/results.md. The recipe is ours (the paper has no such experiment): cosine
 instead of steps, larger adversarial rates, and digits are never flipped.
 """
 

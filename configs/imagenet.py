@@ -7,7 +7,7 @@ Commands, one per row:
   python launch.py --config configs/imagenet.py:resnet18,resnet34
 
 Not run. The images come from TFDS, prepared once by --mode prepare, or from unpacked folders by
---config.dataset=folder:DIR. The paper's top-1 %, told by a third party:
+--config.dataset=folder:DIR. The paper's top-1 %, reported by a third party:
 ResNet-18 DML 70.19, AFD 70.39; ResNet-34 DML 73.57, AFD 74.00. Its recipe is not known to us; this
 is the usual one of these networks, with the adversarial schedule of default.py.
 """

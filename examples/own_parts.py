@@ -14,29 +14,28 @@ from ml_collections import ConfigDict
 
 import afkd_jax
 from afkd_jax import Config, Images, Source, default_config
-from afkd_jax.models.layers import Conv, Layers, Norm
+from afkd_jax.models.layers import Layers
 
 
 class Plain(nn.Module):
     """The trunk: two 3x3 convolutions, each with a norm and a ReLU; the second halves the size."""
 
-    conv: Conv
-    norm: Norm
+    layers: Layers
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
         """Returns the feature map after its activation, [B, H / 2, W / 2, 32]."""
         x = images
         for channels, stride in ((16, 1), (32, 2)):
-            x = self.conv(channels, (3, 3), stride, padding=1)(x)
-            x = nn.relu(self.norm(use_running_average=not train)(x))
+            x = self.layers.conv(channels, (3, 3), stride, padding=1)(x)
+            x = nn.relu(self.layers.norm(use_running_average=not train)(x))
         return x
 
 
 @afkd_jax.register_network('plain')
 def plain(name: str, layers: Layers, large: bool) -> nn.Module:
     """Returns the trunk; `large` is whether the images have sides of at least 96 pixels."""
-    return Plain(layers.conv, layers.norm)
+    return Plain(layers)
 
 
 @afkd_jax.register_map_loss('cosine')

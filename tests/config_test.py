@@ -1,4 +1,4 @@
-"""Configs: every impossible field is refused with one sentence that names it and its value."""
+"""Configs: every impossible field is refused with one message that names it and its value."""
 
 import pathlib
 import re
@@ -18,7 +18,7 @@ def test_shipped_configs_are_valid(module):
 
 
 @pytest.mark.parametrize(
-    ('field', 'value', 'sentence'),
+    ('field', 'value', 'message'),
     [
         ('networks', ('resnet8',), r'at least two network names .*but is \(.resnet8.,\)'),
         ('networks', (), 'at least two'),
@@ -72,8 +72,8 @@ def test_shipped_configs_are_valid(module):
         ('saturation_steps', -1, 'at least 0'),
     ],
 )
-def test_impossible_values_are_refused(field, value, sentence):
-    with pytest.raises(UserError, match=f'^config.{field}: .*{sentence}'):
+def test_impossible_values_are_refused(field, value, message):
+    with pytest.raises(UserError, match=f'^config.{field}: .*{message}'):
         tiny_config().replace(**{field: value})
 
 

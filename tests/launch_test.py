@@ -254,7 +254,7 @@ def lock(folder):
     )
 
 
-# Name: the arguments, what the sentence must hold, and perhaps what is done to the files before.
+# Name: the arguments, what the message must hold, and perhaps what is done to the files before.
 BAD_COMMANDS = {
     'no config': ([], '--config: name a config file'),
     'no such file': (['--config=configs/nothing.py'], 'there is no file configs/nothing.py'),
@@ -549,8 +549,8 @@ DEVICES_8 = {'XLA_FLAGS': '--xla_force_host_platform_device_count=8'}
 
 
 @pytest.mark.parametrize('name', BAD_COMMANDS)
-def test_bad_input_gives_one_sentence(name, tmp_path, forked, trained):
-    arguments, sentence, *prepare = BAD_COMMANDS[name]
+def test_bad_input_gives_one_message(name, tmp_path, forked, trained):
+    arguments, message, *prepare = BAD_COMMANDS[name]
     for prefix in ('train', 't10k'):
         images = struct.pack('>4I', 2051, 80, 4, 4) + bytes(80 * 16)
         labels = struct.pack('>2I', 2049, 80) + bytes(i % 4 for i in range(80))
@@ -583,7 +583,7 @@ def test_bad_input_gives_one_sentence(name, tmp_path, forked, trained):
     *warnings, line = errors.splitlines()
     assert line.startswith('error: ')
     assert not warnings or name == 'no return'  # there ml_collections warns too
-    assert re.search(sentence, line), line
+    assert re.search(message, line), line
     # Nothing that is on the disk is lost by it.
     assert before.items() <= contents(tmp_path / 'run').items()
 

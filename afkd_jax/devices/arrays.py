@@ -29,10 +29,10 @@ def layout(arrays: Any) -> dict[str, str]:
 
 
 def scalar_count(arrays: Any) -> int:
-    """Returns the number of scalars in a tree of arrays, or of abstract ones."""
+    """Returns the number of scalars in a tree of arrays, or abstract arrays."""
     return sum(leaf.size for leaf in jax.tree.leaves(arrays))
 
 
 def byte_count(arrays: Any) -> int:
-    """Returns the number of bytes in a tree of arrays, or of abstract ones."""
+    """Returns the number of bytes in a tree of arrays, or abstract arrays."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays))

@@ -51,4 +51,4 @@ class StepBytes:
     @property
     def total(self) -> int:
         """The sum of all parts."""
-        return self.arguments + self.outputs + self.temporaries + self.program
+        return sum(dataclasses.astuple(self))

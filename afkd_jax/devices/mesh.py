@@ -1,11 +1,7 @@
-"""The mesh: the devices of a run, how arrays are sharded over them, and how a step is mapped.
+"""The mesh: the devices of a run, how arrays are sharded over them, and how a step is mapped."""
 
-`Devices` is the interface; `ShardMapDevices` (the default) and `PmapDevices` map the very same
-per-device function.
-"""
-
-import abc
 import dataclasses
+import functools
 import platform
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,12 +25,6 @@ BATCH_SHARDED = PartitionSpec(DATA)  # along the leading axis, the batch
 PEER_SHARDED = PartitionSpec(PEER)  # along the leading axis, the networks
 
 
-def map_specs(function: Callable[..., Any], specs: Any, *trees: Any) -> Any:
-    """Returns function(spec, subtree, ...) for each spec of a tree of specs (a prefix of trees)."""
-    is_spec = lambda leaf: isinstance(leaf, PartitionSpec)  # noqa: E731
-    return jax.tree.map(function, specs, *trees, is_leaf=is_spec)
-
-
 def available() -> list[Device]:
     """Returns the devices that JAX finds, those of all processes.
 
@@ -52,8 +42,8 @@ def available() -> list[Device]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Devices(abc.ABC):
-    """The devices of a run, and how a per-device function is mapped over them."""
+class Devices:
+    """The devices of a run; maps a per-device function by `jax.shard_map` under `jax.jit`."""
 
     mesh: Mesh
 
@@ -101,14 +91,10 @@ class Devices(abc.ABC):
 
     def shardings(self, specs: Any) -> Any:
         """Returns the sharding of every spec of a tree."""
-        return map_specs(lambda spec: NamedSharding(self.mesh, spec), specs)
+        return jax.tree.map(functools.partial(NamedSharding, self.mesh), specs)
 
     def replicate(self, tree: Any) -> Any:
-        """Returns the tree with every array whole on every device.
-
-        Args:
-          tree: host arrays or keys, the same in every process.
-        """
+        """Returns host arrays or keys, the same in every process, whole on every device."""
         return jax.tree.map(lambda leaf: self._put(leaf, REPLICATED), tree)
 
     def abstract(self, tree: Any, specs: Any = REPLICATED) -> Any:
@@ -118,10 +104,9 @@ class Devices(abc.ABC):
             shape = self._split_shape(leaf.shape) if spec == BATCH_SHARDED else leaf.shape
             return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=NamedSharding(self.mesh, spec))
 
-        def subtree(spec: PartitionSpec, part: Any) -> Any:
-            return jax.tree.map(lambda leaf: one(spec, leaf), part)
-
-        return map_specs(subtree, specs, tree)
+        return jax.tree.map(
+            lambda spec, part: jax.tree.map(functools.partial(one, spec), part), specs, tree
+        )
 
     def split(self, array: np.ndarray) -> jax.Array:
         """Returns the array sharded along its leading axis, as the mapped function takes it."""
@@ -156,17 +141,12 @@ class Devices(abc.ABC):
         host = np.asarray(leaf)
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
-    @abc.abstractmethod
     def _split_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Returns the shape in which an array of this shape is split along its leading axis."""
+        return shape
 
-    @abc.abstractmethod
     def map(
-        self,
-        function: Callable,
-        specs: tuple[Any, ...],
-        out: Any = REPLICATED,
-        donate: tuple[int, ...] = (),
+        self, function: Callable, specs: tuple, out: Any = REPLICATED, donate: tuple[int, ...] = ()
     ) -> jax.stages.Wrapped:
         """Returns the per-device function, mapped over the devices and jitted.
 
@@ -180,29 +160,13 @@ class Devices(abc.ABC):
           out: of the results, likewise; what is BATCH_SHARDED has the shape of split().
           donate: arguments whose memory may be reused.
         """
-
-
-class ShardMapDevices(Devices):
-    """`jax.shard_map` under `jax.jit`, on a mesh of PEER x DATA."""
-
-    def _split_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return shape
-
-    def map(
-        self,
-        function: Callable,
-        specs: tuple[Any, ...],
-        out: Any = REPLICATED,
-        donate: tuple[int, ...] = (),
-    ) -> jax.stages.Wrapped:
-        """See Devices."""
         mapped = jax.shard_map(function, mesh=self.mesh, in_specs=specs, out_specs=out)
         options = xla_cpu.options(self.first.platform)
         return jax.jit(mapped, donate_argnums=donate, compiler_options=options)
 
 
 class PmapDevices(Devices):
-    """`jax.pmap`, on the devices of one process along DATA; split arrays have an axis for it."""
+    """Maps by `jax.pmap`, over one process's devices along DATA; split arrays have that axis."""
 
     def _split_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return (self.shards, shape[0] // self.shards, *shape[1:])
@@ -212,26 +176,23 @@ class PmapDevices(Devices):
         return np.arange(size)
 
     def map(
-        self,
-        function: Callable,
-        specs: tuple[Any, ...],
-        out: Any = REPLICATED,
-        donate: tuple[int, ...] = (),
+        self, function: Callable, specs: tuple, out: Any = REPLICATED, donate: tuple[int, ...] = ()
     ) -> jax.stages.Wrapped:
         """See Devices."""
         axes = {REPLICATED: None, BATCH_SHARDED: 0}
+        in_axes, out_axes = jax.tree.map(axes.__getitem__, (specs, out))
         return jax.pmap(
             function,
             axis_name=DATA,
-            in_axes=map_specs(axes.__getitem__, specs),
-            out_axes=map_specs(axes.__getitem__, out),
+            in_axes=in_axes,
+            out_axes=out_axes,
             donate_argnums=donate,
             devices=self.mesh.devices.ravel().tolist(),
         )
 
 
 def arrange(devices: Sequence[Device], mapping: str, peers: int = 1) -> Devices:
-    """Returns these devices as a mesh of `peers` rows, neighbours next to each other."""
+    """Returns a mesh of `peers` rows of these devices, neighbours next to each other."""
     shape = (peers, len(devices) // peers)
     try:
         grid = mesh_utils.create_device_mesh(shape, list(devices), allow_split_physical_axes=True)
@@ -240,15 +201,11 @@ def arrange(devices: Sequence[Device], mapping: str, peers: int = 1) -> Devices:
         grid = np.array(devices).reshape(shape)
     if mapping == 'pmap':  # its results live on a mesh with this one axis
         return PmapDevices(Mesh(grid.ravel(), (DATA,)))
-    return ShardMapDevices(Mesh(grid, (PEER, DATA)))
+    return Devices(Mesh(grid, (PEER, DATA)))
 
 
 def devices_of(config: Config, found: Sequence[Device] | None = None) -> Devices:
-    """Returns the devices of a config's mesh.
-
-    Args:
-      config: checked.
-      found: the devices to choose from; None: those that JAX finds.
+    """Returns the devices of a config's mesh, chosen from `found` (None: those that JAX finds).
 
     Raises:
       UserError: there are no such devices, or networks and batch cannot be sharded over them.

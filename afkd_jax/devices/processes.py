@@ -68,14 +68,9 @@ def is_primary() -> bool:
 
 
 def start(address: str | None, number: int | None, process: int | None) -> None:
-    """Connects this process to the others, if there are any.
+    """Connects process `process`, in 0 .. number - 1, to the others, if there are any.
 
-    Without arguments JAX detects TPU pods, Slurm and Open MPI.
-
-    Args:
-      address: HOST:PORT of process 0.
-      number: of processes.
-      process: this one's number, in 0 .. number - 1.
+    `address` is HOST:PORT of process 0. Without arguments JAX detects TPU pods, Slurm and Open MPI.
 
     Raises:
       UserError: the arguments do not fit each other, or the others cannot be reached.
@@ -119,7 +114,6 @@ def start(address: str | None, number: int | None, process: int | None) -> None:
 
 
 def _check_address(address: str, binds: bool) -> None:
-    """Rejects a malformed address, or, for the process that binds it, one that is in use."""
     host, _, port = address.rpartition(':')
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise UserError(
@@ -168,7 +162,7 @@ def _listen() -> None:
 
 
 def announce_end(message: str, code: int) -> None:
-    """Tells the other processes, if any, why this one ends, and with which exit code."""
+    """Announces to the other processes, if any, why this one ends, and its exit code."""
     if count() == 1 or _ended.is_set():
         return
     _ended.set()
@@ -188,29 +182,23 @@ def shutdown() -> None:
 
 
 def all_gather(value: Any, tag: str = 'main') -> list[Any]:
-    """Returns the value of every process, in their order, as JSON has it.
+    """Returns the value of every process, in their order, as JSON has it; waits for no device.
 
-    Host memory only: nothing waits for a device.
-
-    Args:
-      value: this process's.
-      tag: names a sequence of calls that every process makes in the same order; one per thread.
+    Every process makes the calls of one tag in the same order. Each thread needs its own tag.
     """
     value = json.dumps(value)
     if count() == 1:
         return [json.loads(value)]
     _counts[tag] = _counts.get(tag, 0) + 1
     key = f'{tag}/{_counts[tag]}'
-    client = _runtime().client
-    client.key_value_set(f'{key}/{index()}', value)
-    return [json.loads(_get(client, f'{key}/{process}')) for process in range(count())]
+    _runtime().client.key_value_set(f'{key}/{index()}', value)
+    return [json.loads(_get(f'{key}/{process}')) for process in range(count())]
 
 
-def _get(client: Any, key: str) -> str:
-    """Returns a value, however long it takes: another process may be downloading a data set."""
-    while True:
+def _get(key: str) -> str:
+    while True:  # however long it takes: another process may be downloading a data set
         try:
-            return client.blocking_key_value_get(key, 60_000)
+            return _runtime().client.blocking_key_value_get(key, 60_000)
         except jax.errors.JaxRuntimeError as error:
             if 'DEADLINE_EXCEEDED' not in str(error):
                 raise
@@ -227,8 +215,6 @@ def raise_on_all(function: Callable[[], Result], tag: str = 'main') -> Result:
     Raises:
       UserError: it was raised in one process, so it is raised in all.
     """
-    if count() == 1:
-        return function()
     result, error = None, None
     try:
         result = function()
@@ -244,24 +230,17 @@ def raise_on_all(function: Callable[[], Result], tag: str = 'main') -> Result:
 
 
 def primary_first(function: Callable[[], Result]) -> Result:
-    """Returns function(), called by the primary first: what it makes on a shared disk exists then.
+    """Returns raise_on_all(function), called by the primary first.
 
-    Raises:
-      UserError: as raise_on_all.
+    So the others find what it writes to a shared disk.
     """
     first = raise_on_all(function if is_primary() else lambda: None)
-    if count() == 1:
-        return first  # pyright: ignore[reportReturnType]
     rest = raise_on_all(function if not is_primary() else lambda: None)
     return first if is_primary() else rest  # pyright: ignore[reportReturnType]
 
 
 def assert_equal(values: dict[str, Any]) -> None:
-    """Rejects values, by name, that differ between processes.
-
-    Raises:
-      UserError: in all processes.
-    """
+    """Raises UserError, in all processes, if values (by name) differ between processes."""
     first, *others = all_gather(values)
     for process, theirs in enumerate(others, start=1):
         if different := config_lib.differences(first, theirs):

@@ -37,9 +37,7 @@ class Interrupt:
             self._read, self._write = os.pipe()
             os.set_blocking(self._write, False)
             self._wakeup = signal.set_wakeup_fd(self._write)
-            self._previous = {
-                number: signal.signal(number, self._request) for number in self.SIGNALS
-            }
+            self._previous = {each: signal.signal(each, self._request) for each in self.SIGNALS}
             self._thread = threading.Thread(target=self._count, daemon=True)
             self._thread.start()
         return self
@@ -50,22 +48,21 @@ class Interrupt:
     def _count(self) -> None:
         count, terminated_at = 0, -math.inf
         while numbers := os.read(self._read, 1):
-            if numbers[0] in self.SIGNALS:
+            if numbers[0] not in self.SIGNALS:
+                continue
+            if numbers[0] == signal.SIGTERM:
                 # Schedulers, and timeout(1), send SIGTERM to a process and at once to its group.
-                now = time.monotonic()
-                again = numbers[0] == signal.SIGTERM and now - terminated_at < _SAME_SIGNAL_S
-                if numbers[0] == signal.SIGTERM:
-                    terminated_at = now
-                if again:
+                before, terminated_at = terminated_at, time.monotonic()
+                if terminated_at - before < _SAME_SIGNAL_S:
                     continue
-                count += 1
-                message = _MESSAGES[count - 1]
-                if count == len(_MESSAGES) and os.isatty(2):
-                    message = _SHOW_CURSOR + message  # a progress bar hides it
-                with contextlib.suppress(OSError):  # e.g. a pipe whose reader is gone
-                    os.write(2, message)
-                if count == len(_MESSAGES):
-                    os._exit(EXIT_KILLED)
+            message = _MESSAGES[count]
+            count += 1
+            if count == len(_MESSAGES) and os.isatty(2):
+                message = _SHOW_CURSOR + message  # a progress bar hides it
+            with contextlib.suppress(OSError):  # e.g. a pipe whose reader is gone
+                os.write(2, message)
+            if count == len(_MESSAGES):
+                os._exit(EXIT_KILLED)
 
     def __exit__(self, *_: object) -> None:
         if not self._active:

@@ -27,15 +27,12 @@ def roll_across_devices(x_Lx: jax.Array, shift: int, axis: str) -> jax.Array:
     """
     count = jax.lax.axis_size(axis)
     devices, rest = divmod(shift, len(x_Lx))
-    parts = [
-        (x_Lx[len(x_Lx) - rest :], devices + 1),
-        (x_Lx[: len(x_Lx) - rest], devices),
-    ]
-    return jnp.concatenate([_received(part, by, axis, count) for part, by in parts if len(part)])
+    first = len(x_Lx) - rest
 
+    def received(x: jax.Array, hops: int) -> jax.Array:  # from `hops` devices before this one
+        if hops % count == 0:
+            return x
+        return jax.lax.ppermute(x, axis, [(p, (p + hops) % count) for p in range(count)])
 
-def _received(x: jax.Array, shift: int, axis: str, count: int) -> jax.Array:
-    """Returns the x of the device `shift` places before this one on the axis."""
-    if shift % count == 0:
-        return x
-    return jax.lax.ppermute(x, axis, [(p, (p + shift) % count) for p in range(count)])
+    parts = [(x_Lx[first:], devices + 1), (x_Lx[:first], devices)]
+    return jnp.concatenate([received(part, hops) for part, hops in parts if len(part)])

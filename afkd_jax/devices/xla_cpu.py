@@ -30,19 +30,13 @@ def computed_once(x: jax.Array) -> jax.Array:
     return _computed_once.bind(x)
 
 
-def _divided(x: jax.Array) -> jax.Array:
-    return x / ((x == x) | (x != x)).astype(x.dtype)
-
-
 _computed_once = Primitive('computed_once')
 _computed_once.def_impl(lambda x: x)
 _computed_once.def_abstract_eval(lambda x: x)
 ad.deflinear2(_computed_once, lambda gradient, x: [computed_once(gradient)])
-batching.primitive_batchers[_computed_once] = lambda values, axes: (
-    computed_once(values[0]),
-    axes[0],
-)
+batching.primitive_batchers[_computed_once] = lambda xs, axes: (computed_once(*xs), *axes)
 mlir.register_lowering(_computed_once, lambda context, x: [x])
-mlir.register_lowering(
-    _computed_once, mlir.lower_fun(_divided, multiple_results=False), platform='cpu'
+_divided = mlir.lower_fun(
+    lambda x: x / ((x == x) | (x != x)).astype(x.dtype), multiple_results=False
 )
+mlir.register_lowering(_computed_once, _divided, platform='cpu')

@@ -35,8 +35,8 @@ class Transfer(nn.Module):
     """T_k: brings a network's map to the shape shared by the cohort.
 
     Average pooling where height or width differ, then Conv 1x1 - BatchNorm - ReLU where the
-    channels do. It is built only where the map does not fit (its role is told by a third party, its
-    layers are remembered; pooling, and pooling first, is our choice).
+    channels do. It is built only where the map does not fit. Source: a third party for its role;
+    the layers are remembered; pooling, and pooling first, is our choice.
 
     Attributes:
       shape: (h, w, c), the smallest height and width and the largest channel count of the cohort.
@@ -58,12 +58,8 @@ class Transfer(nn.Module):
 def average_pool(maps_BxHxWxC: jax.Array, shape: tuple[int, int]) -> jax.Array:
     """Returns the maps averaged to a smaller height and width, [B, h, w, C].
 
-    Row i of h is the mean of rows floor(i H / h) .. ceil((i + 1) H / h) - 1, and likewise for
+    Row i of h <= H is the mean of rows floor(i H / h) .. ceil((i + 1) H / h) - 1, and likewise for
     columns ("adaptive" pooling): plain blocks where h divides H, else blocks that overlap.
-
-    Args:
-      maps_BxHxWxC: the maps.
-      shape: (h, w), at most (H, W).
     """
     for axis, size in zip((1, 2), shape, strict=True):
         if maps_BxHxWxC.shape[axis] != size:
@@ -75,7 +71,6 @@ def average_pool(maps_BxHxWxC: jax.Array, shape: tuple[int, int]) -> jax.Array:
 
 
 def _pooling_matrix(size: int, smaller: int) -> np.ndarray:
-    """Returns the matrix [smaller, size] of average_pool along one axis."""
     weights = np.zeros((smaller, size))
     for i in range(smaller):
         first, last = i * size // smaller, -(-(i + 1) * size // smaller)

@@ -9,14 +9,7 @@ from afkd_jax.registry import register_map_loss
 def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
     """Returns -sum_c q_c log softmax(logits)_c, q = (1 - smoothing) one-hot(label) + smoothing / C.
 
-    Args:
-      logits: [..., B, C].
-      labels: integers [B] in 0 .. C - 1, the same for every leading axis of the logits.
-      smoothing: of the labels, in [0, 1); 0 leaves -log softmax(logits)[label].
-
-    Returns:
-      [..., B], at least 0, in nats.
-
+    Logits [..., B, C], labels [B] in 0 .. C - 1 and smoothing in [0, 1) give [..., B], in nats.
     Source: paper, logit loss, first term; label smoothing (not the paper's): Szegedy et al. 2016.
     """
     log_p = jax.nn.log_softmax(logits)
@@ -30,16 +23,8 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) 
 def mimicry_kl(logits: jax.Array, teacher_logits: jax.Array, temperature: float) -> jax.Array:
     """Returns T^2 KL(softmax(teacher / T) || softmax(student / T)).
 
-    The factor T^2 keeps the scale of the gradient as T grows (Hinton et al. 2015).
-
-    Args:
-      logits: the student's, [..., B, C].
-      teacher_logits: the same shape; the caller stops their gradient (ring.py).
-      temperature: T, above 0.
-
-    Returns:
-      [..., B], at least 0, in nats times T^2.
-
+    Logits [..., B, C] give [..., B], in nats times T^2. The factor T^2 keeps the scale of the
+    gradient as T > 0 grows (Hinton et al. 2015). The caller stops the teacher's gradient (ring.py).
     Source: paper, logit loss, second term; T = 3 is remembered, not verified.
     """
     log_q = jax.nn.log_softmax(teacher_logits / temperature)
@@ -50,10 +35,7 @@ def mimicry_kl(logits: jax.Array, teacher_logits: jax.Array, temperature: float)
 def ramp_up(step: jax.Array, steps: int) -> jax.Array:
     """Returns exp(-5 (1 - min(step / steps, 1))^2): a weight that rises from 0.007 to 1.
 
-    Args:
-      step: counted from 0.
-      steps: above 0; from this step on the weight is 1.
-
+    Steps are counted from 0; `steps` is above 0.
     Source: Laine and Aila 2017, as in related online distillation; unknown for AFD.
     """
     return jnp.exp(-5.0 * jnp.square(1.0 - jnp.minimum(step / steps, 1.0)))
@@ -63,13 +45,7 @@ def ramp_up(step: jax.Array, steps: int) -> jax.Array:
 def l1(maps: jax.Array, teacher_maps: jax.Array) -> jax.Array:
     """Returns the mean of |student - teacher| over a map's elements.
 
-    Args:
-      maps: the student's, [..., B, H, W, C].
-      teacher_maps: the same shape; the caller stops their gradient (ring.py).
-
-    Returns:
-      [..., B], at least 0, in the unit of the maps.
-
+    Maps [..., B, H, W, C] give [..., B]. The caller stops the teacher's gradient (ring.py).
     Source: the paper's L1 baseline, told by a third party; the mean over elements is our choice.
     """
     return jnp.abs(maps - teacher_maps).mean((-3, -2, -1))
@@ -78,20 +54,13 @@ def l1(maps: jax.Array, teacher_maps: jax.Array) -> jax.Array:
 def generator_loss(d_own: jax.Array) -> jax.Array:
     """Returns (1 - D(student's map))^2: the student's map shall be taken for the teacher's.
 
-    Args:
-      d_own: the discriminator's output on the student's map, in (0, 1), any shape.
-
-    Source: paper, L_G, least-squares form.
+    d_own is D(student's map), in (0, 1), of any shape. Source: paper, L_G, least-squares form.
     """
     return jnp.square(1.0 - d_own)
 
 
 def discriminator_loss(d_own: jax.Array, d_teacher: jax.Array) -> jax.Array:
     """Returns (1 - D(teacher's map))^2 + D(student's map)^2: teacher is real (1), student fake (0).
-
-    Args:
-      d_own: the discriminator's output on the student's map, in (0, 1), any shape.
-      d_teacher: its output on the teacher's map, the same shape.
 
     Source: paper, L_D, least-squares form.
     """

@@ -1,6 +1,7 @@
 """The train state: everything that changes while training, as pure pytrees, and how it starts."""
 
 import functools
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,15 +30,12 @@ class NetworkState:
 
     def variables(self) -> dict[str, Any]:
         """Returns the variables of the network's module."""
-        params = {name: part for name, part in self.params.items() if name != 'transfer'}
+        params = {name: self.params[name] for name in ('trunk', 'head')}
         return {'params': params, 'batch_stats': self.batch_stats['network']}
 
     def transfer_variables(self) -> dict[str, Any]:
         """Returns the variables of the transfer layer's module."""
-        return {
-            'params': self.params['transfer'],
-            'batch_stats': self.batch_stats['transfer'],
-        }
+        return {'params': self.params['transfer'], 'batch_stats': self.batch_stats['transfer']}
 
 
 @flax.struct.dataclass
@@ -50,23 +48,17 @@ class DiscriminatorState:
 
 @flax.struct.dataclass
 class TrainState:
-    """The state of a run.
+    """The state of a run."""
 
-    Attributes:
-      step: int32 scalar, steps taken; schedules and random keys are functions of it.
-      networks: K.
-      discriminators: K; () if the method has none.
-    """
-
-    step: jax.Array
+    step: jax.Array  # int32 scalar, steps taken; schedules and random keys are functions of it
     networks: tuple[NetworkState, ...]
-    discriminators: tuple[DiscriminatorState, ...]
+    discriminators: tuple[DiscriminatorState, ...]  # () if the method has none
 
     @property
     def stackable(self) -> bool:
         """Whether all networks have arrays of the same names, dtypes and shapes."""
-        layouts = [arrays.layout(network) for network in self.networks]
-        return all(other == layouts[0] for other in layouts)
+        first, *others = (arrays.layout(network) for network in self.networks)
+        return all(other == first for other in others)
 
     def stack(self) -> 'StackedState':
         """Returns the same state, stacked on a leading axis K."""
@@ -79,16 +71,13 @@ class TrainState:
     def local_parts(self) -> dict[int, Any]:
         """Returns k -> (network, discriminator or ()), on the host, of this process's networks."""
         discriminators = self.discriminators or ((),) * len(self.networks)
-        return dict(
-            enumerate(jax.device_get(list(zip(self.networks, discriminators, strict=True))))
-        )
+        parts = jax.device_get(list(zip(self.networks, discriminators, strict=True)))
+        return dict(enumerate(parts))
 
 
 @flax.struct.dataclass
 class StackedState:
-    """The state of a cohort of one architecture, stacked on a leading axis K.
-
-    So its networks can be sharded over devices. The methods are those of TrainState.
+    """The TrainState of a cohort of one architecture, whose networks can be sharded over devices.
 
     Attributes:
       networks: one NetworkState, every array [K, ...].
@@ -98,11 +87,7 @@ class StackedState:
     step: jax.Array
     networks: Any
     discriminators: Any
-
-    @property
-    def stackable(self) -> bool:
-        """See TrainState."""
-        return True
+    stackable = True
 
     def stack(self) -> 'StackedState':
         """Returns itself."""
@@ -141,7 +126,7 @@ def unstack(whole: Any) -> tuple:
     """Returns the trees that were stacked."""
     leaves = jax.tree.leaves(whole)
     count = len(leaves[0]) if leaves else 0
-    return tuple(jax.tree.map(lambda leaf, k=k: leaf[k], whole) for k in range(count))
+    return tuple(jax.tree.map(operator.itemgetter(k), whole) for k in range(count))
 
 
 def digests(parts: Mapping[int, Any]) -> dict[str, str]:
@@ -161,14 +146,13 @@ def nonfinite(parts: Mapping[int, Any]) -> str | None:
 
 def create(cohort: Cohort, key: jax.Array) -> TrainState:
     """Returns the state before the first step; every network starts from a key of its own."""
-    keys = [jax.random.fold_in(key, k) for k in range(len(cohort.networks))]
-    return TrainState(
-        step=jnp.int32(0),
-        networks=tuple(_create_network(cohort, k, key) for k, key in enumerate(keys)),
-        discriminators=tuple(
-            _create_discriminator(cohort, k, keys[k]) for k in range(len(cohort.discriminators))
-        ),
-    )
+    networks, discriminators = [], []
+    for k in range(len(cohort.networks)):
+        own = jax.random.fold_in(key, k)
+        networks.append(_create_network(cohort, k, own))
+        if cohort.discriminators:
+            discriminators.append(_create_discriminator(cohort, k, own))
+    return TrainState(jnp.int32(0), tuple(networks), tuple(discriminators))
 
 
 @functools.lru_cache(maxsize=1)
@@ -185,8 +169,7 @@ def _create_network(cohort: Cohort, index: int, key: jax.Array) -> NetworkState:
     if module := cohort.transfers[index]:
         maps = jnp.zeros((1, *cohort.map_shapes[index]))
         variables = module.init(jax.random.fold_in(key, 1), maps, False)
-        # Empty where the transfer layer only pools.
-        params['transfer'] = variables.get('params', {})
+        params['transfer'] = variables.get('params', {})  # empty where the layer only pools
         stats['transfer'] = variables.get('batch_stats', {})
     rules = cohort.optimizers.used()
     opt = {
@@ -197,8 +180,8 @@ def _create_network(cohort: Cohort, index: int, key: jax.Array) -> NetworkState:
 
 
 def _create_discriminator(cohort: Cohort, index: int, key: jax.Array) -> DiscriminatorState:
-    assert cohort.shared_map
-    assert cohort.optimizers.discriminator
+    rule = cohort.optimizers.discriminator
+    assert cohort.shared_map and rule  # noqa: PT018
     maps = jnp.zeros((1, *cohort.shared_map))
     params = cohort.discriminators[index].init(jax.random.fold_in(key, 2), maps)['params']
-    return DiscriminatorState(params, cohort.optimizers.discriminator.init(params))
+    return DiscriminatorState(params, rule.init(params))

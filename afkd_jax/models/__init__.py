@@ -1,8 +1,8 @@
 """Network name -> network. Every network returns (logits, feature map).
 
-A family is a module that registers a function (name, layers, large) -> trunk. A trunk is a Flax
-module that maps (images, train) to its feature map; its `stem`, if it has one, describes its first
-layers in words.
+A family is a module that registers a function (name, layers, large) -> trunk; `large`: the images
+get the strided stem of the ImageNet networks. A trunk is a Flax module that maps (images, train) to
+its feature map; its `stem`, if it has one, describes its first layers in words.
 """
 
 import flax.linen as nn
@@ -23,8 +23,7 @@ from afkd_jax.models import (  # isort: skip
     shufflenet_v2 as shufflenet_v2,
 )
 
-# From this side on, images get the strided stem of the ImageNet networks. Our choice.
-_LARGE = 96
+_LARGE = 96  # the smallest side of large images; our choice
 
 
 class Classifier(nn.Module):
@@ -41,10 +40,7 @@ class Classifier(nn.Module):
 
 
 class Network(nn.Module):
-    """Feature extractor G_k (`trunk`) and classifier C_k (`head`).
-
-    The parameters keep the two apart: {'trunk': ..., 'head': ...}.
-    """
+    """Feature extractor G_k and classifier C_k, with parameters {'trunk': ..., 'head': ...}."""
 
     trunk: nn.Module
     head: nn.Module
@@ -52,9 +48,8 @@ class Network(nn.Module):
     def __call__(self, images: jax.Array, train: bool) -> tuple[jax.Array, jax.Array]:
         """Returns (logits [B, num_classes], feature map [B, h, w, c] after its activation).
 
-        Args:
-          images: standardised, [B, H, W, C].
-          train: whether norms use, and update, the statistics of the batch, and dropout is active.
+        Images are standardised, [B, H, W, C]. With `train` norms use, and update, the statistics of
+        the batch, and dropout is active.
         """
         maps_BxHxWxC = self.trunk(images, train)
         return self.head(maps_BxHxWxC), maps_BxHxWxC
@@ -66,11 +61,9 @@ def build(
     image_shape: tuple[int, int, int],
     parts: Layers | None = None,
 ) -> Network:
-    """Returns the network called `name`; makes no parameters and touches no device.
+    """Returns the network of a registered name, e.g. 'resnet20'; initialises no parameters.
 
     Args:
-      name: registered, e.g. 'resnet20', 'wrn-16-2', 'mobilenet_v2x0.5'.
-      num_classes: at least 2.
       image_shape: (H, W, C); its smaller side decides the stem.
       parts: the layers to build from; None: single precision, nothing mapped.
 

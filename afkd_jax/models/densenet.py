@@ -16,21 +16,14 @@ from afkd_jax.models import names
 from afkd_jax.models.layers import Layers, relu
 from afkd_jax.registry import register_network
 
-_NAMES = ('densenet-40-12', 'densenet-100-12')
 _PATTERN = r'densenet-([1-9][0-9]{0,3})-([0-9]{1,3})'
 
 
 class DenseNet(nn.Module):
-    """The trunk of a DenseNet-BC of depth 6 `blocks` + 4.
+    """The trunk of a DenseNet-BC."""
 
-    Attributes:
-      blocks: n, per stage.
-      growth: k.
-      stem: in words; the same for images of any size.
-    """
-
-    blocks: int
-    growth: int
+    blocks: int  # n
+    growth: int  # k
     layers: Layers
     stem: str = 'conv 3x3'
 
@@ -53,10 +46,8 @@ class DenseNet(nn.Module):
         return activated(x)
 
 
-@register_network(*_NAMES, pattern=_PATTERN)
+@register_network('densenet-40-12', 'densenet-100-12', pattern=_PATTERN)
 def _build(name: str, layers: Layers, large: bool) -> DenseNet:
-    match = re.fullmatch(_PATTERN, name)
-    assert match
-    blocks = names.blocks(name, int(match[1]), offset=4)
-    growth = names.at_least_1(name, 'growth rate', int(match[2]))
-    return DenseNet(blocks, growth, layers)
+    [(depth, growth)] = re.findall(_PATTERN, name)
+    blocks = names.blocks(name, depth, offset=4)
+    return DenseNet(blocks, names.at_least_1(name, 'growth rate', growth), layers)

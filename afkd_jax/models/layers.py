@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -20,18 +20,6 @@ Dtype = str | None  # of the computation; None: that of the parameters
 conv = functools.partial(nn.Conv, use_bias=False, kernel_init=nn.initializers.he_normal())
 
 
-def batch_norm(axis_name: str | None, dtype: Dtype = None) -> Norm:
-    """Returns a batch norm whose statistics, in single precision, are over the global batch.
-
-    Args:
-      axis_name: the mesh axis of the batch; None: over this device's shard only.
-      dtype: of its output.
-    """
-    return functools.partial(
-        nn.BatchNorm, momentum=0.9, epsilon=1e-5, axis_name=axis_name, dtype=dtype
-    )
-
-
 def at_least_float32(x: jax.Array) -> jax.Array:
     """Returns x in single precision; what is in double stays so."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -42,14 +30,10 @@ class Dropout(nn.Module):
 
     The zeroed elements are a function of the step's key, the layer and the image's index in the
     global batch, so that the number of devices changes nothing.
-
-    Attributes:
-      rate: in [0, 1); 0: identity.
-      axis_name: the mesh axis of the batch; None where nothing is mapped.
     """
 
-    rate: float
-    axis_name: str | None
+    rate: float  # in [0, 1)
+    axis_name: str | None  # the mesh axis of the batch; None where nothing is mapped
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -67,36 +51,32 @@ class Dropout(nn.Module):
 class Layers:
     """The layers that networks, transfer layers and discriminators are built from.
 
-    Attributes:
-      conv: makes a convolution without bias.
-      norm: makes a batch norm from `use_running_average`.
-      dropout: makes a dropout from a rate.
-      dtype: of the computation; parameters and statistics are in single precision.
+    Parameters and batch statistics are in single precision, whatever the dtype.
     """
 
-    conv: Conv
-    norm: Norm
-    dropout: Callable[[float], Dropout]
+    conv: Conv  # without bias
+    norm: Norm  # a function of `use_running_average`
+    dropout: Callable[[float], Dropout]  # a function of the rate
     dtype: Dtype
 
 
 @functools.cache  # so that equal networks are equal modules
 def layers(axis_name: str | None, dtype: str = 'float32', local_statistics: bool = False) -> Layers:
-    """Returns the layers for a mesh axis.
+    """Returns the layers for the mesh axis of the batch; None where nothing is mapped.
 
-    Args:
-      axis_name: the mesh axis of the batch; None where nothing is mapped.
-      dtype: config.dtype.
-      local_statistics: whether batch statistics are over each device's shard of the batch.
+    Batch statistics are over the global batch or, if they are local, over each device's shard.
     """
     # None, not 'float32': then tests can run the whole computation in double precision.
     compute = None if dtype == 'float32' else dtype
-    return Layers(
-        functools.partial(conv, dtype=compute),
-        batch_norm(None if local_statistics else axis_name, compute),
-        functools.partial(Dropout, axis_name=axis_name),
-        compute,
+    norm = functools.partial(
+        nn.BatchNorm,
+        momentum=0.9,
+        epsilon=1e-5,
+        axis_name=None if local_statistics else axis_name,
+        dtype=compute,
     )
+    dropout = functools.partial(Dropout, axis_name=axis_name)
+    return Layers(functools.partial(conv, dtype=compute), norm, dropout, compute)
 
 
 def relu(x: jax.Array) -> jax.Array:
@@ -136,3 +116,22 @@ class ConvNorm(nn.Module):
             name='conv',
         )(x)
         return self.layers.norm(use_running_average=not train, name='norm')(x)
+
+
+def residual_stages(
+    block: Callable[..., nn.Module],
+    channels: int,
+    blocks: Sequence[int],
+    x: jax.Array,
+    train: bool,
+) -> jax.Array:
+    """Returns x after stages of `blocks` blocks each, the first with this number of channels.
+
+    Every other stage doubles the channels and halves height and width in its first block.
+    """
+    for stage, count in enumerate(blocks):
+        for number in range(count):
+            stride = 2 if stage > 0 and number == 0 else 1
+            name = f'stage{stage + 1}_block{number + 1}'
+            x = block(channels=channels * 2**stage, stride=stride, name=name)(x, train)
+    return x

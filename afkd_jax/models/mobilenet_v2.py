@@ -16,7 +16,6 @@ from afkd_jax.errors import UserError
 from afkd_jax.models.layers import ConvNorm, Layers, relu6
 from afkd_jax.registry import register_network
 
-_NAMES = ('mobilenet_v2', 'mobilenet_v2x0.5', 'mobilenet_v2x0.75', 'mobilenet_v2x1.4')
 _PATTERN = r'mobilenet_v2(?:x([0-9]\.[0-9]{1,2}))?'
 # Expansion, channels, blocks, stride of the first block.
 _STAGES = (
@@ -51,14 +50,9 @@ class Block(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    """The trunk.
+    """The trunk."""
 
-    Attributes:
-      width: multiplies every channel count but the last, which it never shrinks.
-      large: whether the strides are those for large images.
-    """
-
-    width: float
+    width: float  # multiplies every channel count but the last, which it never shrinks
     large: bool
     layers: Layers
 
@@ -73,8 +67,7 @@ class MobileNetV2(nn.Module):
 
         C is 1280, above width 1 more; sizes are rounded up.
         """
-        stride = 2 if self.large else 1
-        stem = ConvNorm(self.layers, _rounded(32 * self.width), 3, stride)
+        stem = ConvNorm(self.layers, _rounded(32 * self.width), 3, 2 if self.large else 1)
         x = relu6(stem(images, train))
         for stage, (expansion, channels, blocks, stage_stride) in enumerate(_STAGES):
             stride = stage_stride if self.large or stage != 1 else 1
@@ -90,11 +83,12 @@ class MobileNetV2(nn.Module):
         return relu6(ConvNorm(self.layers, last, 1)(x, train))
 
 
-@register_network(*_NAMES, pattern=_PATTERN)
+@register_network(
+    *('mobilenet_v2', 'mobilenet_v2x0.5', 'mobilenet_v2x0.75', 'mobilenet_v2x1.4'), pattern=_PATTERN
+)
 def _build(name: str, layers: Layers, large: bool) -> MobileNetV2:
-    match = re.fullmatch(_PATTERN, name)
-    assert match
-    width = float(match[1] or 1)
+    [multiplier] = re.findall(_PATTERN, name)
+    width = float(multiplier or 1)
     if not width:
         raise UserError(f'config.networks: "{name}" has width multiplier 0; it must be above 0')
     return MobileNetV2(width, large, layers)

@@ -7,10 +7,12 @@ stride 2 and a max pool first, small ones a 3x3 convolution. The feature map is 
 output after its ReLU, before pooling.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 
-from afkd_jax.models.layers import ConvNorm, Layers, padded_max_pool, relu
+from afkd_jax.models.layers import ConvNorm, Layers, padded_max_pool, relu, residual_stages
 from afkd_jax.registry import register_network
 
 # Blocks per stage, and whether they are bottlenecks.
@@ -51,15 +53,9 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """The trunk.
+    """The trunk."""
 
-    Attributes:
-      blocks: per stage.
-      bottleneck: of which kind they are.
-      large: whether the stem is the one for large images.
-    """
-
-    blocks: tuple[int, ...]
+    blocks: tuple[int, ...]  # per stage
     bottleneck: bool
     large: bool
     layers: Layers
@@ -79,16 +75,8 @@ class ResNet(nn.Module):
         x = relu(ConvNorm(self.layers, 64, kernel, stride)(images, train))
         if self.large:
             x = padded_max_pool(x)
-        for stage, blocks in enumerate(self.blocks):
-            for block in range(blocks):
-                x = Block(
-                    channels=64 * 2**stage,
-                    stride=2 if stage > 0 and block == 0 else 1,
-                    bottleneck=self.bottleneck,
-                    layers=self.layers,
-                    name=f'stage{stage + 1}_block{block + 1}',
-                )(x, train)
-        return x
+        block = functools.partial(Block, bottleneck=self.bottleneck, layers=self.layers)
+        return residual_stages(block, 64, self.blocks, x, train)
 
 
 @register_network(*_NETWORKS)

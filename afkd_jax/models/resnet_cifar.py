@@ -7,6 +7,7 @@ its ReLU, before pooling. A depth that ImageNet's networks (resnet.py) have too 
 only with its shortcut named: `resnet50-B`.
 """
 
+import functools
 import re
 
 import flax.linen as nn
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 
 from afkd_jax.errors import UserError
 from afkd_jax.models import names
-from afkd_jax.models.layers import Layers, relu
+from afkd_jax.models.layers import Layers, relu, residual_stages
 from afkd_jax.registry import register_network
 
 _NAMES = tuple(f'resnet{depth}' for depth in (8, 14, 20, 26, 32, 38, 44, 56, 110))
@@ -46,25 +47,20 @@ class Block(nn.Module):
                     ((0, 0), (0, 0), (0, 0), (more // 2, more - more // 2)),
                 )
             else:
-                x = self.layers.conv(
-                    self.channels, (1, 1), self.stride, padding=0, name='conv_short'
-                )(x)
-                x = self.layers.norm(use_running_average=not train, name='norm_short')(x)
+                short = self.layers.conv(self.channels, (1, 1), self.stride, name='conv_short')
+                x = self.layers.norm(use_running_average=not train, name='norm_short')(short(x))
         return relu(x + y)
 
 
 class ResNetCifar(nn.Module):
-    """The trunk of a residual network of depth 6 `blocks` + 2.
+    """The trunk.
 
     Attributes:
-      blocks: n, per stage.
-      width: multiplies every channel count.
       shortcut: where a stage changes the shape: 'A' subsamples and pads channels with zeros (no
         parameters), 'B' is a 1x1 convolution with norm.
-      stem: in words; the same for images of any size.
     """
 
-    blocks: int
+    blocks: int  # n
     width: int
     shortcut: str
     layers: Layers
@@ -75,27 +71,18 @@ class ResNetCifar(nn.Module):
         """Returns the feature map, [B, H / 4, W / 4, 64 width], sizes rounded up."""
         x = self.layers.conv(16 * self.width, (3, 3), padding=1, name='conv')(images)
         x = relu(self.layers.norm(use_running_average=not train, name='norm')(x))
-        for stage in range(3):
-            for block in range(self.blocks):
-                x = Block(
-                    channels=16 * self.width * 2**stage,
-                    stride=2 if stage > 0 and block == 0 else 1,
-                    shortcut=self.shortcut,
-                    layers=self.layers,
-                    name=f'stage{stage + 1}_block{block + 1}',
-                )(x, train)
-        return x
+        block = functools.partial(Block, shortcut=self.shortcut, layers=self.layers)
+        return residual_stages(block, 16 * self.width, 3 * [self.blocks], x, train)
 
 
 @register_network(*_NAMES, pattern=_PATTERN)
 def _build(name: str, layers: Layers, large: bool) -> ResNetCifar:
-    match = re.fullmatch(_PATTERN, name)
-    assert match
-    blocks = names.blocks(name, int(match[1]), offset=2)
-    if int(match[1]) in _IMAGENET_DEPTHS and not match[3]:
+    [(depth, width, shortcut)] = re.findall(_PATTERN, name)
+    blocks = names.blocks(name, depth, offset=2)
+    if int(depth) in _IMAGENET_DEPTHS and not shortcut:
         raise UserError(
             f'config.networks: "{name}" is not known; if you mean the network for small images of '
             f'this depth, name its shortcut: "{name}-B" or "{name}-A"'
         )
-    width = names.at_least_1(name, 'width multiplier', int(match[2] or 1))
-    return ResNetCifar(blocks, width, match[3] or 'B', layers)
+    width = names.at_least_1(name, 'width multiplier', width or '1')
+    return ResNetCifar(blocks, width, shortcut or 'B', layers)

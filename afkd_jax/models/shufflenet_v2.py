@@ -54,14 +54,9 @@ class Unit(nn.Module):
 
 
 class ShuffleNetV2(nn.Module):
-    """The trunk.
+    """The trunk."""
 
-    Attributes:
-      channels: of the three stages and of the map.
-      large: whether the stem is the one for large images.
-    """
-
-    channels: tuple[int, ...]
+    channels: tuple[int, ...]  # of the three stages and of the map
     large: bool
     layers: Layers
 
@@ -82,12 +77,8 @@ class ShuffleNetV2(nn.Module):
             x = padded_max_pool(x)
         for stage, units in enumerate((4, 8, 4)):
             for unit in range(units):
-                x = Unit(
-                    channels=self.channels[stage],
-                    first=unit == 0,
-                    layers=self.layers,
-                    name=f'stage{stage + 1}_unit{unit + 1}',
-                )(x, train)
+                name = f'stage{stage + 1}_unit{unit + 1}'
+                x = Unit(self.channels[stage], unit == 0, self.layers, name=name)(x, train)
         return relu(ConvNorm(self.layers, self.channels[3], 1)(x, train))
 
 

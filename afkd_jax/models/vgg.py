@@ -26,14 +26,9 @@ CHANNELS = (64, 128, 256, 512, 512)
 
 
 class VGG(nn.Module):
-    """The trunk.
+    """The trunk."""
 
-    Attributes:
-      convolutions: per stage.
-      large: whether the fourth stage is pooled too.
-    """
-
-    convolutions: tuple[int, ...]
+    convolutions: tuple[int, ...]  # per stage
     large: bool
     layers: Layers
 
@@ -44,18 +39,13 @@ class VGG(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
-        """Returns the feature map, [B, H / 8, W / 8, 512]; of large images [B, H / 16, W / 16, 512].
-
-        Sizes are rounded down.
-        """  # noqa: E501 - the shapes
+        """Returns the map, [B, H / 8, W / 8, 512], of large images / 16; sizes are rounded down."""
         x = images
-        for stage, (channels, convolutions) in enumerate(
-            zip(CHANNELS, self.convolutions, strict=True)
-        ):
+        for stage, convolutions in enumerate(self.convolutions):
             if 0 < stage < (5 if self.large else 4):
                 x = nn.max_pool(x, (2, 2), (2, 2))
             for _ in range(convolutions):
-                x = relu(ConvNorm(self.layers, channels, 3)(x, train))
+                x = relu(ConvNorm(self.layers, CHANNELS[stage], 3)(x, train))
         return x
 
 

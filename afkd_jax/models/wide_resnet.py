@@ -6,6 +6,7 @@ off unless the name has it, is between a block's two convolutions. The feature m
 the last norm and ReLU, so that it is activated as those of the other families (our choice).
 """
 
+import functools
 import re
 
 import flax.linen as nn
@@ -14,7 +15,7 @@ import jax
 from afkd_jax.devices import xla_cpu
 from afkd_jax.errors import UserError
 from afkd_jax.models import names
-from afkd_jax.models.layers import Layers, relu
+from afkd_jax.models.layers import Layers, relu, residual_stages
 from afkd_jax.registry import register_network
 
 _NAMES = tuple(
@@ -39,9 +40,8 @@ class Block(nn.Module):
         """Returns the block's output, not activated."""
         y = relu(self.layers.norm(use_running_average=not train, name='norm1')(x))
         if x.shape[-1] != self.channels or self.stride != 1:
-            x = self.layers.conv(self.channels, (1, 1), self.stride, padding=0, name='conv_short')(
-                y
-            )
+            short = self.layers.conv(self.channels, (1, 1), self.stride, name='conv_short')
+            x = short(y)
         y = self.layers.conv(self.channels, (3, 3), self.stride, padding=1, name='conv1')(y)
         y = relu(self.layers.norm(use_running_average=not train, name='norm2')(y))
         y = self.layers.dropout(self.rate)(y, train)
@@ -50,18 +50,11 @@ class Block(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """The trunk of a wide residual network of depth 6 `blocks` + 4.
+    """The trunk."""
 
-    Attributes:
-      blocks: n, per stage.
-      width: k.
-      rate: of dropout, in [0, 1); 0: none.
-      stem: in words; the same for images of any size.
-    """
-
-    blocks: int
-    width: int
-    rate: float
+    blocks: int  # n
+    width: int  # k
+    rate: float  # of dropout
     layers: Layers
     stem: str = 'conv 3x3'
 
@@ -69,25 +62,17 @@ class WideResNet(nn.Module):
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
         """Returns the feature map, [B, H / 4, W / 4, 64 width], sizes rounded up."""
         x = self.layers.conv(16, (3, 3), padding=1, name='conv')(images)
-        for stage in range(3):
-            for block in range(self.blocks):
-                x = Block(
-                    channels=16 * self.width * 2**stage,
-                    stride=2 if stage > 0 and block == 0 else 1,
-                    rate=self.rate,
-                    layers=self.layers,
-                    name=f'stage{stage + 1}_block{block + 1}',
-                )(x, train)
+        block = functools.partial(Block, rate=self.rate, layers=self.layers)
+        x = residual_stages(block, 16 * self.width, 3 * [self.blocks], x, train)
         return relu(self.layers.norm(use_running_average=not train, name='norm')(x))
 
 
 @register_network(*_NAMES, pattern=_PATTERN)
 def _build(name: str, layers: Layers, large: bool) -> WideResNet:
-    match = re.fullmatch(_PATTERN, name)
-    assert match
-    blocks = names.blocks(name, int(match[1]), offset=4)
-    width, rate = names.at_least_1(name, 'width', int(match[2])), float(match[3] or 0)
-    if match[3] and not 0 < rate < 1:
+    [(depth, width, dropout)] = re.findall(_PATTERN, name)
+    blocks, width = names.blocks(name, depth, offset=4), names.at_least_1(name, 'width', width)
+    rate = float(dropout or 0)
+    if dropout and not 0 < rate < 1:
         raise UserError(
             f'config.networks: "{name}" has dropout {rate:g}; it must be above 0 and below 1'
         )

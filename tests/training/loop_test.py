@@ -343,8 +343,8 @@ def test_no_pickle_is_loaded(every_step, tmp_path):
 def test_a_foreign_checkpoint_is_refused_with_the_differing_fields(every_step, tmp_path):
     _, workdir = every_step
     shutil.copytree(workdir / 'checkpoints', tmp_path / 'checkpoints')
-    sentence = r'10 is of another run \(config.seed: 0 -> 3\)'
-    with pytest.raises(UserError, match=sentence):
+    message = r'10 is of another run \(config.seed: 0 -> 3\)'
+    with pytest.raises(UserError, match=message):
         fit(short_config(seed=3), tmp_path)
 
 
@@ -397,10 +397,10 @@ def test_a_workdir_of_another_config_is_refused(uninterrupted):
         fit(short_config(seed=2, data__pad=0), workdir)
 
 
-def test_a_run_that_diverges_is_ended_with_a_sentence(tmp_path):
+def test_a_run_that_diverges_is_ended_with_a_message(tmp_path):
     config = short_config(method='vanilla', logit__learning_rate=1e30)
-    sentence = r'^step 2: cross_entropy of network 1 \(tiny-8-2\) is nan; the run has diverged'
-    with pytest.raises(UserError, match=sentence):
+    message = r'^step 2: cross_entropy of network 1 \(tiny-8-2\) is nan; the run has diverged'
+    with pytest.raises(UserError, match=message):
         fit(config, tmp_path)
     for line in (tmp_path / 'metrics.jsonl').read_text().splitlines():
         assert 'NaN' not in line
@@ -461,11 +461,11 @@ def test_a_run_that_only_skips_is_ended(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ('content', 'sentence'), [('[]', 'not an object'), ('{', 'cannot be read')]
+    ('content', 'message'), [('[]', 'not an object'), ('{', 'cannot be read')]
 )
-def test_a_broken_config_json_is_refused(content, sentence, tmp_path):
+def test_a_broken_config_json_is_refused(content, message, tmp_path):
     (tmp_path / 'config.json').write_text(content)
-    with pytest.raises(UserError, match=f'--workdir: .*{sentence}'):
+    with pytest.raises(UserError, match=f'--workdir: .*{message}'):
         fit(short_config(), tmp_path)
 
 
