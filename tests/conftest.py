@@ -86,8 +86,9 @@ def random_batch(size, seed=0):
     return images, rng.integers(0, 10, size).astype(np.int32)
 
 
+@functools.cache  # tests that take steps of one config trace and compile it once
 def mapped_update(config, devices, donate=()):
-    """Returns update() of the config's cohort, mapped over the devices."""
+    """Returns update() of the config's cohort, mapped over the devices; cached."""
     cohort = tiny_cohort(config, DATA)
 
     def update(state, images, labels):
@@ -96,12 +97,12 @@ def mapped_update(config, devices, donate=()):
     return devices.map(update, specs=(REPLICATED, BATCH_SHARDED, BATCH_SHARDED), donate=donate)
 
 
+@functools.cache  # nothing changes it
 def initial_state(config, seed=0):
-    """Returns the state before the first step, on the host."""
-    cohort = tiny_cohort(config)
-    return jax.device_get(
-        jax.jit(functools.partial(state_lib.create, cohort))(jax.random.key(seed))
-    )
+    """Returns the state before the first step, on the host; single precision, also with x64."""
+    with jax.enable_x64(False):
+        create = jax.jit(functools.partial(state_lib.create, tiny_cohort(config)))
+        return jax.device_get(create(jax.random.key(seed)))
 
 
 def relative_difference(a, b):

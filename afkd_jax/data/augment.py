@@ -1,43 +1,19 @@
 """Augmentation on the device: how a batch is gathered, augmented and standardised."""
 
-import dataclasses
-
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from afkd_jax.config import Config
+from afkd_jax.config import Data
 from afkd_jax.data.images import DeviceImages
 from afkd_jax.devices.spmd import DATA, roll_across_devices
 
 
 class Mixed(flax.struct.PyTreeNode):
-    """The second labels of mixed images.
+    """The second labels of mixed images."""
 
-    Attributes:
-      labels: int32 [B], of the images mixed in.
-      weight: float [B] in [0, 1], of the images' first labels.
-    """
-
-    labels: jax.Array
-    weight: jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class Augmentation:
-    """How training images are augmented on the device."""
-
-    pad: int = 0  # pixels of zeros on each side before a random crop of the old size; 0: none
-    flip: bool = False  # horizontal, with probability 1/2
-    jitter: float = 0.0  # see color_jittered(); 0: none
-    mixup: float = 0.0  # alpha, see mixed(); 0: none
-    cutmix: float = 0.0  # likewise
-
-    @classmethod
-    def of(cls, config: Config) -> 'Augmentation':
-        """Returns the augmentation of a config."""
-        data = config.data
-        return cls(data.pad, data.flip, data.color_jitter, data.mixup, data.cutmix)
+    labels: jax.Array  # int32 [B], of the images mixed in
+    weight: jax.Array  # float [B] in [0, 1], of the images' first labels
 
 
 def unit(pixels: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -120,8 +96,7 @@ def mixed(
     """
     dtype = images_BxHxWxC.dtype
 
-    def mask(key) -> jax.Array:
-        """Returns the weight of each of the image's own pixels: [H, W, 1]."""
+    def mask(key) -> jax.Array:  # the weight of each of the image's own pixels: [H, W, 1]
         which, first, second, centre = jax.random.split(key, 4)
         height, width = images_BxHxWxC.shape[1:3]
         ones = jnp.ones((height, width, 1), dtype)
@@ -139,7 +114,7 @@ def mixed(
 
 
 def training_batch(
-    images: DeviceImages, index_B: jax.Array, key: jax.Array, recipe: Augmentation
+    images: DeviceImages, index_B: jax.Array, key: jax.Array, data: Data
 ) -> tuple[jax.Array, jax.Array, Mixed | None]:
     """Returns (standardised images [B, H, W, C], labels [B], second labels of mixed images).
 
@@ -148,19 +123,19 @@ def training_batch(
     """
     keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, index_B)
     pixels, labels = images.rows(index_B)
-    pixels = jax.vmap(lambda k, p: crop_and_flip(k, p, recipe.pad, recipe.flip))(keys_B, pixels)
+    pixels = jax.vmap(lambda k, p: crop_and_flip(k, p, data.pad, data.flip))(keys_B, pixels)
     inputs = unit(pixels, images.mean.dtype)
 
     def keys(number):
         # 0 and 1 may be the keys that crop_and_flip() splits off: fold_in and split agree there.
         return jax.vmap(lambda k: jax.random.fold_in(k, number))(keys_B)
 
-    if recipe.jitter:
-        inputs = jax.vmap(lambda k, x: color_jittered(k, x, recipe.jitter))(keys(2), inputs)
+    if data.color_jitter:
+        inputs = jax.vmap(lambda k, x: color_jittered(k, x, data.color_jitter))(keys(2), inputs)
     inputs = standardise(inputs, images.mean, images.std)
-    if not (recipe.mixup or recipe.cutmix):
+    if not (data.mixup or data.cutmix):
         return inputs, labels, None
-    inputs, second = mixed(keys(3), inputs, labels, recipe.mixup, recipe.cutmix)
+    inputs, second = mixed(keys(3), inputs, labels, data.mixup, data.cutmix)
     return inputs, labels, second
 
 

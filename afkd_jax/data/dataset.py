@@ -20,25 +20,16 @@ from afkd_jax.errors import UserError, field_error
 # the stream of a RandomState will not change between its versions.
 _SPLIT_SEED = 20200705
 _MOST_STEPS = 2**31 - 1  # the state's counter is an int32
-_SPLITS = ('train', 'validation', 'test')
 
 
 @dataclasses.dataclass(frozen=True)
 class Info:
-    """A data set without its images: the networks' input shape, classes and split sizes.
+    """A data set without its images: the networks' input shape, class names and split sizes."""
 
-    Attributes:
-      image_shape: (H, W, C).
-      classes: their names, at least 2.
-      train: number of images to train on, without the validation split.
-      validation: number of images held out of the training images; may be 0.
-      test: number of test images.
-    """
-
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, int, int]  # (H, W, C)
     classes: tuple[str, ...]
-    train: int
-    validation: int
+    train: int  # without the validation split
+    validation: int  # held out of the training images; may be 0
     test: int
 
     @property
@@ -57,19 +48,13 @@ class Info:
 
     def indices(self, split: str) -> range:
         """Returns the indices of 'train', 'validation' or 'test', which follow each other."""
-        number = _SPLITS.index(split)
-        start = sum((self.train, self.validation, self.test)[:number])
+        start = {'train': 0, 'validation': self.train, 'test': self.train + self.validation}[split]
         return range(start, start + getattr(self, split))
 
     def sizes(self) -> dict[str, Any]:
-        """Returns the fields as JSON has them, with the number of classes for their names."""
-        return {
-            'image_shape': self.image_shape,
-            'num_classes': self.num_classes,
-            'train': self.train,
-            'validation': self.validation,
-            'test': self.test,
-        }
+        """Returns the fields, with the number of classes in place of their names."""
+        fields = dataclasses.asdict(self)
+        return {'num_classes': len(fields.pop('classes')), **fields}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,15 +62,13 @@ class Dataset:
     """The images of a run by random access, numbered: train, validation, test.
 
     Attributes:
-      train: the source's training images.
-      test: the source's test images.
       order: int [train + validation], indices of the source's training images: those to train on,
         then those that are held out.
     """
 
     info: Info
     view: decode.View
-    train: Examples
+    train: Examples  # of the source
     test: Examples
     order: np.ndarray
 
@@ -94,12 +77,8 @@ class Dataset:
             return self.train, int(self.order[index])
         return self.test, index - len(self.order)
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray | bytes, int]:
-        """Returns (image as it is stored, label); see Info.indices.
-
-        Raises:
-          UserError: the label is out of range.
-        """
+    def __getitem__(self, index: int) -> tuple[decode.Stored, int]:
+        """Returns (image as it is stored, label); a label out of range is a UserError."""
         examples, stored = self._locate(index)
         image, label = examples[stored]
         self._check_labels(index, np.array([label]))
@@ -115,11 +94,7 @@ class Dataset:
         return digest((self.train.fingerprint(), self.test.fingerprint(), self.order.tolist()))
 
     def load(self) -> Images:
-        """Returns all images in memory, as they are stored.
-
-        Raises:
-          UserError: an image cannot be decoded, or differs in size from the others.
-        """
+        """Returns all in memory; UserError: one cannot be decoded, or differs in size."""
         try:
             train, test = self.train.load(), self.test.load()
         except decode.DecodeError as error:
@@ -136,7 +111,7 @@ class Dataset:
         return images
 
     def _check_labels(self, first: int, labels: np.ndarray) -> None:
-        """Rejects the labels of the images from index `first` on if one is out of range."""
+        """Rejects labels, of the images from index `first` on, that are out of range."""
         count = self.info.num_classes
         if labels.min() >= 0 and labels.max() < count:
             return
@@ -167,11 +142,14 @@ def stratified_split(examples: Examples, fraction: float) -> tuple[np.ndarray, n
     return order[~held], order[held]
 
 
-def _train_size(
-    config: Config, image_shape: tuple[int, ...], available: int, validation: int
-) -> int:
-    """Returns the number of images to train on, if config.data, batch_size and epochs fit it."""
-    data, name, side = config.data, config.dataset, min(image_shape[:2])
+def _info(
+    config: Config, image_shape: Shape, classes: tuple[str, ...], available: int, test: int
+) -> Info:
+    """Returns the info of a set of this stored shape and these sizes, if the config fits it."""
+    shape = input_shape(config, image_shape)
+    _check_view(config, shape[2])
+    data, name, side = config.data, config.dataset, min(shape[:2])
+    validation = round(data.validation_fraction * available)
     if data.pad >= side:
         raise field_error('data.pad', f'below {side}, the side of the images of {name}', data.pad)
     if data.validation_fraction and not validation:
@@ -193,11 +171,10 @@ def _train_size(
             f'config.epochs: {config.epochs} epochs of {train} images are {steps} steps, but at '
             f'most {_MOST_STEPS} can be counted; lower it'
         )
-    return train
+    return Info(shape, classes, train, validation, test)
 
 
 def _check_view(config: Config, channels: int) -> None:
-    """Rejects a config.data that does not fit the networks' view of the images."""
     data = config.data
     if data.image_size > data.eval_resize:
         rule = f'at least config.data.image_size, {data.image_size}'
@@ -221,18 +198,8 @@ def _check_view(config: Config, channels: int) -> None:
             )
 
 
-def _info(
-    config: Config, image_shape: Shape, classes: tuple[str, ...], train: int, test: int
-) -> Info:
-    """Returns the info of a config on a set of this stored shape and these sizes, if they fit."""
-    shape = input_shape(config, image_shape)
-    _check_view(config, shape[2])
-    held = round(config.data.validation_fraction * train)
-    return Info(shape, classes, _train_size(config, shape, train, held), held, test)
-
-
 def _source(config: Config) -> Source:
-    """Returns the source that config.dataset, 'NAME' or 'NAME:ARGUMENT', names."""
+    # config.dataset is NAME or NAME:ARGUMENT.
     name, colon, argument = config.dataset.partition(':')
     if not registry.SOURCES.find(name + colon):
         if registry.SOURCES.find(f'{name}:'):

@@ -24,6 +24,9 @@ _COLOURS = {1: ('GRAY', 'L'), 3: ('RGB', 'RGB')}
 _SPARE = 2  # as in Pillow's reducing_gap, "almost indistinguishable"
 _TRIES = 10  # to find a crop inside the image; the usual number
 
+Stored = np.ndarray | bytes  # an image: uint8 [H, W, C], or an encoded file
+Range = tuple[float, ...]  # smallest and largest
+
 
 class DecodeError(Exception):
     """An image cannot be decoded; the text says why."""
@@ -48,39 +51,25 @@ class View:
 
     data: Data
 
-    def training(
-        self, image: np.ndarray | bytes, channels: int, rng: np.random.Generator
-    ) -> np.ndarray:
-        """Returns a random crop, resized, then RandAugment: uint8 [S, S, C].
-
-        Args:
-          image: uint8 [H, W, C], or an encoded file.
-          channels: C, 1 or 3.
-          rng: of this image in this step.
-
-        Raises:
-          DecodeError: the image cannot be decoded.
-        """
+    def training(self, image: Stored, channels: int, rng: np.random.Generator) -> np.ndarray:
+        """Returns a random crop, resized, then RandAugment: uint8 [S, S, C]; or a DecodeError."""
         seen = self._crop(image, channels, rng) if self.data.image_size else pixels(image, channels)
         number, magnitude = self.data.randaugment_operations, self.data.randaugment_magnitude
         if not number:
             return seen
         return _with_pillow(seen, lambda image: randaugment.vary(image, number, magnitude, rng))
 
-    def _crop(
-        self, image: np.ndarray | bytes, channels: int, rng: np.random.Generator
-    ) -> np.ndarray:
+    def _crop(self, image: Stored, channels: int, rng: np.random.Generator) -> np.ndarray:
         height, width = _sides(image)
-        left, top, right, bottom = random_crop(
-            height, width, self.data.crop_scale, self.data.crop_ratio, rng
-        )
+        scale, ratio = self.data.crop_scale, self.data.crop_ratio
+        left, top, right, bottom = random_crop(height, width, scale, ratio, rng)
         # Decoding a JPEG at n/8 of its size is faster; the resize to S still halves it.
         least = _SPARE * self.data.image_size / min(right - left, bottom - top)
         whole = pixels(image, channels, least)
         y, x = whole.shape[0] / height, whole.shape[1] / width
         return self._resized(whole, (left * x, top * y, right * x, bottom * y))
 
-    def evaluation(self, image: np.ndarray | bytes, channels: int) -> np.ndarray:
+    def evaluation(self, image: Stored, channels: int) -> np.ndarray:
         """Returns the centre of the image, resized: uint8 [S, S, C]; see training()."""
         whole = pixels(image, channels)
         if not self.data.image_size:
@@ -97,11 +86,7 @@ class View:
 
 
 def random_crop(
-    height: int,
-    width: int,
-    scale: tuple[float, ...],
-    ratio: tuple[float, ...],
-    rng: np.random.Generator,
+    height: int, width: int, scale: Range, ratio: Range, rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
     """Returns (left, top, right, bottom) of a random crop.
 
@@ -120,13 +105,10 @@ def random_crop(
     return left, top, left + w, top + h
 
 
-def pixels(image: np.ndarray | bytes, channels: int, scale: float = 1.0) -> np.ndarray:
-    """Returns an image, uint8 [H, W, C] or an encoded file, as uint8 [H, W, C] with C = channels.
+def pixels(image: Stored, channels: int, scale: float = 1.0) -> np.ndarray:
+    """Returns an image as uint8 [H, W, C] with C = channels, or raises DecodeError.
 
     With `scale` below 1 a JPEG may be returned at n/8 of its size, at least this fraction of it.
-
-    Raises:
-      DecodeError: the image cannot be decoded.
     """
     if isinstance(image, np.ndarray):
         return image
@@ -134,12 +116,9 @@ def pixels(image: np.ndarray | bytes, channels: int, scale: float = 1.0) -> np.n
     if image[:2] == _JPEG:
         least: dict[str, Any] = {}
         if scale <= 7 / 8:
-            height, width = _sides(image)
             eighths = math.ceil(8 * scale)
-            least = {
-                'min_height': math.ceil(height * eighths / 8),
-                'min_width': math.ceil(width * eighths / 8),
-            }
+            height, width = (math.ceil(side * eighths / 8) for side in _sides(image))
+            least = {'min_height': height, 'min_width': width}
         with contextlib.suppress(ValueError):  # Pillow tolerates some invalid bytes
             return simplejpeg.decode_jpeg(image, fast, **least)
     with _opened(image) as file:
@@ -169,7 +148,7 @@ def _opened(image: bytes) -> Iterator[Image.Image]:
         raise DecodeError(words or type(error).__name__) from error
 
 
-def _sides(image: np.ndarray | bytes) -> tuple[int, int]:
+def _sides(image: Stored) -> tuple[int, int]:
     """Returns (height, width)."""
     if isinstance(image, np.ndarray):
         return image.shape[:2]

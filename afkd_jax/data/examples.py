@@ -45,8 +45,8 @@ class Examples(abc.ABC):
         """Returns the number of images."""
 
     @abc.abstractmethod
-    def __getitem__(self, index: int) -> tuple[np.ndarray | bytes, int]:
-        """Returns (uint8 [H, W, C] or an encoded file, label)."""
+    def __getitem__(self, index: int) -> tuple[decode.Stored, int]:
+        """Returns (image, label)."""
 
     @abc.abstractmethod
     def read_labels(self) -> np.ndarray:
@@ -61,11 +61,7 @@ class Examples(abc.ABC):
         """Returns a hash, as hex, that differs for other images; need not read the images."""
 
     def load(self) -> 'Images':
-        """Returns all images in memory, as they are stored.
-
-        Raises:
-          decode.DecodeError: an image cannot be decoded, or differs in size from the others.
-        """
+        """Returns all in memory; one that cannot be decoded, or differs in size: DecodeError."""
         shape: Any = self.image_shape  # without None, as images of many sizes are streamed
         pixels = np.empty((len(self), *shape), np.uint8)
         labels = np.empty(len(self), np.int32)
@@ -80,15 +76,10 @@ class Examples(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Images(Examples):
-    """Images in memory.
+    """Images in memory."""
 
-    Attributes:
-      pixels: uint8 [N, H, W, C], C = 1 or 3.
-      labels: int32 [N] in 0 .. num_classes - 1.
-    """
-
-    pixels: np.ndarray
-    labels: np.ndarray
+    pixels: np.ndarray  # uint8 [N, H, W, C], C = 1 or 3
+    labels: np.ndarray  # int32 [N] in 0 .. num_classes - 1
 
     @property
     def image_shape(self) -> tuple[int, int, int]:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -10,20 +10,13 @@ from afkd_jax.data.examples import Images
 
 
 class DeviceImages(flax.struct.PyTreeNode):
-    """Images and their normalisation: a pytree.
+    """Images and their normalisation: a pytree."""
 
-    Attributes:
-      pixels: uint8 [N, H, W, C]; training, validation and test images, in this order.
-      labels: int32 [N].
-      mean: float32 [C], of training pixels scaled to 0 .. 1.
-      std: float32 [C], likewise.
-      gathered: static; pixels and labels are those of one batch instead of the whole run.
-    """
-
-    pixels: jax.Array
-    labels: jax.Array
-    mean: jax.Array
+    pixels: jax.Array  # uint8 [N, H, W, C]; training, validation and test images, in this order
+    labels: jax.Array  # int32 [N]
+    mean: jax.Array  # float32 [C], of training pixels scaled to 0 .. 1, as is std
     std: jax.Array
+    # Static: whether pixels and labels are those of one batch instead of the whole run.
     gathered: bool = flax.struct.field(pytree_node=False, default=False)
 
     @classmethod

@@ -53,8 +53,8 @@ def padded_batches(indices: Sequence[int], batch_size: int) -> list[tuple[np.nda
     """
     batches = []
     for start in range(0, len(indices), batch_size):
-        index = np.asarray(indices[start : start + batch_size], np.int32)
-        filling = np.full(batch_size - len(index), indices[0], np.int32)
-        mask = np.arange(batch_size) < len(index)
-        batches.append((np.concatenate([index, filling]), mask))
+        part = indices[start : start + batch_size]
+        index = np.full(batch_size, indices[0], np.int32)
+        index[: len(part)] = part
+        batches.append((index, np.arange(batch_size) < len(part)))
     return batches

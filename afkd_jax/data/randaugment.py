@@ -10,14 +10,13 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 MAX_MAGNITUDE = 30
+_BILINEAR = Image.Resampling.BILINEAR
 
 _Operation = Callable[[Image.Image, float, float], Image.Image]
 
 
 def _affine(image: Image.Image, *matrix: float) -> Image.Image:
-    return image.transform(
-        image.size, Image.Transform.AFFINE, matrix, resample=Image.Resampling.BILINEAR
-    )
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, resample=_BILINEAR)
 
 
 def _enhance(kind: type) -> _Operation:
@@ -30,9 +29,7 @@ OPERATIONS: dict[str, _Operation] = {
     'identity': lambda image, strength, sign: image,
     'autocontrast': lambda image, strength, sign: ImageOps.autocontrast(image),
     'equalize': lambda image, strength, sign: ImageOps.equalize(image),
-    'rotate': lambda image, strength, sign: image.rotate(
-        sign * 30 * strength, resample=Image.Resampling.BILINEAR
-    ),
+    'rotate': lambda image, strength, sign: image.rotate(sign * 30 * strength, resample=_BILINEAR),
     'solarize': lambda image, strength, sign: ImageOps.solarize(image, round(256 * (1 - strength))),
     'posterize': lambda image, strength, sign: ImageOps.posterize(image, 8 - round(4 * strength)),
     'color': _enhance(ImageEnhance.Color),
@@ -53,10 +50,7 @@ OPERATIONS: dict[str, _Operation] = {
 def vary(
     image: Image.Image, operations: int, magnitude: float, rng: np.random.Generator
 ) -> Image.Image:
-    """Returns the image after that many operations, each drawn independently.
-
-    The magnitude is in 0 .. MAX_MAGNITUDE; `rng` belongs to this image in this step.
-    """
+    """Returns the image after that many random operations; magnitude in 0 .. MAX_MAGNITUDE."""
     for name in rng.choice(list(OPERATIONS), operations):
         image = OPERATIONS[name](image, magnitude / MAX_MAGNITUDE, rng.choice((-1, 1)))
     return image

@@ -14,6 +14,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import grain
 import numpy as np
@@ -29,48 +30,32 @@ _SHARED = pathlib.Path('/dev/shm')
 _NOT_BROKEN = -1
 
 
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """This process's rows of a batch.
+class Rows(NamedTuple):
+    """This process's rows of a batch."""
 
-    Attributes:
-      pixels: uint8 [R, H, W, C].
-      labels: int32 [R].
-      broken: int32 [R], the indices of images that cannot be decoded, -1 for the others. In
-        training the next image that can be decoded replaces it; in evaluation its pixels are 0.
-    """
-
-    pixels: np.ndarray
-    labels: np.ndarray
+    pixels: np.ndarray  # uint8 [R, H, W, C]
+    labels: np.ndarray  # int32 [R]
+    # int32 [R]: the indices of images that cannot be decoded, -1 for the others. In training the
+    # next image that can be decoded replaces it; in evaluation its pixels are 0.
     broken: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
 class Batches:
-    """Batches by their number: a random-access source for Grain.
-
-    Attributes:
-      indices: number of a batch -> int [B], the indices of its images.
-      count: number of batches.
-      size: B.
-      rows: int [R], the rows of a batch that this process computes.
-      seed: of the random crops in training; None: evaluation's central crop.
-      max_corrupt: see config.data.
-    """
+    """Batches by their number: a random-access source for Grain."""
 
     dataset: Dataset
-    indices: Callable[[int], np.ndarray]
+    indices: Callable[[int], np.ndarray]  # number of a batch -> int [B], the indices of its images
     count: int
-    size: int
-    rows: np.ndarray
-    seed: int | None
+    size: int  # B
+    rows: np.ndarray  # int [R], the rows of a batch that this process computes
+    seed: int | None  # of the random crops in training; None: evaluation's central crop
     max_corrupt: int = 0
 
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Returns the fields of Rows."""
+    def __getitem__(self, number: int) -> Rows:
         indices, count = self.indices(number)[self.rows], len(self.rows)
         pixels = np.empty((count, *self.dataset.info.image_shape), np.uint8)
         labels, broken = np.zeros(count, np.int32), np.full(count, _NOT_BROKEN, np.int32)
@@ -81,10 +66,10 @@ class Batches:
                 broken[row], pixels[row] = index, 0
                 if self.seed is not None and self.max_corrupt:
                     pixels[row], labels[row] = self._next_example(number, index)
-        return pixels, labels, broken
+        return Rows(pixels, labels, broken)
 
     def _example(self, number: int, index: int) -> tuple[np.ndarray, int]:
-        """Returns the networks' view of an image, and its label."""
+        """Returns (the networks' view of an image, label)."""
         image, label = self.dataset[index]
         view, shape = self.dataset.view, self.dataset.info.image_shape
         if self.seed is None:
@@ -96,7 +81,6 @@ class Batches:
         return decode.of_shape(seen, shape), label
 
     def _next_example(self, number: int, index: int) -> tuple[np.ndarray, int]:
-        """Returns the next training image that can be decoded."""
         train = self.dataset.info.train
         for after in range(1, self.max_corrupt + 1):
             with contextlib.suppress(decode.DecodeError):
@@ -161,10 +145,7 @@ def check_shared_memory(workers: int, batch_bytes: int) -> None:
 
 @contextlib.contextmanager
 def stream(batches: Batches, first: int, workers: int) -> Iterator[Iterator[Rows]]:
-    """Yields an iterator over the batches from number `first` on; its threads end with the context.
-
-    `workers` processes decode; with 0, threads of this process do.
-    """
+    """Yields an iterator over the batches from number `first` on; 0 workers: threads decode."""
     if not flags.FLAGS.is_parsed():  # Grain reads its own flags, even without a command line
         flags.FLAGS.mark_as_parsed()
     threads = max(1, min(_MOST_THREADS, os.cpu_count() or 1))
@@ -175,16 +156,11 @@ def stream(batches: Batches, first: int, workers: int) -> Iterator[Iterator[Rows
     source = grain.MapDataset.source(batches)[first:]  # pyright: ignore[reportArgumentType]
     iterable = source.to_iter_dataset(read)
     workers = min(workers, len(source))
+    if workers:
+        options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=_AHEAD)
+        iterable = iterable.mp_prefetch(options, worker_init_fn=_end_with_parent)
     with contextlib.ExitStack() as stack:
-        started = []
-        if workers:
-            options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=_AHEAD)
-            iterable = iterable.mp_prefetch(options, worker_init_fn=_end_with_parent)
-            with _signals_blocked():
-                iterator = iter(iterable)
-                stack.callback(iterator.close)
-                started = [next(iterator)]  # this starts the processes
-        else:
-            iterator = iter(iterable)
-            stack.callback(iterator.close)
-        yield (Rows(*fields) for fields in itertools.chain(started, iterator))
+        with _signals_blocked() if workers else contextlib.nullcontext():
+            iterator = stack.enter_context(contextlib.closing(iter(iterable)))
+            started = [next(iterator)] if workers else []  # this starts the processes
+        yield itertools.chain(started, iterator)

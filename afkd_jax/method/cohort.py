@@ -1,8 +1,4 @@
-"""The cohort: the static half of a run (modules, method, optimizers); holds no arrays.
-
-A cohort is a pure function of the config and the images' shape. The step closes over it, and
-`--mode describe` prints it.
-"""
+"""The cohort: the static half of a run (modules, method, optimizers); holds no arrays."""
 
 import dataclasses
 import functools
@@ -24,14 +20,12 @@ Shape = tuple[int, int, int]  # (h, w, c)
 
 @dataclasses.dataclass(frozen=True)
 class Cohort:
-    """K networks that are trained together.
+    """K networks that are trained together; a pure function of config and data set.
 
     Attributes:
-      names: of the networks, as listed in the config.
-      networks: K modules, each image -> (logits, feature map).
       transfers: K; None where the map fits as it is, or no maps are compared.
       discriminators: K; () if the method has none.
-      map_shapes: K shapes of the networks' own maps.
+      map_shapes: K, before the transfer layers.
       shared_map: the shape after the transfer layers; None if no maps are compared.
       local_statistics: whether batch statistics are over each device's shard of the batch.
     """
@@ -87,16 +81,6 @@ def _map_shape(network: Any, image_shape: Shape) -> Shape:
     return maps.shape[1:]
 
 
-def _check_size(name: str, shape: Shape, image_shape: Shape, least: int) -> None:
-    if min(shape[:2]) < least:
-        why = ', too small for a discriminator' if least > 1 and min(shape[:2]) else ''
-        raise UserError(
-            f'config.networks: images of {image_shape[0]}x{image_shape[1]} are too small for '
-            f'"{name}": its feature map would be {shape[0]}x{shape[1]}{why}; at least '
-            f'{least}x{least} is needed: choose larger images or another network'
-        )
-
-
 def ring_of(config: Config, peers: int = 1) -> Ring:
     """Returns the ring of config.ring_order, which counts networks from 1; () is as listed.
 
@@ -130,7 +114,6 @@ def assemble(
     Args:
       config: checked.
       image_shape: (H, W, C).
-      num_classes: of the data set.
       train_examples: images in one epoch; schedules are fractions of the run's epochs.
       axis_name: the mesh axis over which the batch is sharded; None where nothing is mapped.
       peers: devices over which the networks are sharded.
@@ -147,9 +130,15 @@ def assemble(
         name: _map_shape(module, image_shape)  # pyright: ignore - modules hash by fields
         for name, module in modules.items()
     }
-    for name, shape in shapes.items():
-        # Our choice: a discriminator would see no map where it is a single point.
-        _check_size(name, shape, image_shape, least=2 if method.adversarial else 1)
+    least = 2 if method.adversarial else 1  # our choice: D_k needs more than a single point
+    for name, (height, width, _) in shapes.items():
+        if min(height, width) < least:
+            why = ', too small for a discriminator' if least > 1 and min(height, width) else ''
+            raise UserError(
+                f'config.networks: images of {image_shape[0]}x{image_shape[1]} are too small for '
+                f'"{name}": its feature map would be {height}x{width}{why}; at least '
+                f'{least}x{least} is needed: choose larger images or another network'
+            )
     shared = None
     if method.uses_maps:
         heights, widths, channels = zip(*shapes.values(), strict=True)
@@ -158,12 +147,14 @@ def assemble(
     def run_steps(fraction: float) -> int:
         return steps_in(fraction * config.epochs, train_examples, config.batch_size)
 
+    transfers = {
+        name: Transfer(shared, parts) if shared and shape != shared else None
+        for name, shape in shapes.items()
+    }
     return Cohort(
         names=names,
         networks=tuple(modules[name] for name in names),
-        transfers=tuple(
-            Transfer(shared, parts) if shared and shapes[name] != shared else None for name in names
-        ),
+        transfers=tuple(transfers[name] for name in names),
         discriminators=tuple(Discriminator(parts) for _ in names if method.adversarial),
         optimizers=optim.create(config, method.adversarial, run_steps),
         objective=Objective(method, ring, config.loss, run_steps(config.loss.kl_ramp_up)),

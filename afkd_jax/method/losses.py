@@ -9,7 +9,7 @@ from afkd_jax.registry import register_map_loss
 def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
     """Returns -sum_c q_c log softmax(logits)_c, q = (1 - smoothing) one-hot(label) + smoothing / C.
 
-    Logits [..., B, C], labels [B] in 0 .. C - 1 and smoothing in [0, 1) give [..., B], in nats.
+    Logits [..., B, C], labels [B] in 0 .. C - 1 and smoothing in [0, 1): [..., B] >= 0, in nats.
     Source: paper, logit loss, first term; label smoothing (not the paper's): Szegedy et al. 2016.
     """
     log_p = jax.nn.log_softmax(logits)
@@ -23,7 +23,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) 
 def mimicry_kl(logits: jax.Array, teacher_logits: jax.Array, temperature: float) -> jax.Array:
     """Returns T^2 KL(softmax(teacher / T) || softmax(student / T)).
 
-    Logits [..., B, C] give [..., B], in nats times T^2. The factor T^2 keeps the scale of the
+    Logits [..., B, C]: [..., B] >= 0, in nats times T^2. The factor T^2 keeps the scale of the
     gradient as T > 0 grows (Hinton et al. 2015). The caller stops the teacher's gradient (ring.py).
     Source: paper, logit loss, second term; T = 3 is remembered, not verified.
     """
@@ -45,7 +45,7 @@ def ramp_up(step: jax.Array, steps: int) -> jax.Array:
 def l1(maps: jax.Array, teacher_maps: jax.Array) -> jax.Array:
     """Returns the mean of |student - teacher| over a map's elements.
 
-    Maps [..., B, H, W, C] give [..., B]. The caller stops the teacher's gradient (ring.py).
+    Maps [..., B, H, W, C]: [..., B] >= 0. The caller stops the teacher's gradient (ring.py).
     Source: the paper's L1 baseline, told by a third party; the mean over elements is our choice.
     """
     return jnp.abs(maps - teacher_maps).mean((-3, -2, -1))
@@ -54,7 +54,7 @@ def l1(maps: jax.Array, teacher_maps: jax.Array) -> jax.Array:
 def generator_loss(d_own: jax.Array) -> jax.Array:
     """Returns (1 - D(student's map))^2: the student's map shall be taken for the teacher's.
 
-    d_own is D(student's map), in (0, 1), of any shape. Source: paper, L_G, least-squares form.
+    d_own: D(student's map), in (0, 1), any shape. Source: paper, L_G, least-squares form.
     """
     return jnp.square(1.0 - d_own)
 
@@ -62,6 +62,6 @@ def generator_loss(d_own: jax.Array) -> jax.Array:
 def discriminator_loss(d_own: jax.Array, d_teacher: jax.Array) -> jax.Array:
     """Returns (1 - D(teacher's map))^2 + D(student's map)^2: teacher is real (1), student fake (0).
 
-    Source: paper, L_D, least-squares form.
+    d_own and d_teacher: D(map), in (0, 1), any one shape. Source: paper, L_D, least-squares form.
     """
     return jnp.square(1.0 - d_teacher) + jnp.square(d_own)

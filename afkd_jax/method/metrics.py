@@ -5,6 +5,7 @@ of them are stored for the error report.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.struct
@@ -15,31 +16,22 @@ import numpy as np
 
 @flax.struct.dataclass
 class Sums:
-    """Sums of a step's values over steps, since they were last logged.
+    """Sums of a step's values over steps, since they were last logged; counts are int32 scalars."""
 
-    Attributes:
-      steps: int32 scalar, how many steps were added.
-      totals: name -> [K], one per network, or a scalar, one per step.
-      skipped: int32 scalar, how many steps were left out.
-      first_skipped: int32 scalar, the number (counted from 1) of the first of those; 0: none.
-      skipped_values: like totals, the values of that step.
-    """
-
-    steps: jax.Array
-    totals: dict[str, jax.Array]
-    skipped: jax.Array
-    first_skipped: jax.Array
-    skipped_values: dict[str, jax.Array]
+    steps: jax.Array  # how many steps were added
+    totals: dict[str, jax.Array]  # [K], one per network, or a scalar, one per step
+    skipped: jax.Array  # how many steps were left out
+    first_skipped: jax.Array  # the number (counted from 1) of the first of those; 0: none
+    skipped_values: dict[str, jax.Array]  # of that step
 
 
 def zeros(shapes: dict[str, tuple[int, ...]]) -> Sums:
     """Returns empty sums for values of these names and shapes, on the host."""
-
-    def empty() -> dict[str, Any]:
-        return {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
-
+    totals, values = (
+        {name: np.zeros(shape, np.float32) for name, shape in shapes.items()} for _ in range(2)
+    )
     zero: Any = np.int32(0)
-    return Sums(zero, empty(), zero, zero, empty())
+    return Sums(zero, totals, zero, zero, values)  # pyright: ignore[reportArgumentType]
 
 
 def finite(values: dict[str, jax.Array]) -> jax.Array:
@@ -48,18 +40,14 @@ def finite(values: dict[str, jax.Array]) -> jax.Array:
 
 
 def add(sums: Sums, values: dict[str, jax.Array], ok: jax.Array, step: jax.Array) -> Sums:
-    """Returns the sums with one step's values.
+    """Returns the sums with one step's values; the step's number is counted from 1.
 
-    Args:
-      sums: so far.
-      values: of the step, with the names of the sums.
-      ok: bool scalar, finite(values): if not, the step is counted as skipped and left out.
-      step: int32 scalar, the step's number, counted from 1.
+    Unless `ok`, a bool scalar, which is finite(values), the step is counted as skipped.
     """
     is_first = ~ok & (sums.skipped == 0)
 
     def where(condition: jax.Array, a: Any, b: Any) -> Any:
-        return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
+        return jax.tree.map(functools.partial(jnp.where, condition), a, b)
 
     return Sums(
         steps=sums.steps + ok,
@@ -75,10 +63,8 @@ def means(sums: Sums) -> dict[str, list[float] | float]:
     return {name: (total / sums.steps).tolist() for name, total in sums.totals.items()}
 
 
-# Up to so many classes the confusion matrix is counted too.
-CONFUSION_CLASSES = 100
-# Above so many classes top-5 accuracy is counted too.
-TOP5_CLASSES = 10
+CONFUSION_CLASSES = 100  # up to so many classes the confusion matrix is counted too
+TOP5_CLASSES = 10  # above so many classes top-5 accuracy is counted too
 
 
 def prediction_counts(
@@ -102,8 +88,8 @@ def prediction_counts(
     def among(first: int) -> jax.Array:
         return ((rank_KxB < first) & mask_B[None]).astype(int32)
 
-    correct = jnp.zeros((networks, classes), int32).at[rows_Kx1, labels_1xB].add(among(1))
-    counts = {'correct': correct}
+    zeros = jnp.zeros((networks, classes), int32)
+    counts = {'correct': zeros.at[rows_Kx1, labels_1xB].add(among(1))}
     if classes > TOP5_CLASSES:
         counts['top5'] = among(5).sum(1)
     if classes <= CONFUSION_CLASSES:
@@ -115,19 +101,12 @@ def prediction_counts(
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """An evaluation on one split; each list holds the K networks and, last, the ensemble.
+    """An evaluation on one split; each list holds the K networks and, last, the ensemble."""
 
-    Attributes:
-      accuracy: top-1, percent.
-      cross_entropy: mean over the images, nats.
-      top5: percent; None for up to TOP5_CLASSES classes.
-      counts: the sums of eval_step over the split; None where they are not stored.
-    """
-
-    accuracy: list[float]
-    cross_entropy: list[float]
-    top5: list[float] | None
-    counts: dict[str, np.ndarray] | None = None
+    accuracy: list[float]  # top-1, percent
+    cross_entropy: list[float]  # mean over the images, nats
+    top5: list[float] | None  # percent; None for up to TOP5_CLASSES classes
+    counts: dict[str, np.ndarray] | None = None  # sums of eval_step; None where not stored
 
     @classmethod
     def of(cls, counts: dict[str, np.ndarray]) -> 'Evaluation':

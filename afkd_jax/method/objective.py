@@ -23,21 +23,17 @@ from afkd_jax.models.layers import at_least_float32
 # A discriminator: (parameters, maps [B, H, W, C]) -> outputs [B].
 DiscriminatorFn = Callable[[Any, jax.Array], jax.Array]
 Values = dict[str, jax.Array]
+_ADVERSARIAL = ('adversarial', 'discriminator', 'd_own', 'd_teacher')
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """The losses of a method.
-
-    Attributes:
-      loss: temperature and weights.
-      kl_ramp_steps: steps in which the KL's weight grows; 0: none.
-    """
+    """The losses of a method."""
 
     method: Method
     ring: Ring
     loss: Loss
-    kl_ramp_steps: int
+    kl_ramp_steps: int  # steps in which the KL's weight grows; 0: none
 
     def value_names(self) -> list[str]:
         """Returns the names of the values [K] that the losses report, each without its weight.
@@ -52,7 +48,7 @@ class Objective:
         if self.method.map_loss:
             names.append(self.method.maps)
         if self.method.adversarial:
-            names += ['adversarial', 'discriminator', 'd_own', 'd_teacher']
+            names += _ADVERSARIAL
         return names
 
     def of_logits(
@@ -76,23 +72,19 @@ class Objective:
                 entropy_KxB = other_KxB + mixed.weight[None] * (entropy_KxB - other_KxB)
             entropy_K = entropy_KxB.mean(1)
             total_K, parts = entropy_K, {'cross_entropy': entropy_K}
-            kls = [
-                losses.mimicry_kl(
-                    logits_KxBxC, self.ring.teachers(logits_KxBxC, hops), self.loss.temperature
-                ).mean(1)
-                for hops in self.method.hops(len(self.ring.order))
-            ]
+            kls = []
+            for hops in self.method.hops(len(self.ring.order)):
+                teachers = self.ring.teachers(logits_KxBxC, hops)
+                kls.append(losses.mimicry_kl(logits_KxBxC, teachers, self.loss.temperature).mean(1))
             if kls:
                 parts['mimicry_kl'] = sum(kls[1:], kls[0]) / len(kls)
-                total_K += self._kl_weight(step) * parts['mimicry_kl']
+                weight: Any = self.loss.kl_weight
+                if self.kl_ramp_steps:
+                    weight *= losses.ramp_up(step, self.kl_ramp_steps)
+                total_K += weight * parts['mimicry_kl']
             return total_K.sum(), parts
 
         return jax.grad(loss, has_aux=True)(logits_KxBxC)
-
-    def _kl_weight(self, step: jax.Array) -> jax.Array | float:
-        if self.kl_ramp_steps:
-            return self.loss.kl_weight * losses.ramp_up(step, self.kl_ramp_steps)
-        return self.loss.kl_weight
 
     def of_maps(self, maps_KxBxHxWxC: jax.Array) -> tuple[jax.Array, Values]:
         """Returns the gradients of the weighted losses between maps to the maps, and values [K]."""
@@ -117,11 +109,6 @@ class Objective:
 
         One forward pass of D_k on the student's map serves both losses. L_G reaches only the map,
         L_D only the discriminator.
-
-        Args:
-          discriminators: K.
-          params: of each.
-          maps_KxBxHxWxC: after the transfer layers.
         """
         teacher_maps_KxBxHxWxC = self.ring.teachers(maps_KxBxHxWxC)
         map_gradients, gradients, parts = [], [], []
@@ -141,13 +128,6 @@ class Objective:
             by_teacher, _ = pull_teacher(to_teacher_D)
             map_gradients.append(to_map)
             gradients.append(jax.tree.map(jnp.add, by_own, by_teacher))
-            parts.append(
-                {
-                    'adversarial': generator,
-                    'discriminator': loss,
-                    'd_own': d_own_B.mean(),
-                    'd_teacher': d_teacher_B.mean(),
-                }
-            )
-        values = {name: jnp.stack([part[name] for part in parts]) for name in parts[0]}
-        return jnp.stack(map_gradients), gradients, values
+            parts.append((generator, loss, d_own_B.mean(), d_teacher_B.mean()))
+        values = map(jnp.stack, zip(*parts, strict=True))
+        return jnp.stack(map_gradients), gradients, dict(zip(_ADVERSARIAL, values, strict=True))

@@ -16,19 +16,12 @@ from afkd_jax import config as config_lib
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """A learning rate as a function of the step, counted from 0.
+    """A learning rate as a function of the step, counted from 0."""
 
-    Attributes:
-      kind: 'constant', 'steps' or 'cosine'.
-      initial: the learning rate of step 0.
-      changes: for 'steps', ((step, factor), ...): from that step on, multiplied by factor.
-      steps: the length of the run; 'cosine' reaches 0 there.
-    """
-
-    kind: str
+    kind: str  # 'constant', 'steps' or 'cosine'
     initial: float
-    changes: tuple[tuple[int, float], ...]
-    steps: int
+    changes: tuple[tuple[int, float], ...]  # (step, factor): from that step on, times factor
+    steps: int  # of the run; 'cosine' reaches 0 there
 
     def __call__(self, step: jax.Array) -> Any:
         """Returns the learning rate at `step`."""
@@ -42,13 +35,9 @@ class Schedule:
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """A direction from optax, and the learning rate that scales it.
+    """A direction from optax, and the learning rate that scales it."""
 
-    Attributes:
-      facts: the rule's name and settings, for `--mode describe`.
-    """
-
-    facts: tuple[tuple[str, Any], ...]
+    facts: tuple[tuple[str, Any], ...]  # the rule's name and settings, for `--mode describe`
     direction: optax.GradientTransformation
     schedule: Schedule
 
@@ -87,36 +76,26 @@ def create(
 
     Logit: SGD, v <- momentum v + (g + decay w), w <- w - rate v. Feature and discriminator: Adam
     with betas 0.9 and 0.999, epsilon 1e-8. Source: settings in docs/method.md; remembered, not
-    verified.
-
-    Args:
-      config: the whole config.
-      adversarial: whether the method has discriminators.
-      run_steps: fraction of the run -> steps.
+    verified. `run_steps` maps a fraction of the run to steps.
     """
-    sgd = {'rule': 'SGD', 'momentum': config.logit.momentum}
-    logit = _optimizer(config.logit, sgd, optax.trace(config.logit.momentum), run_steps)
+
+    def optimizer(
+        section: config_lib.Optimizer, direction: optax.GradientTransformation, **facts: Any
+    ) -> Optimizer:
+        fractions = section.boundaries if section.schedule == 'steps' else ()
+        changes = tuple((run_steps(fraction), section.factor) for fraction in fractions)
+        schedule = Schedule(section.schedule, float(section.learning_rate), changes, run_steps(1))
+        # Coupled weight decay, on every parameter, as in related recipes.
+        decay = section.weight_decay
+        decayed = optax.add_decayed_weights(decay) if decay else optax.identity()
+        facts['weight_decay'] = decay
+        return Optimizer(tuple(facts.items()), optax.chain(decayed, direction), schedule)
+
+    momentum = config.logit.momentum
+    logit = optimizer(config.logit, optax.trace(momentum), rule='SGD', momentum=momentum)
     if not adversarial:
         return Optimizers(logit, None, None)
-    feature, discriminator = (
-        _optimizer(section, {'rule': 'Adam'}, optax.scale_by_adam(), run_steps)
-        for section in (config.feature, config.discriminator)
+    sections = config.feature, config.discriminator
+    return Optimizers(
+        logit, *(optimizer(each, optax.scale_by_adam(), rule='Adam') for each in sections)
     )
-    return Optimizers(logit, feature, discriminator)
-
-
-def _optimizer(
-    section: config_lib.Optimizer,
-    facts: dict[str, Any],
-    direction: optax.GradientTransformation,
-    run_steps: Callable[[float], int],
-) -> Optimizer:
-    changes = ()
-    if section.schedule == 'steps':
-        changes = tuple((run_steps(fraction), section.factor) for fraction in section.boundaries)
-    # Coupled weight decay, on every parameter, as in related recipes.
-    decay = section.weight_decay
-    decayed = optax.add_decayed_weights(decay) if decay else optax.identity()
-    schedule = Schedule(section.schedule, float(section.learning_rate), changes, run_steps(1))
-    facts = facts | {'weight_decay': decay}
-    return Optimizer(tuple(facts.items()), optax.chain(decayed, direction), schedule)

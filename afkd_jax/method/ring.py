@@ -12,26 +12,22 @@ module depends on it.
 """  # noqa: E501 - the drawing
 
 import dataclasses
+import operator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 
 from afkd_jax.devices.spmd import PEER, roll_across_devices
 
 
 @dataclasses.dataclass(frozen=True)
 class Ring:
-    """K networks in a ring.
+    """K networks in a ring."""
 
-    Attributes:
-      order: the networks, counted from 0; each teaches the next and the last the first.
-      peers: devices along PEER over which the networks are sharded; a divisor of K. Above 1 the
-        order is 0 .. K - 1 (checked in cohort.py).
-    """
-
-    order: tuple[int, ...]
-    peers: int = 1
+    order: tuple[int, ...]  # counted from 0; each teaches the next and the last the first
+    peers: int = 1  # devices that share the networks, a divisor of K; above 1: order 0 .. K - 1
 
     def teacher_of(self, network: int, hops: int = 1) -> int:
         """Returns the network `hops` places before `network`, counted from 0."""
@@ -40,20 +36,16 @@ class Ring:
     def teachers(self, x_Lx: jax.Array, hops: int = 1) -> jax.Array:
         """Returns each network's teacher's array, gradient stopped: entry k is x[teacher_of(k)].
 
-        Every teacher enters every loss through this one stop_gradient.
-
-        Args:
-          x_Lx: logits or feature maps of this device's networks, stacked on the leading axis; of
-            all K networks where they are not sharded.
-          hops: along the ring, in 1 .. K - 1.
+        Every teacher enters every loss through this one stop_gradient. L networks are this device's
+        (all K where they are not sharded), and hops are 1 .. K - 1.
         """
         if self.peers > 1:
             rolled_Lx = roll_across_devices(x_Lx, hops, PEER)
         elif self.order == tuple(range(len(self.order))):
             rolled_Lx = jnp.roll(x_Lx, shift=hops, axis=0)
         else:
-            inverse_K = np.argsort(self.order)
-            rolled_Lx = jnp.roll(x_Lx[np.array(self.order)], shift=hops, axis=0)[inverse_K]
+            rolled_Lx = jnp.roll(x_Lx[np.array(self.order)], shift=hops, axis=0)
+            rolled_Lx = rolled_Lx[np.argsort(self.order)]
         return jax.lax.stop_gradient(rolled_Lx)
 
     def first(self, local: int) -> jax.Array | int:
@@ -63,25 +55,17 @@ class Ring:
     def gathered(self, values: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """Returns name -> [K, ...] of all networks, on every device, from [L, ...] of its own.
 
-        One small sum over the devices, for numbers and not for large arrays.
+        By one sum over the devices: for numbers, not for large arrays.
         """
         if self.peers == 1:
             return values
-        flat = [value.reshape(len(value), -1) for value in values.values()]
-        own_LxN = jnp.concatenate(flat, axis=1)
+        _, unravel = ravel_pytree(jax.tree.map(operator.itemgetter(0), values))
+        own_LxN = jax.vmap(lambda one: ravel_pytree(one)[0])(values)
         zeros_KxN = jnp.zeros((len(self.order), own_LxN.shape[1]), own_LxN.dtype)
+        zeros_KxN = jax.lax.pcast(zeros_KxN, PEER, to='varying')
         first = self.first(len(own_LxN))
-        all_KxN = jax.lax.psum(
-            jax.lax.dynamic_update_slice_in_dim(
-                jax.lax.pcast(zeros_KxN, PEER, to='varying'), own_LxN, first, axis=0
-            ),
-            PEER,
-        )
-        parts = jnp.split(all_KxN, np.cumsum([part.shape[1] for part in flat])[:-1], axis=1)
-        return {
-            name: part.reshape(-1, *value.shape[1:]).astype(value.dtype)
-            for (name, value), part in zip(values.items(), parts, strict=True)
-        }
+        padded_KxN = jax.lax.dynamic_update_slice_in_dim(zeros_KxN, own_LxN, first, axis=0)
+        return jax.vmap(unravel)(jax.lax.psum(padded_KxN, PEER))
 
     def logsumexp(self, x_Lx: jax.Array) -> jax.Array:
         """Returns log sum exp over all K networks, on every device."""

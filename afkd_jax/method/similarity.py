@@ -26,28 +26,16 @@ def sums(
 ) -> dict[str, jax.Array]:
     """Returns sums over the masked global batch, one per edge: [K], entry k of k and its teacher.
 
-    Runs on one device, inside a mapped function, in evaluation mode: B is this device's shard.
-
-    Args:
-      cohort: this device's part (Cohort.local).
-      networks: their states.
-      pixels_BxHxWxC: standardised images.
-      labels_B: integers.
-      mask_B: bool; False leaves an image out of every sum.
-
-    Returns:
-      images (a scalar); same, only_network_correct and only_teacher_correct, which count
-      predictions; hsic_own and hsic_cross, see _hsic(). Where the maps have one shape, after the
-      transfer layers if there are any: l1, l2 and cosine, see figures().
+    images (a scalar); same, only_network_correct and only_teacher_correct, which count predictions;
+    power, hsic_own and hsic_cross, see _hsic(). Where the maps have one shape, after the transfer
+    layers if there are any: l1, l2 and cosine, see figures(). Arguments as of step.eval_step.
     """
     ring = cohort.ring
-    logits, own_maps = zip(
-        *(
-            module.apply(state.variables(), pixels_BxHxWxC, False)
-            for module, state in zip(cohort.networks, networks, strict=True)
-        ),
-        strict=True,
-    )
+    outputs = [
+        module.apply(state.variables(), pixels_BxHxWxC, False)
+        for module, state in zip(cohort.networks, networks, strict=True)
+    ]
+    logits, own_maps = zip(*outputs, strict=True)
     predicted_KxB = jnp.stack(logits).argmax(-1)
     teacher_KxB = ring.teachers(predicted_KxB)
     correct_KxB, teacher_correct_KxB = (
@@ -98,7 +86,6 @@ def _hsic(cohort: Cohort, maps: Sequence[jax.Array], mask_B: jax.Array) -> dict[
     K_k is the matrix of inner products between the images' own maps, and HSIC_1 the unbiased
     estimator: its mean over random batches tends to that of the whole split, whatever their size;
     fewer than four images have none. Inner products have no need of a common shape.
-
     Source: Kornblith et al. 2019 (linear CKA); Nguyen, Raghu and Kornblith 2021, equation 3.
     """
     images = jax.lax.psum(mask_B.sum(), DATA).astype(at_least_float32(maps[0]).dtype)
@@ -118,28 +105,20 @@ def _hsic(cohort: Cohort, maps: Sequence[jax.Array], mask_B: jax.Array) -> dict[
     teachers = cohort.ring.teachers(jnp.stack(rows))
 
     def hsic(own, other):
+        by_both = (own.sum(1) * other.sum(1)).sum()
         trace, by_own, by_other, by_both = jax.lax.psum(
-            (
-                (own * other).sum(),
-                own.sum(),
-                other.sum(),
-                (own.sum(1) * other.sum(1)).sum(),
-            ),
-            DATA,
+            ((own * other).sum(), own.sum(), other.sum(), by_both), DATA
         )
         n = jnp.maximum(images, 4)
         value = trace + by_own * by_other / ((n - 1) * (n - 2)) - 2 / (n - 2) * by_both
         return jnp.where(images >= 4, value / (n - 3), 0)  # n HSIC_1 = value / (n - 3)
 
-    squares = [
-        jnp.where(mask_B, jnp.square(at_least_float32(own)).sum((1, 2, 3)), 0).sum() for own in maps
-    ]
+    squares = [jnp.square(at_least_float32(own)).sum((1, 2, 3)) for own in maps]
+    power = jnp.stack([jnp.where(mask_B, square, 0).sum() for square in squares])
     return {
-        'power': jax.lax.psum(jnp.stack(squares), DATA),
+        'power': jax.lax.psum(power, DATA),
         'hsic_own': jnp.stack([hsic(own, own) for own in rows]),
-        'hsic_cross': jnp.stack(
-            [hsic(own, other) for own, other in zip(rows, teachers, strict=True)]
-        ),
+        'hsic_cross': jnp.stack([hsic(*pair) for pair in zip(rows, teachers, strict=True)]),
     }
 
 
@@ -155,12 +134,8 @@ def figures(cohort: Cohort, parts: list[dict[str, np.ndarray]]) -> list[dict[str
     agreement, disagreement, and of this only_network_correct and only_teacher_correct: percent of
       the images.
 
-    Source: the paper shows cosine, L1 and L2 (told by a third party; means as here are our
-    choice).
-
-    Args:
-      cohort: of all networks.
-      parts: sums() of every batch, on the host.
+    `parts` are the sums() of every batch, on the host.
+    Source: a third party says that the paper shows cosine, L1 and L2; the means are our choice.
     """
     total: dict[str, Any] = {
         name: np.sum([part[name] for part in parts], axis=0, dtype=np.float64) for name in parts[0]
@@ -174,21 +149,16 @@ def figures(cohort: Cohort, parts: list[dict[str, np.ndarray]]) -> list[dict[str
         if edge['l2'] is not None:
             edge['l2'] = math.sqrt(edge['l2'])
         # A map that is the same for all images has no variance to compare, but for rounding.
-        pair = [k, teacher]
-        floor = 1e-12 * (total['power'][pair] / images) ** 2
-        edge['cka'] = None
-        if (total['hsic_own'][pair] / images > floor).all():
-            scale = math.sqrt(np.prod(total['hsic_own'][pair]))
-            edge['cka'] = float(total['hsic_cross'][k] / scale)
+        hsic, power = (total[name][[k, teacher]] for name in ('hsic_own', 'power'))
+        varies = (hsic / images > 1e-12 * (power / images) ** 2).all()
+        edge['cka'] = float(total['hsic_cross'][k] / math.sqrt(np.prod(hsic))) if varies else None
         edge['agreement'] = float(100 * total['same'][k] / images)
         edge['disagreement'] = 100 - edge['agreement']
         for name in ('only_network_correct', 'only_teacher_correct'):
             edge[name] = float(100 * total[name][k] / images)
         # The maps of a network that has diverged may not be finite; JSON has no number for that.
-        edges.append(
-            {
-                name: value if value is None or math.isfinite(value) else None
-                for name, value in edge.items()
-            }
-        )
+        for name, value in edge.items():
+            if value is not None and not math.isfinite(value):
+                edge[name] = None
+        edges.append(edge)
     return edges

@@ -101,17 +101,16 @@ class StackedState:
         """See TrainState."""
         whole = self.networks, self.discriminators
 
-        def row(leaf: jax.Array, k: int) -> np.ndarray:
-            for shard in leaf.addressable_shards:
-                first, end, _ = shard.index[0].indices(len(leaf))
-                if first <= k < end:
-                    return np.asarray(shard.data)[k - first]
-            raise IndexError(k)
+        def shards(leaf: jax.Array) -> dict[int, Any]:  # by their first network; no copies of one
+            return {shard.index[0].start or 0: shard.data for shard in leaf.addressable_shards}
 
-        one = jax.tree.leaves(whole)[0]
-        spans = [shard.index[0].indices(len(one))[:2] for shard in one.addressable_shards]
-        local = sorted({k for first, end in spans for k in range(first, end)})
-        return {k: jax.tree.map(lambda leaf, k=k: row(leaf, k), whole) for k in local}
+        leaves, structure = jax.tree.flatten(whole)
+        hosted = [jax.device_get(shards(leaf)) for leaf in leaves]
+        return {
+            first + i: structure.unflatten([parts[first][i] for parts in hosted])
+            for first in sorted(hosted[0])
+            for i in range(len(hosted[0][first]))
+        }
 
 
 State = TrainState | StackedState

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from afkd_jax.config import Data
 from afkd_jax.data import augment
 from afkd_jax.data.images import DeviceImages
 from afkd_jax.devices.spmd import DATA, varying
@@ -40,18 +41,12 @@ def value_shapes(cohort: Cohort) -> dict[str, tuple[int, ...]]:
 
 @dataclasses.dataclass(frozen=True)
 class _Pass:
-    """One network's forward pass in training mode.
-
-    Attributes:
-      logits: [B, C].
-      maps: the feature map, after the transfer layer if there is one.
-      batch_stats: the new running statistics, as in NetworkState.
-      pull: (cotangent of logits, cotangent of maps) -> gradients of trunk, head and transfer.
-    """
+    """One network's forward pass in training mode."""
 
     logits: jax.Array
-    maps: jax.Array
-    batch_stats: dict[str, Any]
+    maps: jax.Array  # after the transfer layer if there is one
+    batch_stats: dict[str, Any]  # the new running statistics, as in NetworkState
+    # (cotangent of logits, cotangent of maps) -> gradients of trunk, head and transfer
     pull: Callable[[jax.Array, jax.Array], dict[str, Any]]
 
 
@@ -61,10 +56,8 @@ def _forward(
     """Returns (outputs, pullback to (params, inputs), new batch statistics)."""
 
     def apply(params: Any, inputs: jax.Array) -> Any:
-        all_variables = {'params': params, 'batch_stats': variables['batch_stats']}
-        return module.apply(
-            all_variables, inputs, True, mutable=['batch_stats'], rngs={'dropout': key}
-        )
+        both, rngs = variables | {'params': params}, {'dropout': key}
+        return module.apply(both, inputs, True, mutable=['batch_stats'], rngs=rngs)
 
     outputs, pullback, updated = jax.vjp(apply, varying(variables['params']), inputs, has_aux=True)
     return outputs, pullback, updated.get('batch_stats', {})
@@ -73,7 +66,6 @@ def _forward(
 def _pass(
     cohort: Cohort, k: int, state: NetworkState, images_BxHxWxC: jax.Array, key: jax.Array
 ) -> _Pass:
-    """Runs network k, and its transfer layer if there is one."""
     (logits, maps), pull_network, stats = _forward(
         cohort.networks[k], state.variables(), images_BxHxWxC, key
     )
@@ -93,28 +85,31 @@ def _pass(
     return _Pass(logits, maps, batch_stats, pull)
 
 
-def _updated_network(
-    cohort: Cohort, state: NetworkState, gradients: dict, batch_stats: dict, step: jax.Array
-) -> NetworkState:
-    """Returns the network after its logit update and then, if there is one, its feature update."""
-    params, opt = state.params, {}
-    rules = cohort.optimizers.used()
-    for name, parts in cohort.updated_parts().items():
-        updated, opt[name] = rules[name].apply(
-            gradients[name], state.opt[name], {part: params[part] for part in parts}, step
+def _updated(
+    cohort: Cohort, state: TrainState, gradients: dict[str, list[Any]], batch_stats: list[Any]
+) -> TrainState:
+    rules, networks, discriminators = cohort.optimizers.used(), [], []
+    for k, network in enumerate(state.networks):
+        params, opt = network.params, {}
+        for name, parts in cohort.updated_parts().items():
+            old = {part: params[part] for part in parts}
+            new, opt[name] = rules[name].apply(
+                gradients[name][k], network.opt[name], old, state.step
+            )
+            params = params | new
+        networks.append(NetworkState(params, batch_stats[k], opt))
+    for k, discriminator in enumerate(state.discriminators):
+        gradient = gradients['discriminator'][k]
+        new, opt = rules['discriminator'].apply(
+            gradient, discriminator.opt, discriminator.params, state.step
         )
-        params = {**params, **updated}
-    return NetworkState(params, batch_stats, opt)
+        discriminators.append(DiscriminatorState(new, opt))
+    return TrainState(state.step + 1, tuple(networks), tuple(discriminators))
 
 
 def _discriminator_fn(module: nn.Module) -> DiscriminatorFn:
-    """Returns a discriminator as a function; its running statistics are dropped."""
-
-    def apply(params: Any, maps: jax.Array) -> jax.Array:
-        outputs, _ = module.apply({'params': params}, maps, mutable=['batch_stats'])
-        return outputs
-
-    return apply
+    # The running statistics are dropped.
+    return lambda params, maps: module.apply({'params': params}, maps, mutable=['batch_stats'])[0]
 
 
 def update(
@@ -133,11 +128,10 @@ def update(
 
     Args:
       cohort: this device's part (Cohort.local).
-      state: before the step.
       images_BxHxWxC: standardised.
-      labels_B: integers.
+      labels_B: of the images before they were mixed; `accuracy` is of these.
       key: of this step, for dropout.
-      mixed: what the images are mixed with; `accuracy` is of their own labels.
+      mixed: what the images are mixed with.
     """
     objective, ring, used = cohort.objective, cohort.ring, cohort.optimizers.used()
     first = ring.first(len(state.networks))
@@ -182,29 +176,12 @@ def update(
     values = ring.gathered(values)
     for name, optimizer in used.items():
         values[f'learning_rate_{name}'] = optimizer.schedule(state.step)
-
-    networks = tuple(
-        _updated_network(
-            cohort,
-            network,
-            {name: gradients[name][k] for name in cohort.updated_parts()},
-            batch_stats[k],
-            state.step,
-        )
-        for k, network in enumerate(state.networks)
-    )
-    discriminators = tuple(
-        DiscriminatorState(*used['discriminator'].apply(gradient, old.opt, old.params, state.step))
-        for gradient, old in zip(
-            gradients.get('discriminator', ()), state.discriminators, strict=True
-        )
-    )
-    return TrainState(state.step + 1, networks, discriminators), values
+    return _updated(cohort, state, gradients, batch_stats), values
 
 
 def train_step(
     cohort: Cohort,
-    augmentation: augment.Augmentation,
+    data: Data,
     state: TrainState,
     sums: metrics.Sums,
     images: DeviceImages,
@@ -219,15 +196,13 @@ def train_step(
 
     Args:
       cohort: this device's part (Cohort.local).
-      augmentation: of the training images.
-      state: before the step.
-      sums: of the steps since the last fetch.
+      data: how the training images are augmented.
       images: all images, or those of the batch.
       index_B: this device's shard of the batch's indices.
       key: of the run; what is random in a step is a function of (key, step).
     """
     augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
-    pixels, labels, mixed = augment.training_batch(images, index_B, augment_key, augmentation)
+    pixels, labels, mixed = augment.training_batch(images, index_B, augment_key, data)
     updated, values = update(cohort, state, pixels, labels, dropout_key, mixed)
     ok = metrics.finite(values)
     skipped = dataclasses.replace(state, step=updated.step)
@@ -244,24 +219,20 @@ def eval_step(
 ) -> dict[str, jax.Array]:
     """Returns sums over the masked global batch, of each network and, last, of the ensemble.
 
+    cross_entropy [K + 1], metrics.prediction_counts of K + 1, and images, int32 [C]: the number of
+    each class. The ensemble is the mean of the probabilities. Norms use the running statistics.
+
     Args:
       cohort: this device's part (Cohort.local).
-      networks: their states; the running batch statistics are used.
       pixels_BxHxWxC: standardised images, this device's shard of the batch.
-      labels_B: integers.
       mask_B: bool; False leaves an image out of every sum.
-
-    Returns:
-      cross_entropy [K + 1], metrics.prediction_counts of K + 1, and images, int32 [C]: the number
-      of each class. The ensemble is the mean of the probabilities.
     """
     ring = cohort.ring
-    log_p_KxBxC = jnp.stack(
-        [
-            jax.nn.log_softmax(module.apply(state.variables(), pixels_BxHxWxC, False)[0])
-            for module, state in zip(cohort.networks, networks, strict=True)
-        ]
-    )
+    log_p = [
+        jax.nn.log_softmax(module.apply(state.variables(), pixels_BxHxWxC, False)[0])
+        for module, state in zip(cohort.networks, networks, strict=True)
+    ]
+    log_p_KxBxC = jnp.stack(log_p)
     ensemble_BxC = ring.logsumexp(log_p_KxBxC) - jnp.log(len(ring.order))
 
     def sums(log_p_KxBxC: jax.Array) -> dict[str, jax.Array]:

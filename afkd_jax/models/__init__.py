@@ -56,10 +56,7 @@ class Network(nn.Module):
 
 
 def build(
-    name: str,
-    num_classes: int,
-    image_shape: tuple[int, int, int],
-    parts: Layers | None = None,
+    name: str, num_classes: int, image_shape: tuple[int, int, int], parts: Layers | None = None
 ) -> Network:
     """Returns the network of a registered name, e.g. 'resnet20'; initialises no parameters.
 

@@ -68,12 +68,9 @@ def layers(axis_name: str | None, dtype: str = 'float32', local_statistics: bool
     """
     # None, not 'float32': then tests can run the whole computation in double precision.
     compute = None if dtype == 'float32' else dtype
+    axis = None if local_statistics else axis_name
     norm = functools.partial(
-        nn.BatchNorm,
-        momentum=0.9,
-        epsilon=1e-5,
-        axis_name=None if local_statistics else axis_name,
-        dtype=compute,
+        nn.BatchNorm, momentum=0.9, epsilon=1e-5, axis_name=axis, dtype=compute
     )
     dropout = functools.partial(Dropout, axis_name=axis_name)
     return Layers(functools.partial(conv, dtype=compute), norm, dropout, compute)
@@ -119,11 +116,7 @@ class ConvNorm(nn.Module):
 
 
 def residual_stages(
-    block: Callable[..., nn.Module],
-    channels: int,
-    blocks: Sequence[int],
-    x: jax.Array,
-    train: bool,
+    block: Callable[..., nn.Module], channels: int, blocks: Sequence[int], x: jax.Array, train: bool
 ) -> jax.Array:
     """Returns x after stages of `blocks` blocks each, the first with this number of channels.
 

@@ -55,22 +55,16 @@ class MobileNetV2(nn.Module):
     width: float  # multiplies every channel count but the last, which it never shrinks
     large: bool
     layers: Layers
-
-    @property
-    def stem(self) -> str:
-        """The stem in words."""
-        return 'conv 3x3 stride 2' if self.large else 'conv 3x3; second stage not strided'
+    stem: str
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
-        """Returns the feature map, [B, H / 32, W / 32, C]; of small images [B, H / 8, W / 8, C].
-
-        C is 1280, above width 1 more; sizes are rounded up.
-        """
-        stem = ConvNorm(self.layers, _rounded(32 * self.width), 3, 2 if self.large else 1)
-        x = relu6(stem(images, train))
-        for stage, (expansion, channels, blocks, stage_stride) in enumerate(_STAGES):
-            stride = stage_stride if self.large or stage != 1 else 1
+        """Returns the map, [B, H / 32, W / 32, C], of small images / 8; sizes are rounded up."""
+        first = ConvNorm(self.layers, _rounded(32 * self.width), 3, 2 if self.large else 1)
+        x = relu6(first(images, train))
+        for stage, (expansion, channels, blocks, stride) in enumerate(_STAGES):
+            if stage == 1 and not self.large:
+                stride = 1
             for block in range(blocks):
                 x = Block(
                     channels=_rounded(channels * self.width),
@@ -91,4 +85,5 @@ def _build(name: str, layers: Layers, large: bool) -> MobileNetV2:
     width = float(multiplier or 1)
     if not width:
         raise UserError(f'config.networks: "{name}" has width multiplier 0; it must be above 0')
-    return MobileNetV2(width, large, layers)
+    stem = 'conv 3x3 stride 2' if large else 'conv 3x3; second stage not strided'
+    return MobileNetV2(width, large, layers, stem)

@@ -59,18 +59,11 @@ class ResNet(nn.Module):
     bottleneck: bool
     large: bool
     layers: Layers
-
-    @property
-    def stem(self) -> str:
-        """The stem in words."""
-        return 'conv 7x7 stride 2, max pool 3x3 stride 2' if self.large else 'conv 3x3'
+    stem: str
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
-        """Returns the feature map, [B, H / 32, W / 32, C]; of small images [B, H / 8, W / 8, C].
-
-        C is 512, with bottlenecks 2048; sizes are rounded up.
-        """
+        """Returns the map, [B, H / 32, W / 32, C], of small images / 8; sizes are rounded up."""
         kernel, stride = (7, 2) if self.large else (3, 1)
         x = relu(ConvNorm(self.layers, 64, kernel, stride)(images, train))
         if self.large:
@@ -81,4 +74,5 @@ class ResNet(nn.Module):
 
 @register_network(*_NETWORKS)
 def _build(name: str, layers: Layers, large: bool) -> ResNet:
-    return ResNet(*_NETWORKS[name], large, layers)
+    stem = 'conv 7x7 stride 2, max pool 3x3 stride 2' if large else 'conv 3x3'
+    return ResNet(*_NETWORKS[name], large, layers, stem)

@@ -59,20 +59,12 @@ class ShuffleNetV2(nn.Module):
     channels: tuple[int, ...]  # of the three stages and of the map
     large: bool
     layers: Layers
-
-    @property
-    def stem(self) -> str:
-        """The stem in words."""
-        return 'conv 3x3 stride 2, max pool 3x3 stride 2' if self.large else 'conv 3x3'
+    stem: str
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
-        """Returns the feature map, [B, H / 32, W / 32, C]; of small images [B, H / 8, W / 8, C].
-
-        C is 1024, in the widest network 2048; sizes are rounded up.
-        """
-        stem = ConvNorm(self.layers, 24, 3, 2 if self.large else 1)
-        x = relu(stem(images, train))
+        """Returns the map, [B, H / 32, W / 32, C], of small images / 8; sizes are rounded up."""
+        x = relu(ConvNorm(self.layers, 24, 3, 2 if self.large else 1)(images, train))
         if self.large:
             x = padded_max_pool(x)
         for stage, units in enumerate((4, 8, 4)):
@@ -84,4 +76,5 @@ class ShuffleNetV2(nn.Module):
 
 @register_network(*_NETWORKS)
 def _build(name: str, layers: Layers, large: bool) -> ShuffleNetV2:
-    return ShuffleNetV2(_NETWORKS[name], large, layers)
+    stem = 'conv 3x3 stride 2, max pool 3x3 stride 2' if large else 'conv 3x3'
+    return ShuffleNetV2(_NETWORKS[name], large, layers, stem)

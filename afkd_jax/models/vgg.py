@@ -31,11 +31,7 @@ class VGG(nn.Module):
     convolutions: tuple[int, ...]  # per stage
     large: bool
     layers: Layers
-
-    @property
-    def stem(self) -> str:
-        """The stem in words."""
-        return f'conv 3x3; {4 if self.large else 3} max pools'
+    stem: str
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
@@ -51,4 +47,4 @@ class VGG(nn.Module):
 
 @register_network(*_NETWORKS)
 def _build(name: str, layers: Layers, large: bool) -> VGG:
-    return VGG(_NETWORKS[name], large, layers)
+    return VGG(_NETWORKS[name], large, layers, f'conv 3x3; {4 if large else 3} max pools')

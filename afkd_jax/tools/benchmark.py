@@ -155,9 +155,8 @@ def benchmark(config: Config) -> dict[str, Any]:
     blocks, queued = zip(*both, strict=True)
     step_s, quartiles = statistics.median(blocks), statistics.quantiles(blocks, n=4)
 
-    augmentation = augment.Augmentation.of(config)
     augmented = devices.map(
-        lambda images, index_B, key: augment.training_batch(images, index_B, key, augmentation),
+        lambda images, index_B, key: augment.training_batch(images, index_B, key, config.data),
         (run.pipeline.images_spec, BATCH_SHARDED, REPLICATED),
         BATCH_SHARDED,
     )

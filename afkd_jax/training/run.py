@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 from afkd_jax import config as config_lib
 from afkd_jax import models
 from afkd_jax.config import Config
-from afkd_jax.data import augment, dataset, pipelines
+from afkd_jax.data import dataset, pipelines
 from afkd_jax.data.images import DeviceImages
 from afkd_jax.data.order import Order
 from afkd_jax.devices import arrays, mesh
@@ -159,8 +159,7 @@ class Run:
 
         They may be abstract. The step may be traced once.
         """
-        augmentation = augment.Augmentation.of(self.config)
-        cohort, layout = self.cohort.local, self.layout
+        cohort, data, layout = self.cohort.local, self.config.data, self.layout
 
         def train_step(
             state: State,
@@ -170,7 +169,7 @@ class Run:
             key: jax.Array,
         ) -> tuple[State, metrics.Sums]:
             new, sums = step_lib.train_step(
-                cohort, augmentation, state.unstack(), sums, images, index_B, key
+                cohort, data, state.unstack(), sums, images, index_B, key
             )
             return layout.pack(new), sums
 

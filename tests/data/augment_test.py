@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from conftest import take_devices
 
+from afkd_jax.config import Data
 from afkd_jax.data import augment
 from afkd_jax.data.examples import Images
 from afkd_jax.data.images import DeviceImages
@@ -76,7 +77,7 @@ def test_augmented_images_are_all_crops_and_mirrors_and_nothing_else(pad, flip):
 
 def test_augmentation_depends_on_key_and_image_alone(images):
     ours = jax.device_put(DeviceImages.on_host(images, TRAIN))
-    batch = jax.jit(functools.partial(augment.training_batch, recipe=augment.Augmentation(2, True)))
+    batch = jax.jit(functools.partial(augment.training_batch, data=Data(pad=2, flip=True)))
     key = jax.random.key(5)
     index = np.arange(12)
     inputs, labels, _ = batch(ours, index, key)
@@ -114,10 +115,10 @@ def augmented(recipe, count=1, key=0, channels=3):
 @pytest.mark.parametrize(
     'recipe',
     [
-        augment.Augmentation(2, True, 0.4),
-        augment.Augmentation(mixup=1.0),
-        augment.Augmentation(cutmix=1.0),
-        augment.Augmentation(2, True, 0.4, 0.8, 1.0),
+        Data(pad=2, flip=True, color_jitter=0.4),
+        Data(pad=0, flip=False, mixup=1.0),
+        Data(pad=0, flip=False, cutmix=1.0),
+        Data(pad=2, flip=True, color_jitter=0.4, mixup=0.8, cutmix=1.0),
     ],
 )
 def test_augmentation_does_not_depend_on_the_devices(recipe):
@@ -155,7 +156,7 @@ def test_no_jitter_is_the_identity_and_grey_has_no_saturation():
 
 
 def test_mixup_is_the_sum_by_its_weights():
-    images, labels, mixed = augmented(augment.Augmentation(mixup=1.0))
+    images, labels, mixed = augmented(Data(pad=0, flip=False, mixup=1.0))
     own = RAMP / 255
     other = np.roll(own, 1, axis=0)  # the image before
     weight = mixed.weight[:, None, None, None]
@@ -167,7 +168,7 @@ def test_mixup_is_the_sum_by_its_weights():
 
 def test_cutmix_is_a_box_and_its_weight_that_of_the_pixels():
     for key in range(8):
-        images, _, mixed = augmented(augment.Augmentation(cutmix=1.0), key=key)
+        images, _, mixed = augmented(Data(pad=0, flip=False, cutmix=1.0), key=key)
         own = RAMP / 255
         other = np.roll(own, 1, axis=0)
         mine = np.isclose(images, own, atol=1e-6).all(-1)
@@ -197,7 +198,7 @@ def test_weights_are_drawn_from_the_beta_distribution():
 def test_with_both_each_image_goes_by_either():
     kinds = []
     for key in range(10):
-        images, _, _ = augmented(augment.Augmentation(mixup=5.0, cutmix=1.0), key=key)
+        images, _, _ = augmented(Data(pad=0, flip=False, mixup=5.0, cutmix=1.0), key=key)
         own = RAMP / 255
         kinds += np.isclose(images, own, atol=1e-6).all(-1).any((1, 2)).tolist()
     assert 5 < sum(kinds) < 35
@@ -208,7 +209,7 @@ def test_what_is_mirrored_is_neither_darker_nor_brighter():
     image = np.full((1, 8, 8, 1), 100, np.uint8)
     image[:, :, 4:] = 120
     images = DeviceImages(image, np.zeros(1, np.int32), np.float32([0]), np.float32([1]))
-    recipe = augment.Augmentation(0, True, 0.5)
+    recipe = Data(pad=0, flip=True, color_jitter=0.5)
     batch = jax.jit(
         jax.vmap(lambda key: augment.training_batch(images, np.zeros(1, np.int32), key, recipe)[0])
     )

@@ -234,7 +234,5 @@ def test_a_batch_that_does_not_divide_is_rejected():
 @pytest.mark.parametrize('statistics', ['global', 'local'])
 def test_only_with_local_statistics_does_the_run_depend_on_the_shards(statistics):
     config = tiny_config(batch_size=BATCH, batch_statistics=statistics)
-    origins = [
-        shapes_only_run(config, take_devices(count)).origin() for count in (2, 4)
-    ]
+    origins = [shapes_only_run(config, take_devices(count)).origin() for count in (2, 4)]
     assert (origins[0] != origins[1]) == (statistics == 'local')

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import initial_state, mapped_update, random_batch, take_devices, tiny_config
+from conftest import mapped_update, random_batch, take_devices, tiny_cohort, tiny_config
 
 from afkd_jax.devices import xla_cpu
 from afkd_jax.devices.mesh import REPLICATED
+from afkd_jax.method import state as state_lib
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float64'])
@@ -41,8 +42,8 @@ def test_computed_once_can_be_vmapped_and_differentiated_twice():
 def lowered(platform, networks=('resnet8', 'wrn-10-1'), method='vanilla'):
     config = tiny_config(networks, method=method)
     devices = take_devices(1)
-    arguments = initial_state(config), *random_batch(8)
-    step = mapped_update(config, devices)
+    arguments = state_lib.abstract(tiny_cohort(config)), *random_batch(8)
+    step = mapped_update.__wrapped__(config, devices)  # traced anew each time
     return step.trace(*arguments).lower(lowering_platforms=(platform,))
 
 

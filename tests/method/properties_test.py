@@ -1,6 +1,7 @@
 """Any input works or is rejected with a one-line error: never a traceback, never a hang.
 
-More examples, of other seeds: HYPOTHESIS_EXAMPLES=2000 python -m pytest tests/method/properties_test.py
+More examples, of other seeds:
+HYPOTHESIS_EXAMPLES=2000 python -m pytest tests/method/properties_test.py
 """
 
 import gzip

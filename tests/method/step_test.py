@@ -18,12 +18,13 @@ from conftest import (
     tiny_config,
 )
 
-from afkd_jax.data import augment
+from afkd_jax.config import Data
 from afkd_jax.data.images import DeviceImages
 from afkd_jax.devices import arrays
 from afkd_jax.devices.mesh import BATCH_SHARDED, REPLICATED
 from afkd_jax.devices.spmd import DATA
 from afkd_jax.method import metrics, optim, presets
+from afkd_jax.method import state as state_lib
 from afkd_jax.method import step as step_lib
 
 # Maps of 4x4x4, 8x8x6 and 3x3x4: the shared one is 3x3x6, and every network has a transfer layer.
@@ -225,9 +226,7 @@ def test_two_steps_equal_an_independent_derivation(
     update = mapped_update(config, devices)
     cohort = tiny_cohort(config)
     plain = jax.jit(
-        functools.partial(
-            plain_step, cohort, logit_teachers, map_teachers, cohort.method.maps
-        )
+        functools.partial(plain_step, cohort, logit_teachers, map_teachers, cohort.method.maps)
     )
     state = devices.replicate(state)
     for t in (1, 2):
@@ -384,9 +383,8 @@ def test_for_a_pair_learning_from_all_is_learning_from_the_ring():
 def test_vanilla_costs_what_the_networks_cost_alone():
     # Counted by XLA: K steps of value_and_grad and SGD, one network each, against one of ours.
     config = tiny_config(('resnet8', 'resnet8'), method='vanilla', batch_size=BATCH)
-    cohort, state = tiny_cohort(config), initial_state(config)
-    devices = take_devices(1)
-    images, labels = random_batch(BATCH)
+    cohort, (images, labels) = tiny_cohort(config), random_batch(BATCH)
+    state = state_lib.abstract(cohort)
 
     def plain(params, stats, velocity, images, labels):
         def loss(params):
@@ -403,9 +401,7 @@ def test_vanilla_costs_what_the_networks_cost_alone():
     params = state.networks[0].variables()['params']
     stats = state.networks[0].batch_stats['network']
     alone = jax.jit(plain).lower(params, stats, params, images, labels)
-    ours = mapped_update(config, devices).lower(
-        devices.replicate(state), devices.split(images), devices.split(labels)
-    )
+    ours = mapped_update(config, take_devices(1)).lower(state, images, labels)
     flops = [lowered.compile().cost_analysis()['flops'] for lowered in (alone, ours)]
     assert flops[1] < 1.05 * 2 * flops[0]
 
@@ -454,7 +450,7 @@ def test_the_same_images_are_augmented_anew_in_every_step(pad, flip, differs):
     cohort = dataclasses.replace(cohort, optimizers=optim.Optimizers(still, None, None))
     devices = take_devices(1)
     step = devices.map(
-        functools.partial(step_lib.train_step, cohort, augment.Augmentation(pad, flip)),
+        functools.partial(step_lib.train_step, cohort, Data(pad=pad, flip=flip)),
         specs=(REPLICATED, REPLICATED, REPLICATED, BATCH_SHARDED, REPLICATED),
     )
     pixels = np.random.default_rng(0).integers(0, 256, (BATCH, 8, 8, 1), np.uint8)

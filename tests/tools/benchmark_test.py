@@ -109,7 +109,7 @@ def test_sweep_is_an_option_of_benchmark_only(forked):
 def test_launch_prints_json_last_and_appends_the_results_of_a_sweep(tmp_path):
     # In a folder of its own, where runs/benchmark.csv is made, and on one device.
     root = pathlib.Path(__file__).parents[2]
-    command = [sys.executable, root / 'launch.py', '--config', root / 'configs/digits.py']
+    command = [sys.executable, root / 'launch.py', '--config', root / 'tests/tiny.py']
     done = subprocess.run(
         [*command, '--mode', 'benchmark', '--sweep', 'method=vanilla'],
         cwd=tmp_path,

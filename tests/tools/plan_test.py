@@ -101,7 +101,9 @@ def test_a_set_that_is_too_large_is_planned_batch_by_batch(monkeypatch):
 
 
 def test_the_largest_batch_is_found(monkeypatch):
-    it = plan.Plan(tiny_config(batch_size=64), dataset.Info((8, 8, 1), tuple('0123456789'), 1294, 0, 16), None)
+    it = plan.Plan(
+        tiny_config(batch_size=64), dataset.Info((8, 8, 1), tuple('0123456789'), 1294, 0, 16), None
+    )
     asked = []
 
     @dataclasses.dataclass(frozen=True)
@@ -187,10 +189,10 @@ def test_a_tpu_that_is_not_attached():
 def test_the_command_ends_with_one_json_line(forked):
     flags = '--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0'
     environment = {'XLA_FLAGS': flags}
-    command = ['--config=configs/digits.py', '--config.method=vanilla', '--mode=plan']
+    command = ['--config=tests/tiny.py', '--config.method=vanilla', '--mode=plan']
     code, output, errors = forked(command, environment)
     assert (code, errors) == (0, '')
     result = json.loads(output.splitlines()[-1])
     assert result['device'].startswith('2 x cpu')
-    for words in ('optimizer states', 'all-reduce', 'it fits', 'per image, 2 resnet8'):
+    for words in ('optimizer states', 'all-reduce', 'it fits', 'per image, 2 tiny-8-2'):
         assert words in output

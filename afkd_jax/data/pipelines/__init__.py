@@ -13,7 +13,7 @@ import numpy as np
 from afkd_jax.config import Config
 from afkd_jax.data.dataset import Dataset, Info
 from afkd_jax.data.images import DeviceImages
-from afkd_jax.data.pipelines.base import InMemory, Pipeline, ShapesOnly
+from afkd_jax.data.pipelines.base import InMemory, Pipeline
 from afkd_jax.data.pipelines.stream import StreamPipeline, mean_std_of
 from afkd_jax.data.stream import check_shared_memory
 from afkd_jax.devices import arrays, memory
@@ -33,16 +33,15 @@ def _placement(config: Config, info: Info, devices: Devices) -> str:
     available = memory.device_bytes(device)
     if available is not None and device.platform == 'cpu':
         available //= devices.mesh.size  # they share it
-    large = available is not None and info.examples * math.prod(info.image_shape) > (
-        _MOST * available
-    )
+    size = info.examples * math.prod(info.image_shape)
+    large = available is not None and size > _MOST * available
     decoded_anew = config.data.image_size or config.data.randaugment_operations
     return 'stream' if decoded_anew or large else 'device'
 
 
 def shapes_only(config: Config, info: Info, devices: Devices) -> Pipeline:
     """Returns a pipeline that knows its shapes and shardings but has no images, for planning."""
-    return ShapesOnly(config, info, devices, '', _placement(config, info, devices))
+    return Pipeline(config, info, devices, '', _placement(config, info, devices))
 
 
 def in_memory(

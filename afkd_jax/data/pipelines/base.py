@@ -1,6 +1,5 @@
-"""The interface of pipelines, and those with all images, or no images, in memory."""
+"""The interface of pipelines, and the one with all images in memory."""
 
-import abc
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -20,22 +19,18 @@ EvaluationBatches = Iterator[tuple[DeviceImages, jax.Array, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Pipeline(abc.ABC):
-    """The batches of a run.
+class Pipeline:
+    """The batches of a run. A plain Pipeline has their shapes and shardings only, for planning.
 
     A batch is a DeviceImages and the indices of its images, int32 [B]. With them the step gathers
     the images, if they are not gathered yet, and derives the randomness of each.
-
-    Attributes:
-      fingerprint: of the images.
-      placement: 'device', 'host' or 'stream'; only for messages outside of this package.
     """
 
     config: Config
     info: Info
     devices: Devices
-    fingerprint: str
-    placement: str
+    fingerprint: str  # of the images
+    placement: str  # 'device', 'host' or 'stream'; only for messages outside of this package
 
     @property
     def order(self) -> Order:
@@ -54,39 +49,19 @@ class Pipeline(abc.ABC):
         """Returns shapes, dtypes and shardings of (images, index) of a batch of this size."""
         whole, struct = self.placement == 'device', jax.ShapeDtypeStruct
         count, shape = self.info.examples if whole else size, self.info.image_shape
-        arrays: Any = (
-            struct((count, *shape), np.uint8),
-            struct((count,), np.int32),
-            *2 * [struct(shape[-1:], np.float32)],
-        )
+        mean = struct(shape[-1:], np.float32)
+        arrays: Any = struct((count, *shape), np.uint8), struct((count,), np.int32), mean, mean
         images, index = DeviceImages(*arrays, gathered=not whole), struct((size,), np.int32)
         return self.devices.abstract((images, index), (self.images_spec, BATCH_SHARDED))
 
-    @abc.abstractmethod
     def training(self, first_step: int) -> contextlib.AbstractContextManager[TrainingBatches]:
         """Opens an iterator of (images, index) from this step, counted from 0, to the last."""
-
-    @abc.abstractmethod
-    def evaluation(
-        self, indices: Sequence[int]
-    ) -> contextlib.AbstractContextManager[EvaluationBatches]:
-        """Opens an iterator of (images, index, mask); see order.padded_batches."""
-
-    def _padded(self, indices: Sequence[int]) -> list[tuple[np.ndarray, np.ndarray]]:
-        return padded_batches(indices, self.config.eval_batch_size)
-
-
-class ShapesOnly(Pipeline):
-    """A pipeline that knows its shapes but has no batches, for planning."""
-
-    def training(self, first_step: int) -> contextlib.AbstractContextManager[TrainingBatches]:
-        """Not available."""
         raise NotImplementedError
 
     def evaluation(
         self, indices: Sequence[int]
     ) -> contextlib.AbstractContextManager[EvaluationBatches]:
-        """Not available."""
+        """Opens an iterator of (images, index, mask); see order.padded_batches."""
         raise NotImplementedError
 
 
@@ -115,5 +90,5 @@ class InMemory(Pipeline):
     @contextlib.contextmanager
     def evaluation(self, indices: Sequence[int]) -> Iterator[EvaluationBatches]:
         """See Pipeline."""
-        put = self.devices.split
-        yield ((*self.batch(index), put(mask)) for index, mask in self._padded(indices))
+        put, padded = self.devices.split, padded_batches(indices, self.config.eval_batch_size)
+        yield ((*self.batch(index), put(mask)) for index, mask in padded)

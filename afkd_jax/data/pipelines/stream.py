@@ -19,20 +19,13 @@ from afkd_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class StreamPipeline(Pipeline):
-    """Images that are read and decoded when needed; every process computes its devices' rows.
-
-    Attributes:
-      mean: of DeviceImages, on the devices.
-      std: likewise.
-      log: called with a line for each image that cannot be decoded.
-      broken: indices of such images so far.
-    """
+    """Images that are read and decoded when needed; every process computes its devices' rows."""
 
     dataset: Dataset
-    mean: jax.Array
+    mean: jax.Array  # float32 [C], on the devices, as is std
     std: jax.Array
     log: Callable[[str], None]
-    broken: set[int] = dataclasses.field(default_factory=set)
+    broken: set[int] = dataclasses.field(default_factory=set)  # images that cannot be decoded
 
     def _images(self, batches: Batches, rows: Rows) -> DeviceImages:
         _count_broken(self.config, batches, rows, self.broken, self.log)
@@ -57,7 +50,7 @@ class StreamPipeline(Pipeline):
     def evaluation(self, indices: Sequence[int]) -> Iterator[EvaluationBatches]:
         """See Pipeline. The mask leaves out images that cannot be decoded."""
         devices, size = self.devices, self.config.eval_batch_size
-        padded, local = self._padded(indices), devices.rows(size)
+        padded, local = padded_batches(indices, size), devices.rows(size)
         batches = _of_list(self.dataset, [index for index, _ in padded], size, local)
 
         def batch(rows, index, mask):
@@ -75,11 +68,7 @@ def _of_list(dataset: Dataset, indices: list[np.ndarray], size: int, rows: np.nd
 def _count_broken(
     config: Config, batches: Batches, rows: Rows, broken: set[int], log: Callable[[str], None]
 ) -> None:
-    """Adds images that cannot be decoded to `broken`, and logs each once.
-
-    Raises:
-      UserError: there are more than config.data.max_corrupt.
-    """
+    """Adds images that cannot be decoded to `broken`, and logs each once; too many: UserError."""
     for index in rows.broken[rows.broken >= 0].tolist():
         if index in broken:
             continue

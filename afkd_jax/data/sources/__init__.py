@@ -21,11 +21,7 @@ from afkd_jax.registry import register_source
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """The images and the class names of a data set.
-
-    Raises:
-      UserError: what is given is not of the right type, dtype, shape or range.
-    """
+    """The images and the class names of a data set; wrong types, shapes or values: UserError."""
 
     train: Examples
     test: Examples

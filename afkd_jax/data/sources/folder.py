@@ -22,7 +22,6 @@ _TEST_NAMES = ('test', 'val', 'validation')
 
 
 def _folders(folder: pathlib.Path) -> list[bytes]:
-    """Returns the names of the folders in a folder, sorted, without hidden ones."""
     with os.scandir(os.fsencode(folder)) as entries:
         return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith(b'.'))
 
@@ -67,20 +66,16 @@ class _Files(Examples):
             return file.read(), int(self._labels[index])
 
     def read_labels(self) -> np.ndarray:
-        """Returns the labels, which are known from the folders."""
         return self._labels
 
     def name(self, index: int) -> str:
-        """Returns its path."""
         return os.fsdecode(self._path(index))
 
     def fingerprint(self) -> str:
-        """Returns a hash of all names and labels, not of the files' content."""
         description = self._folders, self._files.dtype.str
         return digest(description, self._files, self._folder, self._labels)
 
     def first_shape(self) -> tuple[int, int, int]:
-        """Returns (height, width, channels) of the first image."""
         try:
             with Image.open(self.name(0)) as file:
                 width, height = file.size
@@ -102,13 +97,14 @@ def source(config: Config, argument: str) -> Source:
     """
     root = pathlib.Path(argument).expanduser()
     expected = f'{root}/train/CLASS/... and {root}/val/CLASS/... are expected'
-    if not (root / 'train').is_dir():
-        raise UserError(f'config.dataset: there is no directory {root / "train"}; {expected}')
-    classes = _folders(root / 'train')
+    train_root = root / 'train'
+    if not train_root.is_dir():
+        raise UserError(f'config.dataset: there is no directory {train_root}; {expected}')
+    classes = _folders(train_root)
     if len(classes) < 2:
         raise UserError(
-            f'config.dataset: two class folders are needed in {root / "train"}, but there '
-            f'are {len(classes)}; {expected}'
+            f'config.dataset: two class folders are needed in {train_root}, but there are '
+            f'{len(classes)}; {expected}'
         )
     for name in _TEST_NAMES:
         if (root / name).is_dir() and (tested := _folders(root / name)):
@@ -121,10 +117,10 @@ def source(config: Config, argument: str) -> Source:
     if unknown := [os.fsdecode(folder) for folder in tested if folder not in {*classes}]:
         raise UserError(
             f'config.dataset: {root / name} has the class {unknown[0]!r}, which is not in '
-            f'{root / "train"}; the classes must be the same'
+            f'{train_root}; the classes must be the same'
         )
     labels = {folder: label for label, folder in enumerate(classes)}
-    train = _Files(root / 'train', labels)
+    train = _Files(train_root, labels)
     test = _Files(root / name, {folder: labels[folder] for folder in tested})
     for split, folder in ((train, 'train'), (test, name)):
         if not len(split):
@@ -135,8 +131,8 @@ def source(config: Config, argument: str) -> Source:
     if empty := set(range(len(classes))) - set(train.read_labels().tolist()):
         folder = os.fsdecode(classes[min(empty)])
         raise UserError(
-            f'config.dataset: there are no image files below {root / "train" / folder}; every '
-            'class needs some'
+            f'config.dataset: there are no image files below {train_root / folder}; every class '
+            'needs some'
         )
     shape = (None, None, 3) if config.data.image_size else train.first_shape()
     train.image_shape = test.image_shape = shape

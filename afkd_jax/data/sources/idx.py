@@ -21,10 +21,7 @@ _FILES = (
 
 
 def read(path: pathlib.Path, axes: int, opened: IO[bytes] | None = None) -> np.ndarray:
-    """Returns a gzip IDX file of unsigned bytes as an array with `axes` axes.
-
-    With `opened` it is read from there, and the path is only for messages.
-    """
+    """Returns a gzip IDX file of bytes as uint8; if it is `opened`, the path is for messages."""
     try:
         with gzip.open(opened or path) as file:
             header = file.read(4 + 4 * axes)

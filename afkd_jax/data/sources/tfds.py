@@ -17,12 +17,9 @@ from afkd_jax.errors import UserError, field_error, first_line, nearest
 # that `describe` works before that. Training counts what it has read. Of ImageNet the second is
 # the validation split: its test images have no public labels.
 _PUBLISHED_SIZES = {
-    'cifar10': (50_000, 10_000),
-    'cifar100': (50_000, 10_000),
-    'fashion_mnist': (60_000, 10_000),
+    **dict.fromkeys(('cifar10', 'cifar100'), (50_000, 10_000)),
+    **dict.fromkeys(('mnist', 'fashion_mnist', 'kmnist'), (60_000, 10_000)),
     'imagenet2012': (1_281_167, 50_000),
-    'kmnist': (60_000, 10_000),
-    'mnist': (60_000, 10_000),
     'stl10': (5_000, 8_000),
     'svhn_cropped': (73_257, 26_032),
 }
@@ -38,9 +35,10 @@ class _Set:
         if not keys or len(keys) != 2 or not all(isinstance(key, str) for key in keys):
             raise UserError(f'config.dataset: tfds:{name} has no (image, label) pair to learn from')
         self.image_key, self.label_key = keys
-        image, label = features[keys[0]], features[keys[1]]
-        kinds = tfds.features.Image, tfds.features.ClassLabel
-        if not isinstance(image, kinds[0]) or not isinstance(label, kinds[1]):
+        image, label = (features[key] for key in keys)
+        if not (
+            isinstance(image, tfds.features.Image) and isinstance(label, tfds.features.ClassLabel)
+        ):
             raise UserError(f'config.dataset: tfds:{name} is not an image-classification set')
         shape, dtype = tuple(image.shape), np.dtype(image.np_dtype)  # pyright: ignore
         height, width, channels = shape
@@ -136,11 +134,9 @@ class _Split(Examples):
         return example[image], int(example[label])
 
     def read_labels(self) -> np.ndarray:
-        """Returns the labels; reads every record, but decodes no image."""
         return np.fromiter((self[i][1] for i in range(len(self))), np.int32, len(self))
 
     def name(self, index: int) -> str:
-        """Returns file and record."""
         for file in self._files:
             if index < file.take:
                 return f'record {file.skip + index} of {file.filename}'
@@ -157,7 +153,6 @@ class _Split(Examples):
 
 
 def _prepared(config: Config, name: str, log: Callable[[str], None]) -> _Set:
-    """Returns a set, after preparing it if necessary."""
     found = _Set(config, name)
     input_shape(config, found.image_shape)  # before a long download
     path = pathlib.Path(found.builder.data_path)

@@ -43,7 +43,7 @@ def builder(name: str, data_dir: str | os.PathLike | None) -> Builder:
 
 
 def elsewhere(name: str) -> str:
-    """Returns the remedy for sets that need TensorFlow to be prepared."""
+    """Returns the advice for sets that need TensorFlow to be prepared."""
     return (
         f'prepare it elsewhere by tfds build {name} --file_format=array_record and name its '
         'directory by --config.data.data_dir'
@@ -180,10 +180,7 @@ def _unreachable_host(builder: Builder, manual: pathlib.Path | None) -> str | No
 
 
 def _check_manual(builder: Builder, manual: pathlib.Path) -> None:
-    """Rejects a missing manual_dir, and an archive in it that does not have its known size.
-
-    TFDS compares checksums of what it would download; not of ImageNet's 150 GB, which it would not.
-    """
+    # TFDS compares checksums of what it would download, but not of ImageNet's 150 GB.
     if not manual.is_dir():
         raise UserError(f'config.data.manual_dir: there is no directory {manual}')
     for url, name in _archives(builder).items():
@@ -217,10 +214,8 @@ def _prepare(builder: Builder, config: Config, name: str) -> None:
     wanted = config.data.manual_dir
     manual = pathlib.Path(wanted).expanduser() if wanted else None
     archives = ', '.join(_archives(builder).values()) or 'its archives'
-    remedy = (
-        f'put {archives} into a directory and name it by --config.data.manual_dir, '
-        f'or {elsewhere(name)}'
-    )
+    remedy = f'put {archives} into a directory and name it by --config.data.manual_dir, or '
+    remedy += elsewhere(name)
     if manual:
         _check_manual(builder, manual)
     if host := _unreachable_host(builder, manual):
