@@ -61,9 +61,10 @@ def result_tables(summary: dict[str, Any]) -> list[rich.table.Table]:
 
     ring = table('edge', ('L1', 'L2', 'cosine', 'CKA', 'agree %', 'student %', 'teacher %'))
     ring.caption = (
-        'teacher -> student on test. agree: both predict the same; '
+        'teacher -> student on test. agree: both predict the same;\n'
         'student, teacher: only that one is right.'
     )
+    ring.caption_justify = 'left'
     for edge in summary['ring']:
         ring.add_row(
             f'{edge["teacher"]} -> {edge["network"]}',
