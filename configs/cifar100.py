@@ -12,8 +12,8 @@ Commands, one per row, all not run by us:
   ablation             resnet32,resnet32 and each of --config.method=vanilla, dml, kd_ring, l1,
                        l1_kd, adversarial, afd
 
-The paper's numbers that are known to us, reported by a third party: a pair of resnet32 alone 69.38 %,
-logit ring only 73.38 %, AFD 74.03 % top-1. Which pairs the paper has is from the same source.
+The paper's numbers, top-1, reported by a third party: a pair of resnet32 alone 69.38 %, logit ring
+only 73.38 %, AFD 74.03 %. Which pairs the paper has is from the same source.
 """
 
 from ml_collections import ConfigDict

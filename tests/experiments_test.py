@@ -1,4 +1,4 @@
-"""The experiments: every row of docs/experiments.md is one command whose config is known to the letter.
+"""The experiments: every row of docs/experiments.md is one command, whose config is golden.
 
 golden.txt holds the whole schema, and of each experiment what it changes. After a change that is
 meant: UPDATE_GOLDEN=1 python -m pytest tests/experiments_test.py
@@ -58,7 +58,7 @@ def test_every_experiment_is_described(command, tmp_path):
     config = resolved(command)
     config = config.replace(**{'data.data_dir': str(tmp_path)})
     if config.dataset.startswith('idx:'):
-        config = config.replace(dataset='tfds:fashion_mnist')  # the same images, described without them
+        config = config.replace(dataset='tfds:fashion_mnist')  # the same images, not read
     facts = describe.describe(config)
     assert [entry['name'] for entry in facts['networks']] == list(config.networks)
     assert all(row['name'] in describe.text(facts) for row in facts['networks'])

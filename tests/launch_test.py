@@ -458,7 +458,10 @@ BAD_COMMANDS = {
         ['--config=configs/digits.py', '--config.data.train_examples=2000'],
         'config.data.train_examples: must be at most 1294',
     ),
-    'no kind of data set': ([*SHORT, '--config.dataset=cifar10'], "there is no source .cifar10.*tfds:cifar10"),
+    'no kind of data set': (
+        [*SHORT, '--config.dataset=cifar10'],
+        'there is no source .cifar10.*tfds:cifar10',
+    ),
     'no directory of images': (
         [*IDX[:2], '--config.dataset=idx:/nonexistent'],
         'there is no directory',
@@ -491,7 +494,11 @@ BAD_COMMANDS = {
         damaged_idx('claims'),
     ),
     'unequal lengths': (IDX, 'has 80 images but .* has 79 labels', damaged_idx('lengths')),
-    'label out of range': (IDX, 'the test images must have labels in 0 .. 3, but one is 9', damaged_idx('label')),
+    'label out of range': (
+        IDX,
+        'the test images must have labels in 0 .. 3, but one is 9',
+        damaged_idx('label'),
+    ),
     'eval of nothing yet': ([*RUN, '--mode=eval', '--workdir={small}'], 'holds no run'),
     'eval of another step': (
         [*RUN, '--mode=eval', '--step=3'],
@@ -534,11 +541,11 @@ BAD_COMMANDS = {
     'a workdir in use': (RUN, f'is in use by process {os.getpid()} on ', lock),
     'batch that devices cannot share': (
         ['--config=configs/digits.py', '--config.batch_size=60'],
-        'config.batch_size: must be a multiple of 8 .the number of devices., but is 60; nearest: 64',
+        'config.batch_size: must be a multiple of 8 .the number of .*, but is 60; nearest: 64',
     ),
     'evaluation batch that devices cannot share': (
         ['--config=configs/digits.py', '--config.eval_batch_size=4'],
-        'config.eval_batch_size: must be a multiple of 8 .the number of devices., .*but is 4; nearest: 8',
+        'config.eval_batch_size: must be a multiple of 8 .the number.*but is 4; nearest: 8',
     ),
     'no step': ([*RUN, '--mode=eval', '--step=last'], 'step.*last'),
     'negative step': ([*RUN, '--mode=eval', '--step=-1'], 'step'),

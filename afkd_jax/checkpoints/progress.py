@@ -73,9 +73,7 @@ class Progress:
     def improved(self, validation: list[float]) -> list[int]:
         """Returns the networks whose validation accuracy is a new maximum; ties keep the first."""
         return [
-            k
-            for k, best in enumerate(self.best)
-            if best is None or validation[k] > best.validation
+            k for k, best in enumerate(self.best) if best is None or validation[k] > best.validation
         ]
 
     def best_steps(self) -> set[int]:

@@ -460,9 +460,7 @@ def test_a_run_that_only_skips_is_ended(tmp_path, monkeypatch):
         fit(short_config(on_nonfinite='skip'), tmp_path)
 
 
-@pytest.mark.parametrize(
-    ('content', 'message'), [('[]', 'not an object'), ('{', 'cannot be read')]
-)
+@pytest.mark.parametrize(('content', 'message'), [('[]', 'not an object'), ('{', 'cannot be read')])
 def test_a_broken_config_json_is_refused(content, message, tmp_path):
     (tmp_path / 'config.json').write_text(content)
     with pytest.raises(UserError, match=f'--workdir: .*{message}'):
