@@ -75,11 +75,21 @@ def unfinished(workdir):
     return found
 
 
+def wait_for_save(process, workdir, old, number):
+    """Waits for the beginning of this save of the process, counted from 1, or for its end."""
+    seen = old
+    while process.poll() is None and number:
+        found = unfinished(workdir) - seen
+        seen, number = seen | found, number - bool(found)
+        time.sleep(0.001)
+
+
 def kill_until_it_ends(workdir, kills, rng, environment, launch=Process):
     """Kills a run so often, or until it ends before its kill, and lets it end; returns counts.
 
-    Every second kill waits for a save and comes within 0.1 s of its beginning; the others come at
-    any moment in 0 .. 5 s after the start of the process: while it imports, compiles or trains.
+    Every second kill waits for one of the first four saves of the process and comes within 0.1 s of
+    its beginning; the others come at any moment in 0 .. 5 s after the start of the process: while
+    it imports, compiles or trains.
     """
     counts = {'kills': 0, 'during_a_save': 0, 'resumes': 0}
     while True:
@@ -87,8 +97,7 @@ def kill_until_it_ends(workdir, kills, rng, environment, launch=Process):
         process = launch(arguments(workdir, *OFTEN), environment)
         if counts['kills'] < kills:
             if counts['kills'] % 2 == 0:
-                while process.poll() is None and not unfinished(workdir) - old:
-                    time.sleep(0.001)
+                wait_for_save(process, workdir, old, rng.randint(1, 4))
                 time.sleep(rng.uniform(0, 0.1))
             else:
                 time.sleep(rng.uniform(0, 5))

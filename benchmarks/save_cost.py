@@ -20,11 +20,12 @@ import jax
 
 from afkd_jax.checkpoints.progress import Progress
 from afkd_jax.checkpoints.store import Checkpoints, Snapshot
+from afkd_jax.config import Config
 from afkd_jax.training import run as run_lib
 
 
 def main(name, seconds, rounds, *networks):
-    config = importlib.import_module(f'configs.{name}').get_config(*networks)
+    config = Config.of(importlib.import_module(f'configs.{name}').get_config(*networks))
     run = run_lib.prepare(config)
     state, zero_sums = run.initial_state(), run.zero_sums()
     step = run.compiled_step()

@@ -87,7 +87,7 @@ def test_network_figures_are_per_network(monkeypatch):
 def test_a_set_that_is_too_large_is_planned_batch_by_batch(monkeypatch):
     config = tiny_config(batch_size=64, method='vanilla')
     whole = planned(monkeypatch, config, count=2)
-    streamed = planned(monkeypatch, config, count=2, memory=200_000)
+    streamed = planned(monkeypatch, config, count=2, memory=10_000)
     assert (whole['images'], streamed['images']) == (
         'the whole set on every device',
         'a batch at a time',
