@@ -95,11 +95,11 @@ def _import(*modules: str) -> Callable[[], Any]:
     return load
 
 
-# name, layers, large -> trunk: see afkd_jax.models.build.
+# name, layers, large -> trunk: see afkd_jax/models/__init__.py.
 NETWORKS: Registry = Registry('networks', 'network', _import('afkd_jax.models'))
 # maps, teacher's maps [..., B, H, W, C] -> values [..., B]: see afkd_jax.method.losses.
 MAP_LOSSES: Registry = Registry('method', 'loss between maps', _import('afkd_jax.method.losses'))
-# config, argument -> Source: see afkd_jax.data.dataset. 'name:' takes an argument.
+# config, argument -> Source: see afkd_jax/data/sources. 'name:' takes an argument.
 SOURCES: Registry = Registry('dataset', 'source', _import('afkd_jax.data.dataset'))
 
 register_network = NETWORKS.register

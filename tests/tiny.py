@@ -1,15 +1,20 @@
 """Networks that compile in no time, and the digits with them: a config file of launch.py too.
 
 Command: python launch.py --config tests/tiny.py
+With LOST_AFTER_S in the environment, a lost process is noticed after so many seconds.
 """
 
+import os
 import re
 
 import flax.linen as nn
 
+from afkd_jax.devices import processes
 from afkd_jax.models import layers as layers_lib
 from afkd_jax.registry import register_network
 from configs import digits
+
+processes.LOST_AFTER_S = int(os.environ.get('LOST_AFTER_S', processes.LOST_AFTER_S))
 
 TINY = r'tiny-(\d+)-(\d)(-drop)?'
 PAIR = ('tiny-8-2', 'tiny-8-2')

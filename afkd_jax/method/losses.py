@@ -1,4 +1,4 @@
-"""The losses: pure functions with one value per example; the step takes the one mean."""
+"""The losses: pure functions with one value per example; objective.py takes the one mean."""
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ def l1(maps: jax.Array, teacher_maps: jax.Array) -> jax.Array:
     """Returns the mean of |student - teacher| over a map's elements.
 
     Maps [..., B, H, W, C]: [..., B] >= 0. The caller stops the teacher's gradient (ring.py).
-    Source: the paper's L1 baseline, told by a third party; the mean over elements is our choice.
+    Source: the paper's L1 baseline, reported by a third party; the mean over elements is our choice.
     """
     return jnp.abs(maps - teacher_maps).mean((-3, -2, -1))
 

@@ -16,7 +16,7 @@ from conftest import (
 )
 
 BATCH = 32
-SHORT = ('--config=tests/tiny.py:convs,convs', '--config.epochs=4', '--config.method=kd_ring')
+SHORT = ('--config=tests/tiny.py:convs,convs', '--config.epochs=3', '--config.method=kd_ring')
 PAIR = ('tiny-8-2', 'tiny-6-2')  # the second has a transfer layer
 
 

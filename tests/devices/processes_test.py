@@ -19,25 +19,25 @@ import pytest
 from afkd_jax.devices import processes
 
 ROOT = pathlib.Path(__file__).parents[2]
-# Tiny networks: what processes do does not depend on size. 24 steps, of which each third ends an
+# Tiny networks: what processes do does not depend on size. 15 steps, of which each third ends an
 # epoch, so that a signal after the first log line arrives long before the end.
 RUN = [
     '--config=tests/tiny.py',
-    '--config.epochs=8',
+    '--config.epochs=5',
     '--config.data.train_examples=192',
     '--config.log_every=2',
     '--config.method=kd_ring',
     '--config.checkpoint.every_steps=3',
     '--config.data.placement=stream',
 ]
-LOST_S = processes.LOST_AFTER_S
+LOST_S = 6  # instead of processes.LOST_AFTER_S, to wait less
 UNOPTIMISED = '--xla_backend_optimization_level=0'  # compiles sooner
 
 
 class Group:
     """launch.py in `count` processes that run together, `devices` CPU devices each."""
 
-    def __init__(self, count, devices, workdir, *arguments, own=((), ()), run=RUN):
+    def __init__(self, count, devices, workdir, *arguments, own=((), ()), run=RUN, variables=()):
         with socket.socket() as free:
             free.bind(('127.0.0.1', 0))
             port = free.getsockname()[1]
@@ -49,7 +49,7 @@ class Group:
                 + (where if count > 1 else [])
                 + ([f'--process_id={index}'] if count > 1 else [])
                 + [*(own[index] if index < len(own) else ())],
-                os.environ | {'XLA_FLAGS': flags},
+                os.environ | {'XLA_FLAGS': flags} | dict(variables),
             )
             for index in range(count)
         ]
@@ -139,7 +139,8 @@ def test_a_signal_to_any_process_stops_all_and_they_continue_to_the_bit(two, tmp
 @pytest.mark.parametrize('victim', [1, 0])
 def test_a_lost_process_ends_the_others_and_the_run_continues_with_more(victim, one, tmp_path):
     # One network in each process.
-    group = Group(2, 2, tmp_path, '--config.mesh.peer=2')
+    soon = {'LOST_AFTER_S': str(LOST_S)}
+    group = Group(2, 2, tmp_path, '--config.mesh.peer=2', variables=soon)
     group.wait_for((tmp_path / 'checkpoints/3').exists)
     group.processes[victim].send_signal(signal.SIGKILL)
     killed_at = time.monotonic()
