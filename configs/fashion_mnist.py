@@ -5,7 +5,7 @@ Command: python launch.py --config configs/fashion_mnist.py
 On a small machine, with the first 10,000 images of a fixed permutation:
   python launch.py --config configs/fashion_mnist.py --config.data.train_examples=10000
 
-Results: docs/results.md. The recipe is ours (the paper has no such experiment).
+Not run with this version. The recipe is ours (the paper has no such experiment).
 """
 
 from ml_collections import ConfigDict
