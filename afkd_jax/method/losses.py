@@ -46,7 +46,7 @@ def l1(maps: jax.Array, teacher_maps: jax.Array) -> jax.Array:
     """Returns the mean of |student - teacher| over a map's elements.
 
     Maps [..., B, H, W, C]: [..., B] >= 0. The caller stops the teacher's gradient (ring.py).
-    Source: the paper's L1 baseline, reported by a third party; the mean over elements is our choice.
+    Source: the paper's L1 baseline, by a third party's report; the mean is our choice.
     """
     return jnp.abs(maps - teacher_maps).mean((-3, -2, -1))
 

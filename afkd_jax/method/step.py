@@ -4,8 +4,8 @@ One forward pass of every network gives (logits, map). The losses (objective.py)
 through that one pass, once per optimizer, and all gradients are taken at the step's starting
 parameters; then the updates are applied in the order logit, feature, discriminator. So the step is
 a pure function of (state, batch, key).
-Source: separate optimizers and the single pass are reported by a third party; the discriminator's place
-in the order is our choice.
+Source: separate optimizers and the single pass are reported by a third party; the discriminator's
+place in the order is our choice.
 """
 
 import dataclasses
