@@ -1,7 +1,7 @@
-"""Train, evaluate, describe, plan or benchmark an experiment, or prepare its images.
+"""Train, evaluate, use, describe, plan or benchmark an experiment, or prepare its images.
 
 python launch.py --config configs/digits.py [--config.FIELD=VALUE ...]
-                 [--mode train|eval|describe|plan|benchmark|prepare]
+                 [--mode train|eval|predict|export|describe|plan|benchmark|prepare]
 
 Every field is in afkd_jax/config.py; a tuple is written as "('resnet8','resnet20')".
 """
@@ -19,9 +19,11 @@ from afkd_jax.command import Options
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'The experiment; see configs/.')
 flags.DEFINE_enum('mode', 'train', list(cli.MODES), 'What to do.')
 flags.DEFINE_string('workdir', None, 'Directory of the run [runs/<config and overrides>].')
-flags.DEFINE_integer(
-    'step', None, 'Checkpoint to evaluate, or to resume from [the newest].', lower_bound=0
-)
+flags.DEFINE_string('step', None, "Checkpoint: a step, 'last' or 'best' (on validation) [last].")
+flags.DEFINE_string('network', None, "Predict, export: 1, 2, ... or 'ensemble' [1].")
+flags.DEFINE_list('images', [], 'Predict: image files, or directories with images at any depth.')
+flags.DEFINE_string('output', None, 'Predict, export: the file to write [in the workdir].')
+flags.DEFINE_enum('format', None, ['safetensors', 'stablehlo'], 'Export: the format.')
 flags.DEFINE_string('coordinator_address', None, 'HOST:PORT of process 0, among several.')
 flags.DEFINE_integer('num_processes', None, 'Number of processes of the run.', lower_bound=1)
 flags.DEFINE_integer('process_id', None, "This process's number, from 0.", lower_bound=0)

@@ -2,8 +2,8 @@
 
 For config files: `default_config`, and the decorators `register_network`, `register_map_loss` and
 `register_source` (docs/extending.md), with `Images` and `Source` for one's own images. `Config` is
-the checked config, `build_network` makes a network by its name, and every error that a user can
-correct is a `UserError`. Importing the package imports no JAX.
+the checked config, `build_network` makes a network by its name, `load` loads a trained one from its
+run, and every error that a user can correct is a `UserError`. Importing the package imports no JAX.
 """
 
 import importlib
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from afkd_jax.data.dataset import Source
     from afkd_jax.data.examples import Images
     from afkd_jax.models import build as build_network
+    from afkd_jax.tools.model import load
 
 __version__ = '0.1.0'
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     'UserError',
     'build_network',
     'default_config',
+    'load',
     'register_map_loss',
     'register_network',
     'register_source',
@@ -36,6 +38,7 @@ _LAZY = {
     'Images': ('afkd_jax.data.examples', 'Images'),
     'Source': ('afkd_jax.data.dataset', 'Source'),
     'build_network': ('afkd_jax.models', 'build'),
+    'load': ('afkd_jax.tools.model', 'load'),
 }
 
 

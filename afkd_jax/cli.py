@@ -43,19 +43,24 @@ class Mode:
       options: that only this mode, and those that name them too, accept.
       distributed: whether several processes may run it together.
       cached: whether it uses the persistent compilation cache.
+      reads_run: whether it takes the config of the run in --workdir where --config is missing.
     """
 
     module: str
     options: tuple[str, ...] = ()
     distributed: bool = False
     cached: bool = False
+    reads_run: bool = False
 
 
 _RUN = ('step', 'coordinator_address', 'num_processes', 'process_id')
+_MODEL = ('step', 'network', 'output')
 MODES = {
     'train': Mode('afkd_jax.training.loop', _RUN, distributed=True, cached=True),
-    'eval': Mode('afkd_jax.training.evaluate', _RUN, distributed=True, cached=True),
-    'describe': Mode('afkd_jax.tools.describe'),
+    'eval': Mode('afkd_jax.training.evaluate', _RUN, distributed=True, cached=True, reads_run=True),
+    'predict': Mode('afkd_jax.tools.predict', (*_MODEL, 'images'), cached=True, reads_run=True),
+    'export': Mode('afkd_jax.tools.export', (*_MODEL, 'format'), reads_run=True),
+    'describe': Mode('afkd_jax.tools.describe', reads_run=True),
     'plan': Mode('afkd_jax.tools.plan', ('topology', 'largest_batch'), cached=True),
     'benchmark': Mode('afkd_jax.tools.benchmark', ('sweep',)),
     'prepare': Mode('afkd_jax.tools.prepare'),
@@ -162,7 +167,15 @@ def _run(config_flag: flags.FlagHolder, options: Options) -> int:
 def _command(config_flag: flags.FlagHolder, options: Options) -> Command:
     config = config_flag.value
     if config is None and not config_flag.present:
-        raise UserError('--config: name a config file, e.g. --config configs/digits.py')
+        if options.workdir and MODES[options.mode].reads_run:
+            from afkd_jax.checkpoints import artefact
+
+            workdir = pathlib.Path(options.workdir)
+            return Command(artefact.read_config(workdir), options, workdir)
+        raise UserError(
+            '--config: name a config file, e.g. --config configs/digits.py'
+            + (', or the directory of a run by --workdir' if MODES[options.mode].reads_run else '')
+        )
     flag = flags.FLAGS['config']
     file, _, argument = config_flags.get_config_filename(flag).partition(':')
     path = pathlib.Path(file)
@@ -182,7 +195,7 @@ def _check_options(options: Options) -> None:
     for name in sorted({name for mode in MODES.values() for name in mode.options}):
         modes = [name_of for name_of, mode in MODES.items() if name in mode.options]
         value = getattr(options, name)
-        if value not in (None, False) and options.mode not in modes:
+        if value and options.mode not in modes:
             raise UserError(
                 f'--{name}: {value} is only for --mode {" or ".join(modes)}, '
                 f'not for --mode {options.mode}'

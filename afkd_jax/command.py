@@ -4,6 +4,21 @@ import dataclasses
 import pathlib
 
 from afkd_jax.config import Config
+from afkd_jax.errors import UserError
+
+
+def number_or(text: str | None, flag: str, least: int, *words: str) -> int | str | None:
+    """Returns a flag's whole number, or one of the words; None if it is not given.
+
+    Raises:
+      UserError: it is neither.
+    """
+    if text is None or text in words:
+        return text
+    if not text.isdecimal() or int(text) < least:
+        rule = f'a whole number from {least} on' + ''.join(f", or '{word}'" for word in words)
+        raise UserError(f'--{flag}: must be {rule}, but is {text!r}')
+    return int(text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,7 +27,7 @@ class Options:
 
     mode: str
     workdir: str | None
-    step: int | None
+    step: str | None  # a number, 'last' or 'best'; None: the last
     coordinator_address: str | None
     num_processes: int | None
     process_id: int | None
@@ -20,6 +35,10 @@ class Options:
     largest_batch: bool
     sweep: str | None
     debug: bool
+    network: str | None = None  # counted from 1, or 'ensemble'
+    images: tuple[str, ...] = ()
+    output: str | None = None
+    format: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -99,7 +99,12 @@ def parsed(arguments):
         values[name] = copy.deepcopy(flags.FLAGS[name])
     rest = values(argv)
     assert rest == ['launch.py'], f'not an option: {rest[1:]}'
-    return Config.of(holder.value), Options(**{name: values[name].value for name in names})
+    options = Options(**{name: values[name].value for name in names})
+    if holder.value is None:  # that of the run in the workdir
+        assert cli.MODES[options.mode].reads_run
+        assert options.workdir
+        return Config(), options
+    return Config.of(holder.value), options
 
 
 def test_there_are_commands():

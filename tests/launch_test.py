@@ -395,7 +395,7 @@ BAD_COMMANDS = {
     ),
     'a step to plan': (
         [*SHORT, '--mode=plan', '--step=3'],
-        '--step: 3 is only for --mode train or eval, not for --mode plan',
+        '--step: 3 is only for --mode train or eval or predict or export, not for --mode plan',
     ),
     'old field': ([*SHORT, '--config.temperature=3'], 'did you mean "loss.temperature"'),
     'one network': ([*SHORT, "--config.networks=('resnet8',)"], 'at least two'),
@@ -547,7 +547,8 @@ BAD_COMMANDS = {
         ['--config=configs/digits.py', '--config.eval_batch_size=4'],
         'config.eval_batch_size: must be a multiple of 8 .the number.*but is 4; nearest: 8',
     ),
-    'no step': ([*RUN, '--mode=eval', '--step=last'], 'step.*last'),
+    'no step': ([*RUN, '--mode=eval', '--step=first'], "--step: .*'best', but is 'first'"),
+    'best of a run that trains': ([*RUN, '--step=best'], "--step: .*from 0 on, but is 'best'"),
     'negative step': ([*RUN, '--mode=eval', '--step=-1'], 'step'),
     'a step to describe': ([*SHORT, '--mode=describe', '--step=3'], '--step: 3 is only for'),
     'no truth value for a flag': ([*SHORT, '--debug=perhaps'], 'debug'),

@@ -72,8 +72,18 @@ def _order(path: pathlib.Path) -> tuple[int, int]:
     return int(step), int(n or 1)
 
 
-def _step(path: pathlib.Path) -> int:
+def step_of(path: pathlib.Path) -> int:
+    """Returns the step of a checkpoint's directory."""
     return _order(path)[0]
+
+
+def checkpoint_paths(workdir: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the directories of a run's checkpoints, the oldest first."""
+    folder = workdir.absolute() / 'checkpoints'
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+    return sorted(found, key=_order)
 
 
 class Checkpoints:
@@ -137,10 +147,7 @@ class Checkpoints:
 
     def paths(self) -> list[pathlib.Path]:
         """Returns the directories of the checkpoints, the oldest first."""
-        if not self.folder.is_dir():
-            return []
-        found = [path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)]
-        return sorted(found, key=_order)
+        return checkpoint_paths(self.folder.parent)
 
     def save(self, step: int, snapshot: Snapshot) -> None:
         """Starts to write a checkpoint, after the one before is written.
@@ -180,7 +187,7 @@ class Checkpoints:
         parts = state.local_parts()
         raise_on_all(lambda: _reject_nonfinite(step, parts))
         content['digests'] = _merged(processes.all_gather(_digests(parts, sums), _SAVING))
-        same = [_order(path) for path in self.paths() if _step(path) == step]
+        same = [_order(path) for path in self.paths() if step_of(path) == step]
         name = processes.broadcast(f'{step}.{same[-1][1] + 1}' if same else str(step), _SAVING)
         path = self.folder / name
         unfinished = path.with_name(path.name + _UNFINISHED)
@@ -206,7 +213,7 @@ class Checkpoints:
     def _remove_old(self, best: set[int]) -> None:
         """Deletes what need not be kept; each is renamed first, so that none is left in pieces."""
         assert self._keep
-        last = {_step(path): path for path in self.paths()}  # of two of one step the later
+        last = {step_of(path): path for path in self.paths()}  # of two of one step the later
         kept = {last[step] for step in [*sorted(last)[-self._keep :], *(best & last.keys())]}
         for path in self.paths():
             if path not in kept:
@@ -226,9 +233,9 @@ class Checkpoints:
         """
         names = processes.broadcast([path.name for path in self.paths()])
         paths = [self.folder / name for name in reversed(names)]
-        wanted = [path for path in paths if step in (None, _step(path))]
+        wanted = [path for path in paths if step in (None, step_of(path))]
         if step is not None and not wanted:
-            known = ', '.join(str(step) for step in sorted(set(map(_step, paths)))) or 'none'
+            known = ', '.join(str(step) for step in sorted(set(map(step_of, paths)))) or 'none'
             raise UserError(
                 f'--step: there is no checkpoint of step {step} in {self.folder}; there are {known}'
             )
@@ -262,7 +269,7 @@ class Checkpoints:
     def _content(self, path: pathlib.Path) -> dict[str, Any]:
         """Returns the record of a checkpoint whose files are whole and of this run."""
         content = record.read(path)
-        if content['step'] != _step(path):
+        if content['step'] != step_of(path):
             raise record.Unusable(f'is that of step {content["step"]}')
         different = config_lib.differences(
             config_lib.flatten(content['origin']), config_lib.flatten(self._origin)

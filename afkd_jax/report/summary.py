@@ -56,7 +56,8 @@ def build(
       progress: of the run; `images_per_s` is the median over its epochs, None if none was timed;
         `wall_s` lacks what a killed process did after its last checkpoint.
       edges: of the ring (similarity.figures); None if the run is not finished.
-      facts: steps, epochs, compile_s (seconds to compile the training and evaluation step in this
+      facts: method, seed, images (artefact.ImageFacts), steps, epochs, compile_s (seconds to
+        compile the training and evaluation step in this
         process), device and fingerprint.
     """
     evaluations = {split: evaluation for split, (_, evaluation) in progress.evaluations.items()}

@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from afkd_jax.checkpoints import partial
 from afkd_jax.checkpoints import workdir as workdir_lib
-from afkd_jax.checkpoints.store import Checkpoints
-from afkd_jax.command import Command
+from afkd_jax.checkpoints.store import Checkpoints, step_of
+from afkd_jax.command import Command, number_or
 from afkd_jax.config import Config
 from afkd_jax.data import augment
 from afkd_jax.devices import processes
@@ -131,7 +132,11 @@ def evaluate(config: Config, workdir: pathlib.Path, step: int | None) -> dict[st
 
 def main(command: Command, _: object) -> int:
     """--mode eval: prints tables, and the result as JSON last; returns the exit code."""
-    result = evaluate(command.config, command.workdir, command.options.step)
+    step = number_or(command.options.step, 'step', 0, 'last', 'best')
+    if step == 'best':  # of the ensemble
+        step = step_of(partial.find(command.workdir, step, None))
+    number = step if isinstance(step, int) else None
+    result = evaluate(command.config, command.workdir, number)
     for table in result_tables(result):
         log(table)
     if processes.is_primary():

@@ -7,8 +7,9 @@ from typing import Any
 
 from afkd_jax.checkpoints import files
 from afkd_jax.checkpoints import workdir as workdir_lib
+from afkd_jax.checkpoints.artefact import ImageFacts
 from afkd_jax.checkpoints.store import Snapshot
-from afkd_jax.command import Command
+from afkd_jax.command import Command, number_or
 from afkd_jax.config import Config
 from afkd_jax.devices import processes
 from afkd_jax.devices.signals import Interrupt
@@ -178,6 +179,9 @@ def _write_result(session: Session, loop: Loop) -> dict[str, Any]:
         run.cohort,
         progress,
         edges,
+        method=run.config.method,
+        seed=run.config.seed,
+        images=ImageFacts.of(run.config, run.info, run.pipeline.mean_std).to_json(),
         steps=loop.step,
         epochs=run.config.epochs,
         compile_s=session.compile_s,
@@ -204,7 +208,9 @@ def _write_result(session: Session, loop: Loop) -> dict[str, Any]:
 def main(command: Command, interrupt: Interrupt | None) -> int:
     """--mode train: prints the result; returns the exit code."""
     assert interrupt
-    result = train(command.config, command.workdir, command.options.step, interrupt)
+    step = number_or(command.options.step, 'step', 0)
+    assert not isinstance(step, str)
+    result = train(command.config, command.workdir, step, interrupt)
     if result is None:
         return EXIT_RESUMABLE
     for table in result_tables(result):

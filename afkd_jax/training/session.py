@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from afkd_jax.checkpoints import workdir as workdir_lib
+from afkd_jax.checkpoints.artefact import ImageFacts
 from afkd_jax.checkpoints.store import Checkpoints, Snapshot
 from afkd_jax.devices import processes
 from afkd_jax.devices.signals import Interrupt
@@ -75,6 +76,8 @@ def opened(
             lambda: stack.enter_context(claim) if claim else lambda: None
         )
         processes.raise_on_all(lambda: workdir_lib.check_shared(workdir))
+        if primary:
+            ImageFacts.of(config, run.info, run.pipeline.mean_std).write(workdir)
         metadata = {'versions': versions(), 'devices': run.devices.name}
         checkpoints = stack.enter_context(
             Checkpoints(workdir, run.origin(), metadata, config.checkpoint.keep, check_held)

@@ -131,7 +131,8 @@ def test_the_metrics_name_their_step_and_epoch(uninterrupted):
 def test_the_workdir_is_complete(uninterrupted):
     workdir, _ = uninterrupted
     assert {path.name for path in workdir.iterdir()} == {
-        'config.json', 'metrics.jsonl', 'checkpoints', 'summary.json', 'curves.png', 'classes.json',
+        'config.json', 'images.json', 'metrics.jsonl', 'checkpoints', 'summary.json', 'curves.png',
+        'classes.json',
     }  # fmt: skip
     steps = {path.name for path in (workdir / 'checkpoints').iterdir()}
     assert steps == {'0', '5', '10'}

@@ -54,6 +54,11 @@ class Pipeline:
         images, index = DeviceImages(*arrays, gathered=not whole), struct((size,), np.int32)
         return self.devices.abstract((images, index), (self.images_spec, BATCH_SHARDED))
 
+    @property
+    def mean_std(self) -> tuple[Any, Any]:
+        """The mean and standard deviation by which images are standardised: float32 [C] each."""
+        raise NotImplementedError
+
     def training(self, first_step: int) -> contextlib.AbstractContextManager[TrainingBatches]:
         """Opens an iterator of (images, index) from this step, counted from 0, to the last."""
         raise NotImplementedError
@@ -70,6 +75,11 @@ class InMemory(Pipeline):
     """All images of a run: replicated ('device'), or NumPy pixels and labels ('host')."""
 
     images: DeviceImages
+
+    @property
+    def mean_std(self) -> tuple[Any, Any]:
+        """See Pipeline."""
+        return self.images.mean, self.images.std
 
     def batch(self, index: np.ndarray) -> tuple[DeviceImages, jax.Array]:
         """Returns (images, index) of a batch on the devices."""

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,6 +27,11 @@ class StreamPipeline(Pipeline):
     std: jax.Array
     log: Callable[[str], None]
     broken: set[int] = dataclasses.field(default_factory=set)  # images that cannot be decoded
+
+    @property
+    def mean_std(self) -> tuple[Any, Any]:
+        """See Pipeline."""
+        return self.mean, self.std
 
     def _images(self, batches: Batches, rows: Rows) -> DeviceImages:
         _count_broken(self.config, batches, rows, self.broken, self.log)

@@ -17,7 +17,7 @@ from afkd_jax.data.examples import Examples, digest
 from afkd_jax.data.sources import Source
 from afkd_jax.errors import UserError
 
-_ENDINGS = (b'.jpg', b'.jpeg', b'.png', b'.webp', b'.bmp', b'.gif', b'.tif', b'.tiff')
+ENDINGS = (b'.jpg', b'.jpeg', b'.png', b'.webp', b'.bmp', b'.gif', b'.tif', b'.tiff')
 _TEST_NAMES = ('test', 'val', 'validation')
 
 
@@ -38,7 +38,7 @@ def _files(folder: bytes) -> list[bytes]:
         found += [
             os.path.relpath(os.path.join(where, name), folder)
             for name in names
-            if name.lower().endswith(_ENDINGS) and not name.startswith(b'.')
+            if name.lower().endswith(ENDINGS) and not name.startswith(b'.')
         ]
     return sorted(found)
 

@@ -1,0 +1,100 @@
+"""Reading some networks of a checkpoint, without the others, the optimizers and the images."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from afkd_jax.checkpoints import record
+from afkd_jax.checkpoints.progress import Progress
+from afkd_jax.checkpoints.store import checkpoint_paths, step_of
+from afkd_jax.errors import UserError, first_line
+from afkd_jax.method.state import TrainState
+
+
+def find(workdir: pathlib.Path, step: int | str, network: int | None) -> pathlib.Path:
+    """Returns the directory of a checkpoint that is whole.
+
+    Args:
+      workdir: of the run.
+      step: 'last', 'best' (on validation, of the network) or a number.
+      network: counted from 0; None for the ensemble.
+
+    Raises:
+      UserError: there is no such checkpoint, or it is damaged.
+    """
+    problems = ''
+    for path in reversed(checkpoint_paths(workdir)):
+        if step not in ('last', 'best', step_of(path)):
+            continue
+        try:
+            content = record.read(path)
+        except record.Unusable as error:
+            problems = problems or f'; {path} {error}'
+            continue
+        if step != 'best':
+            return path
+        best = Progress.from_json(content['progress']).best[-1 if network is None else network]
+        if best is None:
+            raise UserError(
+                f'--step: best needs an evaluation on a validation split, which {workdir} does '
+                'not have; use last'
+            )
+        return find(workdir, best.step, network)
+    known = ', '.join(str(step_of(path)) for path in checkpoint_paths(workdir)) or 'none'
+    raise UserError(
+        f'--step: there is no whole checkpoint {step} in {workdir}; there are {known}{problems}'
+    )
+
+
+def read_variables(path: pathlib.Path, abstract: TrainState, wanted: Sequence[int]) -> list[Any]:
+    """Returns the variables of networks, params and batch_stats, on the first device.
+
+    Orbax reads only these; of a cohort of one architecture, which is stored stacked, those of all
+    networks.
+
+    Args:
+      path: of a whole checkpoint.
+      abstract: shapes and dtypes of the run's state.
+      wanted: networks, counted from 0.
+
+    Raises:
+      UserError: the checkpoint has other arrays.
+    """
+    stacked = abstract.stackable
+    state = jax.eval_shape(TrainState.stack, abstract) if stacked else abstract
+    networks = [state.networks] if stacked else state.networks
+
+    def parts(k: int) -> dict[str, Any]:
+        network: Any = networks[k]
+        params = {name: part for name, part in network.params.items() if name != 'transfer'}
+        if not stacked and k not in wanted:
+            params = {'head': params['head']}  # Orbax wants something of each entry of a tuple
+            return {'params': params}
+        return {'params': params, 'batch_stats': {'network': network.batch_stats['network']}}
+
+    template = [parts(k) for k in range(len(networks))]
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    scalar = jax.ShapeDtypeStruct((), 'int32')  # and of the metric sums, which are the second part
+    item: Any = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        [{'networks': template[0] if stacked else template}, {'steps': scalar}],
+    )
+    restore_args = ocp.checkpoint_utils.construct_restore_args(item)
+    args = ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
+        try:
+            found = orbax.restore(path / 'arrays', args=args)[0]['networks']
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f'{path}: has other arrays than its config ({first_line(error)})'
+            ) from None
+
+    def variables(k: int) -> dict[str, Any]:
+        network = jax.tree.map(lambda leaf: leaf[k], found) if stacked else found[k]
+        stats = network.get('batch_stats', {}).get('network') or {}
+        return {'params': network['params'], 'batch_stats': stats}
+
+    return [variables(k) for k in wanted]

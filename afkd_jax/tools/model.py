@@ -1,0 +1,163 @@
+"""A trained network by itself: loaded from a run directory, without its images or optimizers."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image, ImageOps
+
+from afkd_jax.checkpoints import artefact, partial
+from afkd_jax.checkpoints.artefact import ImageFacts
+from afkd_jax.checkpoints.store import step_of
+from afkd_jax.config import Config
+from afkd_jax.data import augment, decode
+from afkd_jax.errors import UserError
+from afkd_jax.method import cohort as cohort_lib
+from afkd_jax.method import state as state_lib
+
+_BATCH = 256  # images of one call of the compiled function, at most
+
+
+class Model:
+    """One trained network, or the ensemble of all networks of a run.
+
+    Attributes:
+      architectures: names of the networks.
+      name: e.g. '1 resnet8' or 'ensemble'.
+      classes: names of the classes.
+      image_shape: (H, W, C) of the input.
+      module: Flax module, (standardised images, train) -> (logits, feature map); of the ensemble a
+        tuple of modules.
+      variables: of the module, on the first device; of the ensemble a tuple.
+      all_variables: a tuple of one, or of all networks'.
+      mean: float32 [C], of pixels in 0 .. 1, by which the input is standardised.
+      std: likewise.
+      step: of the checkpoint.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        architectures: Sequence[str],
+        config: Config,
+        facts: ImageFacts,
+        parts: Sequence[Any],
+        step: int,
+    ):
+        self.name, self.architectures = name, tuple(architectures)
+        self.config, self.step = config, step
+        self.classes, self.image_shape = facts.info.classes, facts.info.image_shape
+        self.mean, self.std = np.array(facts.mean, np.float32), np.array(facts.std, np.float32)
+        modules, variables = zip(*parts, strict=True)
+        single = len(parts) == 1
+        self.module: Any = modules[0] if single else modules
+        self.variables: Any = variables[0] if single else variables
+        self._modules, self.all_variables = modules, variables
+        self._predict, self._features = jax.jit(self.probabilities), jax.jit(self._maps)
+
+    def _outputs(self, variables: Any, pixels_BxHxWxC: jax.Array) -> list[Any]:
+        unit = augment.unit(pixels_BxHxWxC, jnp.float32)
+        images = augment.standardise(unit, jnp.asarray(self.mean), jnp.asarray(self.std))
+        return [
+            module.apply(own, images, False)
+            for module, own in zip(self._modules, variables, strict=True)
+        ]
+
+    def probabilities(self, variables: Any, pixels_BxHxWxC: jax.Array) -> jax.Array:
+        """Returns class probabilities [B, C] of uint8 images; a pure function, to jit or export."""
+        outputs = self._outputs(variables, pixels_BxHxWxC)
+        return jnp.stack([jax.nn.softmax(logits) for logits, _ in outputs]).mean(0)
+
+    def _maps(self, variables: Any, pixels_BxHxWxC: jax.Array) -> jax.Array:
+        return self._outputs(variables, pixels_BxHxWxC)[0][1]
+
+    def predict(self, images: Any) -> np.ndarray:
+        """Returns class probabilities, float32 [B, C]; of the ensemble their mean.
+
+        Args:
+          images: uint8 [B, H, W, C], or paths of image files; see read().
+
+        Raises:
+          UserError: the images have another dtype or shape, or a file is no image.
+        """
+        return self._batched(self._predict, images)
+
+    def features(self, images: Any) -> np.ndarray:
+        """Returns the last feature maps before pooling, [B, h, w, c]; see predict()."""
+        if len(self._modules) > 1:
+            raise UserError('features: the ensemble has several feature maps; load one network')
+        return self._batched(self._features, images)
+
+    def _batched(self, function: Any, images: Any) -> np.ndarray:
+        if isinstance(images, str | pathlib.Path):
+            images = [images]
+        if not isinstance(images, np.ndarray | jax.Array):
+            images = np.stack([self.read(path) for path in images])
+        if images.dtype != np.uint8 or images.shape[1:] != self.image_shape:
+            shape = ', '.join(map(str, ('B', *self.image_shape)))
+            raise UserError(
+                f'images: must be uint8 [{shape}], but are {images.dtype} {list(images.shape)}'
+            )
+        images, results = np.asarray(images), []
+        for start in range(0, len(images), _BATCH):
+            batch = images[start : start + _BATCH]
+            missing = _BATCH - len(batch) if start else 0  # the first batch has its own shape
+            padded = np.concatenate([batch, np.repeat(batch[:1], missing, 0)])
+            results.append(np.asarray(function(self.all_variables, padded))[: len(batch)])
+        return np.concatenate(results)
+
+    def read(self, path: str | pathlib.Path) -> np.ndarray:
+        """Returns an image file as the network sees it in evaluation, uint8 [H, W, C].
+
+        As the run's config resizes and crops; an image of another size is scaled and cropped to the
+        centre. Colours become grey, or grey colours, as the network needs.
+
+        Raises:
+          UserError: the file cannot be read or decoded.
+        """
+        height, width, channels = self.image_shape
+        try:
+            content = pathlib.Path(path).read_bytes()
+            pixels = decode.View(self.config.data).evaluation(content, channels)
+        except (OSError, decode.DecodeError) as error:
+            reason = getattr(error, 'strerror', None) or error
+            raise UserError(f'{path}: cannot be read as an image ({reason})') from None
+        if pixels.shape == self.image_shape:
+            return pixels
+        image = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
+        fitted = np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR))
+        return fitted.reshape(self.image_shape)
+
+
+def load(workdir: str | pathlib.Path, network: int | str = 1, step: int | str = 'last') -> Model:
+    """Returns a trained network of a run directory, on the first device.
+
+    Reads neither the training images nor the other networks, and works for every placement, dtype
+    and mesh that wrote the run.
+
+    Args:
+      workdir: of the run.
+      network: counted from 1, or 'ensemble': the mean of all networks' probabilities.
+      step: of the checkpoint: 'last', 'best' (of this network on validation) or a number.
+
+    Raises:
+      UserError: there is no such run, network or checkpoint, or it is damaged.
+    """
+    workdir = pathlib.Path(workdir)
+    config, facts = artefact.read_config(workdir), artefact.read_images(workdir)
+    count = len(config.networks)
+    if network != 'ensemble' and not (isinstance(network, int) and 1 <= network <= count):
+        raise UserError(f"network: must be in 1 .. {count}, or 'ensemble', but is {network!r}")
+    wanted = list(range(count)) if network == 'ensemble' else [int(network) - 1]
+    cohort = cohort_lib.assemble(
+        config, facts.info.image_shape, facts.info.num_classes, facts.info.train
+    )
+    path = partial.find(workdir, step, None if network == 'ensemble' else wanted[0])
+    variables = partial.read_variables(path, state_lib.abstract(cohort), wanted)
+    parts = [(cohort.networks[k], own) for k, own in zip(wanted, variables, strict=True)]
+    name = 'ensemble' if network == 'ensemble' else f'{network} {cohort.names[wanted[0]]}'
+    names = [cohort.names[k] for k in wanted]
+    return Model(name, names, config, facts, parts, step_of(path))
