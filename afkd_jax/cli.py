@@ -101,6 +101,8 @@ def _flag_message(error: Exception) -> str:
     if isinstance(error, flags.Error):
         # A config file's own failure comes as a whole traceback; the last line names it.
         words = ' '.join(lines[-1].split())
+        if "Unknown command line flag 'config." in words:
+            return '--config: fields are assigned to a config file; name it too, by --config FILE'
         failed = '--config: the file cannot be loaded: ' if 'Traceback' in str(error) else ''
         return f'{failed}{words}; see python launch.py --help'
     words = ' '.join(' '.join(lines).split())

@@ -15,10 +15,23 @@ def number_or(text: str | None, flag: str, least: int, *words: str) -> int | str
     """
     if text is None or text in words:
         return text
-    if not text.isdecimal() or int(text) < least:
+    if not text.isdecimal() or len(text) > 18 or int(text) < least:
         rule = f'a whole number from {least} on' + ''.join(f", or '{word}'" for word in words)
         raise UserError(f'--{flag}: must be {rule}, but is {text!r}')
     return int(text)
+
+
+def new_file(path: pathlib.Path) -> pathlib.Path:
+    """Returns the path of a file to write.
+
+    Raises:
+      UserError: it exists, so that nothing is lost; or it cannot be made there.
+    """
+    if path.exists() or not path.name:
+        raise UserError(f'--output: {path} exists; delete it, or name another file')
+    if not path.parent.is_dir():
+        raise UserError(f'--output: there is no directory {path.parent}')
+    return path
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,8 @@ import types
 import forks
 import kills
 import pytest
+from PIL import Image
+from sklearn import datasets
 
 from afkd_jax import cli
 from afkd_jax.errors import UserError
@@ -67,6 +69,29 @@ def test_eval_repeats_the_summary(trained):
     assert result['ensemble'] == summary['ensemble']
     assert result['ring'] == summary['ring']
     assert result['step'] == summary['steps']
+
+
+def test_the_run_directory_alone_is_enough(trained, tmp_path):
+    workdir, _ = trained
+    pixels = (datasets.load_digits().images[:3] * 15).astype('uint8')
+    for i, image in enumerate(pixels):  # of the classes 0, 1 and 2
+        (tmp_path / str(i)).mkdir()
+        Image.fromarray(image).save(tmp_path / str(i) / 'image.png')
+    given = [f'--workdir={workdir}', '--step=20', '--network=2', f'--output={tmp_path}/out']
+    process = launch('--mode=predict', f'--images={tmp_path}', *given)
+    assert process.returncode == 0, process.stderr
+    result = json.loads(process.stdout.splitlines()[-1])
+    assert (result['network'], result['step'], result['labelled']) == ('2 resnet8', 20, 3)
+    assert (tmp_path / 'out').read_text().startswith('file,class,probability,class_2,')
+    process = launch('--mode=export', '--format=safetensors', *given)
+    assert (process.returncode, 'out exists; delete it' in process.stderr) == (1, True)
+    process = launch('--mode=export', '--format=safetensors', *given[:-1], f'--output={tmp_path}/w')
+    assert process.returncode == 0, process.stderr
+    assert json.loads((tmp_path / 'w.json').read_text())['architecture'] == ['resnet8']
+    process = launch('--mode=describe', f'--workdir={workdir}')
+    assert json.loads(process.stdout.splitlines()[-1])['method'] == 'kd_ring'
+    process = launch('--mode=eval', f'--workdir={workdir}', '--config.seed=1')
+    assert (process.returncode, 'name it too, by --config FILE' in process.stderr) == (1, True)
 
 
 def start(workdir, **environment):

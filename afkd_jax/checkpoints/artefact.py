@@ -44,9 +44,10 @@ class ImageFacts:
         values = {'dataset': self.dataset, **dataclasses.asdict(self.info)}
         return json.loads(json.dumps(values | {'mean': self.mean, 'std': self.std}))
 
-    def write(self, workdir: pathlib.Path) -> None:
+    def write(self, workdir: pathlib.Path, only_missing: bool = False) -> None:
         """Writes images.json."""
-        write_json(workdir / _NAME, self.to_json())
+        if not only_missing or not (workdir / _NAME).exists():
+            write_json(workdir / _NAME, self.to_json())
 
 
 def read_config(workdir: pathlib.Path) -> Config:
@@ -75,13 +76,15 @@ def read_images(workdir: pathlib.Path) -> ImageFacts:
             tuple(values['classes']),
             *(values[split] for split in ('train', 'validation', 'test')),
         )
-        mean, std = tuple(values['mean']), tuple(values['std'])
+        mean, std = (tuple(map(float, values[name])) for name in ('mean', 'std'))
+        if not len(mean) == len(std) == info.image_shape[2]:
+            raise ValueError('mean and std do not fit the channels')
         return ImageFacts(values['dataset'], info, mean, std)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f'{workdir / _NAME}: cannot be read ({error}); {_REMEDY}') from None
 
 
-_REMEDY = 'resume the run once with --mode train, which writes it'
+_REMEDY = 'evaluate the run once with --mode eval, which writes it'
 
 
 def _read(workdir: pathlib.Path, name: str) -> dict[str, Any]:

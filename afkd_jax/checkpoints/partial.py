@@ -7,50 +7,71 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from afkd_jax import config as config_lib
 from afkd_jax.checkpoints import record
 from afkd_jax.checkpoints.progress import Progress
 from afkd_jax.checkpoints.store import checkpoint_paths, step_of
+from afkd_jax.config import Config
 from afkd_jax.errors import UserError, first_line
 from afkd_jax.method.state import TrainState
 
 
-def find(workdir: pathlib.Path, step: int | str, network: int | None) -> pathlib.Path:
-    """Returns the directory of a checkpoint that is whole.
+def find(
+    workdir: pathlib.Path, config: Config, step: int | str, network: int | None
+) -> tuple[pathlib.Path, dict[pathlib.Path, str]]:
+    """Returns the directory of a whole checkpoint, and newer ones with why they are unusable.
 
     Args:
       workdir: of the run.
+      config: of the run.
       step: 'last', 'best' (on validation, of the network) or a number.
       network: counted from 0; None for the ensemble.
 
     Raises:
       UserError: there is no such checkpoint, or it is damaged.
     """
-    problems = ''
+    rejected: dict[pathlib.Path, str] = {}
     for path in reversed(checkpoint_paths(workdir)):
         if step not in ('last', 'best', step_of(path)):
             continue
         try:
-            content = record.read(path)
+            progress = _progress(path, config)
         except record.Unusable as error:
-            problems = problems or f'; {path} {error}'
+            rejected[path] = str(error)
             continue
         if step != 'best':
-            return path
-        best = Progress.from_json(content['progress']).best[-1 if network is None else network]
+            return path, rejected
+        best = progress.best[-1 if network is None else network]
         if best is None:
             raise UserError(
                 f'--step: best needs an evaluation on a validation split, which {workdir} does '
                 'not have; use last'
             )
-        return find(workdir, best.step, network)
+        path, more = find(workdir, config, best.step, network)
+        return path, rejected | more
     known = ', '.join(str(step_of(path)) for path in checkpoint_paths(workdir)) or 'none'
+    reasons = ''.join(f'; {path} {why}' for path, why in rejected.items())
     raise UserError(
-        f'--step: there is no whole checkpoint {step} in {workdir}; there are {known}{problems}'
+        f'--step: there is no whole checkpoint {step} in {workdir}; there are {known}{reasons}'
     )
 
 
+def _progress(path: pathlib.Path, config: Config) -> Progress:
+    """Returns the progress of a checkpoint whose files are whole and of this run's config."""
+    content = record.read(path)
+    if content['step'] != step_of(path):
+        raise record.Unusable(f'is that of step {content["step"]}')
+    try:
+        origin, progress = content['origin']['config'], Progress.from_json(content['progress'])
+    except (KeyError, TypeError) as error:
+        raise record.Unusable(f'is of another version ({first_line(error)})') from error
+    if different := config_lib.differences(origin, config_lib.run_fields(config)):
+        raise record.Unusable(f'is of another run ({"; ".join(different[:4])})')
+    return progress
+
+
 def read_variables(path: pathlib.Path, abstract: TrainState, wanted: Sequence[int]) -> list[Any]:
-    """Returns the variables of networks, params and batch_stats, on the first device.
+    """Returns the variables of networks, params and batch_stats, on the first local device.
 
     Orbax reads only these; of a cohort of one architecture, which is stored stacked, those of all
     networks.
@@ -71,12 +92,11 @@ def read_variables(path: pathlib.Path, abstract: TrainState, wanted: Sequence[in
         network: Any = networks[k]
         params = {name: part for name, part in network.params.items() if name != 'transfer'}
         if not stacked and k not in wanted:
-            params = {'head': params['head']}  # Orbax wants something of each entry of a tuple
-            return {'params': params}
+            return {'params': {'head': params['head']}}  # Orbax wants something of each entry
         return {'params': params, 'batch_stats': {'network': network.batch_stats['network']}}
 
     template = [parts(k) for k in range(len(networks))]
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     scalar = jax.ShapeDtypeStruct((), 'int32')  # and of the metric sums, which are the second part
     item: Any = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -88,9 +108,8 @@ def read_variables(path: pathlib.Path, abstract: TrainState, wanted: Sequence[in
         try:
             found = orbax.restore(path / 'arrays', args=args)[0]['networks']
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f'{path}: has other arrays than its config ({first_line(error)})'
-            ) from None
+            reason = first_line(error)
+            raise UserError(f'{path}: has other arrays than its config ({reason})') from None
 
     def variables(k: int) -> dict[str, Any]:
         network = jax.tree.map(lambda leaf: leaf[k], found) if stacked else found[k]

@@ -16,8 +16,9 @@ import jax
 import numpy as np
 from jax import export as jax_export
 
+from afkd_jax.checkpoints import workdir as workdir_lib
 from afkd_jax.checkpoints.files import write_atomic, write_json
-from afkd_jax.command import Command, number_or
+from afkd_jax.command import Command, new_file, number_or
 from afkd_jax.errors import UserError
 from afkd_jax.report.console import log
 from afkd_jax.report.tables import size
@@ -90,13 +91,15 @@ def main(command: Command, _: object) -> int:
         raise UserError(f'--format: must be one of {", ".join(_FORMATS)}, but is {options.format}')
     network = number_or(options.network, 'network', 1, 'ensemble') or 1
     step = number_or(options.step, 'step', 0, 'last', 'best')
+    workdir_lib.check(command.workdir, command.config)
     model = load(command.workdir, network, 'last' if step is None else step)
-    default = command.workdir / f'{model.name.replace(" ", "-")}.{options.format}'
-    output = pathlib.Path(options.output or default)
+    name = f'{model.name.replace(" ", "-")}-step{model.step}.{options.format}'
+    output = new_file(pathlib.Path(options.output or command.workdir / name))
+    json_file = new_file(output.with_name(output.name + '.json'))
     content = _FORMATS[options.format](model)
     write_atomic(output, content)
     facts = {'format': options.format, 'output': str(output), **description(model)}
-    write_json(output.with_name(output.name + '.json'), facts)
+    write_json(json_file, facts)
     log(f'{model.name} of step {model.step}: {size(len(content))} written to {output}')
     print(json.dumps(facts))
     return 0

@@ -17,6 +17,7 @@ from afkd_jax.data import augment, decode
 from afkd_jax.errors import UserError
 from afkd_jax.method import cohort as cohort_lib
 from afkd_jax.method import state as state_lib
+from afkd_jax.report.console import log
 
 _BATCH = 256  # images of one call of the compiled function, at most
 
@@ -94,19 +95,22 @@ class Model:
     def _batched(self, function: Any, images: Any) -> np.ndarray:
         if isinstance(images, str | pathlib.Path):
             images = [images]
-        if not isinstance(images, np.ndarray | jax.Array):
-            images = np.stack([self.read(path) for path in images])
-        if images.dtype != np.uint8 or images.shape[1:] != self.image_shape:
-            shape = ', '.join(map(str, ('B', *self.image_shape)))
-            raise UserError(
-                f'images: must be uint8 [{shape}], but are {images.dtype} {list(images.shape)}'
-            )
-        images, results = np.asarray(images), []
+        if not len(images):
+            raise UserError('images: none are given')
+        results = []
         for start in range(0, len(images), _BATCH):
             batch = images[start : start + _BATCH]
-            missing = _BATCH - len(batch) if start else 0  # the first batch has its own shape
-            padded = np.concatenate([batch, np.repeat(batch[:1], missing, 0)])
-            results.append(np.asarray(function(self.all_variables, padded))[: len(batch)])
+            if not isinstance(batch, np.ndarray | jax.Array):
+                batch = np.stack([self.read(path) for path in batch])
+            if batch.dtype != np.uint8 or batch.shape[1:] != self.image_shape:
+                shape = ', '.join(map(str, ('B', *self.image_shape)))
+                have = f'{batch.dtype} {[len(images), *batch.shape[1:]]}'
+                raise UserError(f'images: must be uint8 [{shape}], but are {have}')
+            # Powers of two, so that few shapes are compiled.
+            size = min(_BATCH, 1 << (len(batch) - 1).bit_length())
+            padding = np.repeat(np.asarray(batch[:1]), size - len(batch), 0)
+            result = function(self.all_variables, np.concatenate([batch, padding]))
+            results.append(np.asarray(result, np.float32)[: len(batch)])
         return np.concatenate(results)
 
     def read(self, path: str | pathlib.Path) -> np.ndarray:
@@ -149,13 +153,17 @@ def load(workdir: str | pathlib.Path, network: int | str = 1, step: int | str = 
     workdir = pathlib.Path(workdir)
     config, facts = artefact.read_config(workdir), artefact.read_images(workdir)
     count = len(config.networks)
-    if network != 'ensemble' and not (isinstance(network, int) and 1 <= network <= count):
+    numbers = isinstance(network, int | np.integer) and not isinstance(network, bool)
+    if network != 'ensemble' and not (numbers and 1 <= int(network) <= count):
         raise UserError(f"network: must be in 1 .. {count}, or 'ensemble', but is {network!r}")
     wanted = list(range(count)) if network == 'ensemble' else [int(network) - 1]
     cohort = cohort_lib.assemble(
         config, facts.info.image_shape, facts.info.num_classes, facts.info.train
     )
-    path = partial.find(workdir, step, None if network == 'ensemble' else wanted[0])
+    of = None if network == 'ensemble' else wanted[0]
+    path, rejected = partial.find(workdir, config, step, of)
+    for other, why in rejected.items():
+        log(f'warning: {other}: this checkpoint {why}; an older one is used')
     variables = partial.read_variables(path, state_lib.abstract(cohort), wanted)
     parts = [(cohort.networks[k], own) for k, own in zip(wanted, variables, strict=True)]
     name = 'ensemble' if network == 'ensemble' else f'{network} {cohort.names[wanted[0]]}'

@@ -10,6 +10,7 @@ import numpy as np
 
 from afkd_jax.checkpoints import partial
 from afkd_jax.checkpoints import workdir as workdir_lib
+from afkd_jax.checkpoints.artefact import ImageFacts
 from afkd_jax.checkpoints.store import Checkpoints, step_of
 from afkd_jax.command import Command, number_or
 from afkd_jax.config import Config
@@ -94,26 +95,39 @@ class Evaluator:
         return similarity.figures(self._run.cohort, parts)
 
 
-def evaluate(config: Config, workdir: pathlib.Path, step: int | None) -> dict[str, Any]:
+def evaluate(config: Config, workdir: pathlib.Path, step: int | str | None) -> dict[str, Any]:
     """Returns the evaluation of a checkpoint, as JSON: its `step`, the rest as in summary.json.
 
     Args:
       config: checked, the one the workdir was trained with.
       workdir: of the run.
-      step: of the checkpoint; None for the last.
+      step: of the checkpoint; None or 'last' for the last, 'best' for the ensemble's best.
 
     Raises:
       UserError: there is no such run or checkpoint, or the config is another.
     """
     workdir_lib.check(workdir, config)
     workdir_lib.check_begun(workdir)
+    if step == 'best':
+        best = processes.raise_on_all(
+            lambda: (
+                step_of(partial.find(workdir, config, 'best', None)[0])
+                if processes.is_primary()
+                else None
+            )
+        )
+        step = processes.broadcast(best)
     run = processes.primary_first(lambda: run_lib.prepare(config, log_from_any))
     with Checkpoints(workdir, run.origin()) as checkpoints:
-        restored = checkpoints.restore(run.abstract(), step)
+        number = step if isinstance(step, int) else None
+        restored = checkpoints.restore(run.abstract(), number)
     if restored is None:
         raise UserError(f'--workdir: {workdir} has no checkpoint yet; train first')
     for path, why in restored.rejected.items():
         log(f'warning: {path}: this checkpoint {why}; an older one is used')
+    if processes.is_primary():  # of a version that did not write it
+        facts = ImageFacts.of(config, run.info, run.pipeline.mean_std)
+        facts.write(workdir, only_missing=True)
     state, progress = restored.snapshot.state, restored.snapshot.progress
     evaluator = Evaluator(run)
     evaluations = {}
@@ -133,10 +147,7 @@ def evaluate(config: Config, workdir: pathlib.Path, step: int | None) -> dict[st
 def main(command: Command, _: object) -> int:
     """--mode eval: prints tables, and the result as JSON last; returns the exit code."""
     step = number_or(command.options.step, 'step', 0, 'last', 'best')
-    if step == 'best':  # of the ensemble
-        step = step_of(partial.find(command.workdir, step, None))
-    number = step if isinstance(step, int) else None
-    result = evaluate(command.config, command.workdir, number)
+    result = evaluate(command.config, command.workdir, step)
     for table in result_tables(result):
         log(table)
     if processes.is_primary():

@@ -76,13 +76,13 @@ def opened(
             lambda: stack.enter_context(claim) if claim else lambda: None
         )
         processes.raise_on_all(lambda: workdir_lib.check_shared(workdir))
-        if primary:
-            ImageFacts.of(config, run.info, run.pipeline.mean_std).write(workdir)
         metadata = {'versions': versions(), 'devices': run.devices.name}
         checkpoints = stack.enter_context(
             Checkpoints(workdir, run.origin(), metadata, config.checkpoint.keep, check_held)
         )
         snapshot = resume.restore_or_init(run, workdir, checkpoints, metadata, step)
+        if primary:  # only now that the images are known to be those of the run
+            ImageFacts.of(config, run.info, run.pipeline.mean_std).write(workdir)
         first_step, progress = int(snapshot.state.step), snapshot.progress
         log(
             f'{workdir}: {len(run.cohort.names)} networks, {last_step} steps, on '

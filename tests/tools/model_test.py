@@ -1,6 +1,7 @@
 """A trained network by itself: the predictions of the run's evaluation, without its images."""
 
 import csv
+import dataclasses
 import json
 import os
 import pathlib
@@ -18,6 +19,7 @@ from PIL import Image
 
 import afkd_jax
 from afkd_jax import cli
+from afkd_jax.checkpoints import artefact
 from afkd_jax.checkpoints.store import Checkpoints
 from afkd_jax.command import Command, Options
 from afkd_jax.data import dataset
@@ -156,17 +158,77 @@ def test_a_directory_without_a_run_or_of_an_older_version(stacked, tmp_path):
         model.load(old)
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(stacked, tmp_path):
+def test_the_first_step_can_be_exported_and_predicted(stacked, tmp_path, capsys):
+    config, workdir, _ = stacked
+    write_images(tmp_path, *(part[:3] for part in images_of(config, 'test')))
+    given = {'images': (str(tmp_path),), 'output': str(tmp_path / 'out.csv'), 'step': '0'}
+    assert predict.main(options('predict', workdir, **given), None) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])['step'] == 0
+
+
+def test_another_config_beside_the_run_is_refused(stacked, tmp_path):
+    (tmp_path / 'image.png').write_bytes(b'')
+    command = options('predict', stacked[1], images=(str(tmp_path / 'image.png'),))
+    command = dataclasses.replace(command, config=command.config.replace(seed=5))
+    with pytest.raises(UserError, match=r'another config \(seed: 0 -> 5\)'):
+        predict.main(command, None)
+
+
+def test_files_of_which_none_is_an_image_are_an_error(stacked, tmp_path):
+    (tmp_path / 'image.png').write_bytes(b'')
+    command = options('predict', stacked[1], images=(str(tmp_path),), output=str(tmp_path / 'a'))
+    with pytest.raises(UserError, match='none of 1 files can be read'):
+        predict.main(command, None)
+    assert {path.name for path in tmp_path.iterdir()} == {'image.png'}
+
+
+def test_a_refused_resume_leaves_the_description_of_the_images(stacked, tmp_path, monkeypatch):
+    workdir = tmp_path / 'run'
+    shutil.copytree(stacked[1], workdir)
+    (workdir / 'summary.json').unlink()
+    before = (workdir / 'images.json').read_text()
+    real = dataset.dataset
+
+    def other(config):
+        found = real(config)
+        test = dataclasses.replace(found.test, pixels=found.test.pixels // 2)
+        return dataclasses.replace(found, test=test)
+
+    monkeypatch.setattr(dataset, 'dataset', other)
+    monkeypatch.setattr(mesh, 'available', lambda: jax.devices()[:2])
+    with pytest.raises(UserError, match='is of another run'), Interrupt() as interrupt:
+        loop.train(stacked[0], workdir, None, interrupt)
+    assert (workdir / 'images.json').read_text() == before
+
+
+def test_evaluation_describes_the_images_of_an_older_run(stacked, tmp_path, monkeypatch):
+    workdir = tmp_path / 'run'
+    shutil.copytree(stacked[1], workdir)
+    before = (workdir / 'images.json').read_text()
+    (workdir / 'images.json').unlink()
+    monkeypatch.setattr(mesh, 'available', lambda: jax.devices()[:2])
+    result = evaluate.evaluate(stacked[0], workdir, 'best')
+    assert result['step'] == model.load(workdir, 'ensemble', 'best').step
+    assert (workdir / 'images.json').read_text() == before
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(stacked, tmp_path, capsys):
     workdir = tmp_path / 'run'
     shutil.copytree(stacked[1], workdir)
     (workdir / 'checkpoints/10/record.json').write_text('{}')
     assert model.load(workdir).step == 5
+    assert 'checkpoints/10: this checkpoint has no readable record' in capsys.readouterr().out
     with pytest.raises(UserError, match=r'no whole checkpoint 10 .*10 has no readable record'):
         model.load(workdir, step=10)
+    (workdir / 'checkpoints/5').rename(workdir / 'checkpoints/7')
+    with pytest.raises(UserError, match=r'no whole checkpoint 7 .*7 is that of step 5'):
+        model.load(workdir, step=7)
 
 
 def test_wrong_images_are_rejected(stacked):
     loaded = model.load(stacked[1])
+    with pytest.raises(UserError, match='none are given'):
+        loaded.predict([])
     for images in (np.zeros((2, 8, 8, 1), np.float32), np.zeros((2, 8, 8, 3), np.uint8)):
         with pytest.raises(UserError, match=r'must be uint8 \[B, 8, 8, 1\], but are'):
             loaded.predict(images)
@@ -183,7 +245,7 @@ def options(mode, workdir, **fields):
     values = dict.fromkeys(('workdir', 'step', 'coordinator_address', 'num_processes'))
     values |= dict.fromkeys(('process_id', 'topology', 'sweep'))
     values |= {'mode': mode, 'largest_batch': False, 'debug': False} | fields
-    return Command(tiny_config(), Options(**values), workdir)
+    return Command(artefact.read_config(workdir), Options(**values), workdir)
 
 
 def test_files_are_predicted_as_arrays_are_and_the_csv_holds_them(stacked, tmp_path, capsys):
@@ -195,10 +257,10 @@ def test_files_are_predicted_as_arrays_are_and_the_csv_holds_them(stacked, tmp_p
     output = tmp_path / 'out.csv'
     images, given = (str(tmp_path / 'images'),), {'network': '2', 'output': str(output)}
     assert predict.main(options('predict', workdir, images=images, **given), None) == 0
-    told = capsys.readouterr().out
-    assert 'broken.png: cannot be read as an image' in told
-    assert '1 files could not be read' in told
-    result = json.loads(told.splitlines()[-1])
+    printed = capsys.readouterr().out
+    assert 'broken.png: cannot be read as an image' in printed
+    assert '1 files could not be read' in printed
+    result = json.loads(printed.splitlines()[-1])
     with output.open(newline='') as file:
         rows = list(csv.DictReader(file))
     assert result['images'] == len(rows) == len(pixels)
@@ -211,6 +273,8 @@ def test_files_are_predicted_as_arrays_are_and_the_csv_holds_them(stacked, tmp_p
         assert by_file[i]['class_5'] == str(best[4])
     accuracy = 100 * (probabilities.argmax(1) == labels).mean()
     assert result['accuracy'] == pytest.approx(accuracy)
+    with pytest.raises(UserError, match=r'--output: .*out.csv exists'):
+        predict.main(options('predict', workdir, images=images, **given), None)
 
 
 def test_large_colour_images_are_scaled_and_cropped_to_the_centre(stacked, tmp_path):
@@ -221,7 +285,7 @@ def test_large_colour_images_are_scaled_and_cropped_to_the_centre(stacked, tmp_p
     np.testing.assert_array_equal(image[:, 1:-1], np.full((8, 6, 1), 23))
 
 
-@pytest.mark.parametrize('names', [[], ['nowhere'], ['.']])
+@pytest.mark.parametrize('names', [[], [''], ['nowhere'], ['.']])
 def test_no_images_are_an_error(names, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match='--images: there is no'):

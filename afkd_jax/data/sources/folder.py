@@ -17,7 +17,7 @@ from afkd_jax.data.examples import Examples, digest
 from afkd_jax.data.sources import Source
 from afkd_jax.errors import UserError
 
-ENDINGS = (b'.jpg', b'.jpeg', b'.png', b'.webp', b'.bmp', b'.gif', b'.tif', b'.tiff')
+_ENDINGS = (b'.jpg', b'.jpeg', b'.png', b'.webp', b'.bmp', b'.gif', b'.tif', b'.tiff')
 _TEST_NAMES = ('test', 'val', 'validation')
 
 
@@ -30,7 +30,7 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def _files(folder: bytes) -> list[bytes]:
+def image_files(folder: bytes) -> list[bytes]:
     """Returns the image files below a folder, as paths relative to it, sorted."""
     found = []
     for where, folders, names in os.walk(folder, onerror=_raise):
@@ -38,7 +38,7 @@ def _files(folder: bytes) -> list[bytes]:
         found += [
             os.path.relpath(os.path.join(where, name), folder)
             for name in names
-            if name.lower().endswith(ENDINGS) and not name.startswith(b'.')
+            if name.lower().endswith(_ENDINGS) and not name.startswith(b'.')
         ]
     return sorted(found)
 
@@ -48,7 +48,7 @@ class _Files(Examples):
 
     def __init__(self, root: pathlib.Path, labels: dict[bytes, int]):
         self._root, self._folders = os.fsencode(root), list(labels)
-        files = [_files(os.path.join(self._root, name)) for name in labels]
+        files = [image_files(os.path.join(self._root, name)) for name in labels]
         self._folder = np.repeat(np.arange(len(files)), [len(names) for names in files])
         self._labels = np.array([*labels.values()], np.int32)[self._folder]
         # An array instead of a list: a million names are 50 MB, sent to every worker process.
