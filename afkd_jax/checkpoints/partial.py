@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 from afkd_jax import config as config_lib
 from afkd_jax.checkpoints import record
 from afkd_jax.checkpoints.progress import Progress
-from afkd_jax.checkpoints.store import checkpoint_paths, step_of
+from afkd_jax.checkpoints.store import check_content, checkpoint_paths, step_of
 from afkd_jax.config import Config
 from afkd_jax.errors import UserError, first_line
 from afkd_jax.method.state import TrainState
@@ -59,15 +59,9 @@ def find(
 def _progress(path: pathlib.Path, config: Config) -> Progress:
     """Returns the progress of a checkpoint whose files are whole and of this run's config."""
     content = record.read(path)
-    if content['step'] != step_of(path):
-        raise record.Unusable(f'is that of step {content["step"]}')
-    try:
-        origin, progress = content['origin']['config'], Progress.from_json(content['progress'])
-    except (KeyError, TypeError) as error:
-        raise record.Unusable(f'is of another version ({first_line(error)})') from error
-    if different := config_lib.differences(origin, config_lib.run_fields(config)):
-        raise record.Unusable(f'is of another run ({"; ".join(different[:4])})')
-    return progress
+    found, expected = content['origin'].get('config', {}), config_lib.run_fields(config)
+    check_content(path, content, {'config': found}, {'config': expected})
+    return Progress.from_json(content['progress'])
 
 
 def read_variables(path: pathlib.Path, abstract: TrainState, wanted: Sequence[int]) -> list[Any]:

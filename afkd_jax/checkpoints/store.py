@@ -86,6 +86,30 @@ def checkpoint_paths(workdir: pathlib.Path) -> list[pathlib.Path]:
     return sorted(found, key=_order)
 
 
+def check_content(path: pathlib.Path, content: dict[str, Any], found: Any, expected: Any) -> None:
+    """Rejects a record of another step, run or version.
+
+    Args:
+      path: of the checkpoint.
+      content: of its record.
+      found: the record's origin, or a part of it.
+      expected: the run's, as JSON has it.
+
+    Raises:
+      Unusable: it is.
+    """
+    if content['step'] != step_of(path):
+        raise record.Unusable(f'is that of step {content["step"]}')
+    different = config_lib.differences(config_lib.flatten(found), config_lib.flatten(expected))
+    if different:
+        more = f' and {len(different) - 4} more' if len(different) > 4 else ''
+        raise record.Unusable(f'is of another run ({"; ".join(different[:4])}{more})')
+    try:
+        Progress.from_json(content['progress'])
+    except (TypeError, KeyError) as error:
+        raise _other_version(error) from error
+
+
 class Checkpoints:
     """The checkpoints of one workdir.
 
@@ -269,18 +293,7 @@ class Checkpoints:
     def _content(self, path: pathlib.Path) -> dict[str, Any]:
         """Returns the record of a checkpoint whose files are whole and of this run."""
         content = record.read(path)
-        if content['step'] != step_of(path):
-            raise record.Unusable(f'is that of step {content["step"]}')
-        different = config_lib.differences(
-            config_lib.flatten(content['origin']), config_lib.flatten(self._origin)
-        )
-        if different:
-            more = f' and {len(different) - 4} more' if len(different) > 4 else ''
-            raise record.Unusable(f'is of another run ({"; ".join(different[:4])}{more})')
-        try:
-            Progress.from_json(content['progress'])
-        except (TypeError, KeyError) as error:
-            raise _other_version(error) from error
+        check_content(path, content, content['origin'], self._origin)
         return content
 
     def _arrays(

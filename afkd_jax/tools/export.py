@@ -16,13 +16,12 @@ import jax
 import numpy as np
 from jax import export as jax_export
 
-from afkd_jax.checkpoints import workdir as workdir_lib
 from afkd_jax.checkpoints.files import write_atomic, write_json
-from afkd_jax.command import Command, new_file, number_or
+from afkd_jax.command import Command, new_file
 from afkd_jax.errors import UserError
 from afkd_jax.report.console import log
 from afkd_jax.report.tables import size
-from afkd_jax.tools.model import Model, load
+from afkd_jax.tools.model import Model, load_for
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 
@@ -89,10 +88,7 @@ def main(command: Command, _: object) -> int:
     options = command.options
     if options.format not in _FORMATS:
         raise UserError(f'--format: must be one of {", ".join(_FORMATS)}, but is {options.format}')
-    network = number_or(options.network, 'network', 1, 'ensemble') or 1
-    step = number_or(options.step, 'step', 0, 'last', 'best')
-    workdir_lib.check(command.workdir, command.config)
-    model = load(command.workdir, network, 'last' if step is None else step)
+    model = load_for(command)
     name = f'{model.name.replace(" ", "-")}-step{model.step}.{options.format}'
     output = new_file(pathlib.Path(options.output or command.workdir / name))
     json_file = new_file(output.with_name(output.name + '.json'))

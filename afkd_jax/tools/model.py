@@ -10,8 +10,10 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from afkd_jax.checkpoints import artefact, partial
+from afkd_jax.checkpoints import workdir as workdir_lib
 from afkd_jax.checkpoints.artefact import ImageFacts
 from afkd_jax.checkpoints.store import step_of
+from afkd_jax.command import Command, number_or
 from afkd_jax.config import Config
 from afkd_jax.data import augment, decode
 from afkd_jax.errors import UserError
@@ -169,3 +171,20 @@ def load(workdir: str | pathlib.Path, network: int | str = 1, step: int | str = 
     name = 'ensemble' if network == 'ensemble' else f'{network} {cohort.names[wanted[0]]}'
     names = [cohort.names[k] for k in wanted]
     return Model(name, names, config, facts, parts, step_of(path))
+
+
+def load_for(command: Command) -> Model:
+    """Returns the network that --network and --step name, of the run in --workdir.
+
+    Raises:
+      UserError: see load; or the flags are malformed, or the config is not that of the run.
+    """
+    options = command.options
+    network = number_or(options.network, 'network', 1, 'ensemble')
+    step = number_or(options.step, 'step', 0, 'last', 'best')
+    workdir_lib.check(command.workdir, command.config)
+    return load(
+        command.workdir,
+        1 if network is None else network,
+        'last' if step is None else step,
+    )

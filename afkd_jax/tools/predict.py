@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 import rich.progress
 
-from afkd_jax.checkpoints import workdir as workdir_lib
-from afkd_jax.command import Command, new_file, number_or
+from afkd_jax.command import Command, new_file
 from afkd_jax.data.sources import folder
 from afkd_jax.errors import UserError
 from afkd_jax.report.console import console, log
-from afkd_jax.tools.model import Model, load
+from afkd_jax.tools.model import Model, load_for
 
 _BATCH, _TOP = 64, 5
 
@@ -68,11 +67,8 @@ def _row(path: pathlib.Path, classes: tuple[str, ...], probabilities: np.ndarray
 def main(command: Command, _: object) -> int:
     """Writes the CSV, prints a summary, and as JSON last; returns the exit code."""
     options = command.options
-    network = number_or(options.network, 'network', 1, 'ensemble') or 1
-    step = number_or(options.step, 'step', 0, 'last', 'best')
     files = image_files(options.images)
-    workdir_lib.check(command.workdir, command.config)
-    model = load(command.workdir, network, 'last' if step is None else step)
+    model = load_for(command)
     name = f'predictions-{model.name.replace(" ", "-")}-step{model.step}.csv'
     output = new_file(pathlib.Path(options.output or command.workdir / name))
     unfinished = output.with_name(output.name + '.unfinished')
