@@ -20,6 +20,7 @@ _CONFIG = config_flags.DEFINE_config_file('config', None, 'The experiment; see c
 flags.DEFINE_enum('mode', 'train', list(cli.MODES), 'What to do.')
 flags.DEFINE_string('workdir', None, 'Directory of the run [runs/<config and overrides>].')
 flags.DEFINE_string('step', None, "Checkpoint: a step, 'last' or 'best' (on validation) [last].")
+flags.DEFINE_bool('extend', False, 'Train: config.epochs of the run in the workdir may grow.')
 flags.DEFINE_string('network', None, "Predict, export: 1, 2, ... or 'ensemble' [1].")
 flags.DEFINE_list('images', [], 'Predict: image files, or directories with images at any depth.')
 flags.DEFINE_string('output', None, 'Predict, export: the file to write [in the workdir].')

@@ -56,7 +56,7 @@ class Mode:
 _RUN = ('step', 'coordinator_address', 'num_processes', 'process_id')
 _MODEL = ('step', 'network', 'output')
 MODES = {
-    'train': Mode('afkd_jax.training.loop', _RUN, distributed=True, cached=True),
+    'train': Mode('afkd_jax.training.loop', (*_RUN, 'extend'), distributed=True, cached=True),
     'eval': Mode('afkd_jax.training.evaluate', _RUN, distributed=True, cached=True, reads_run=True),
     'predict': Mode('afkd_jax.tools.predict', (*_MODEL, 'images'), cached=True, reads_run=True),
     'export': Mode('afkd_jax.tools.export', (*_MODEL, 'format'), reads_run=True),
@@ -155,7 +155,7 @@ def _run(config_flag: flags.FlagHolder, options: Options) -> int:
 
         processes.start(options.coordinator_address, options.num_processes, options.process_id)
         processes.assert_equal(
-            {'--mode': options.mode, '--step': options.step}
+            {'--mode': options.mode, '--step': options.step, '--extend': options.extend}
             | config_lib.command_fields(command.config)
         )
         # JAX exchanges the devices of all processes here, so they must do it together.
@@ -189,7 +189,15 @@ def _command(config_flag: flags.FlagHolder, options: Options) -> Command:
         )
     overrides = config_flags.get_override_values(flag)
     workdir = options.workdir or f'runs/{_run_name(path.stem, argument, overrides)}'
-    return Command(Config.of(config), options, pathlib.Path(workdir))
+    return Command(_resolved(Config.of(config)), options, pathlib.Path(workdir))
+
+
+def _resolved(config: Config) -> Config:
+    if not any(re.search(r':\d+$|\.safetensors$', name) for name in config.networks):
+        return config  # the usual case imports nothing
+    from afkd_jax.checkpoints import weights
+
+    return weights.resolved(config)
 
 
 def _check_options(options: Options) -> None:

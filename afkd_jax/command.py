@@ -52,6 +52,7 @@ class Options:
     images: tuple[str, ...] = ()
     output: str | None = None
     format: str | None = None
+    extend: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

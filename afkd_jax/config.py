@@ -187,6 +187,20 @@ class Config:
         'a tuple of whole numbers, one per network, or () for the order of config.networks',
         lambda v: all(_is(x, int) for x in v),
     )
+    # Where each network starts: 'RUN:NUMBER', network NUMBER of the run in directory RUN, or an
+    # exported 'FILE.safetensors'; '': random weights. ('runs/a:1', ''); (): all random.
+    init_from: tuple[str, ...] = _field(
+        (),
+        "a tuple with one string per network, as in \"('runs/a:1','')\", or ()",
+        lambda v: all(isinstance(x, str) for x in v),
+    )
+    # The networks, counted from 1, that never change and only teach, from init_from. An entry of
+    # `networks` in the form of init_from is such a network.
+    frozen: tuple[int, ...] = _field(
+        (),
+        'a tuple of rising numbers of networks, counted from 1, or ()',
+        lambda v: all(_is(x, int) for x in v) and list(v) == sorted(set(v)),
+    )
     method: str = _field('afd', 'the name of a method', bool)  # see method/presets.py
     epochs: int = _positive(300)  # passes over the training images
     batch_size: int = _positive(128)  # images per step, over all devices
@@ -338,6 +352,13 @@ def defines_run(name: str) -> bool:
 def run_fields(config: Config | Mapping[str, Any]) -> dict[str, Any]:
     """Returns the flattened fields that define the run, as JSON has them."""
     return {name: value for name, value in _as_json(config).items() if defines_run(name)}
+
+
+def extended(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the run_fields `old` with the epochs of `new` where those are more."""
+    epochs = old.get('epochs')
+    longer = isinstance(epochs, int) and epochs < new['epochs']
+    return {**old, 'epochs': new['epochs']} if longer else dict(old)
 
 
 def command_fields(config: Config) -> dict[str, Any]:

@@ -28,6 +28,7 @@ class Progress:
       images_per_s: training speed of each epoch so far, without each process's first step.
       wall_s: seconds spent up to this checkpoint, over all restarts.
       skipped: steps skipped because of a non-finite value, up to the last log line.
+      extensions: where config.epochs grew (--extend): the step, and the epochs before.
       skipped_in_a_row: those since the last log line with a step that was not skipped.
     """
 
@@ -40,6 +41,7 @@ class Progress:
     wall_s: float = 0.0
     skipped: int = 0
     skipped_in_a_row: int = 0
+    extensions: list[dict[str, int]] = dataclasses.field(default_factory=list)
 
     @classmethod
     def start(cls, networks: int) -> 'Progress':

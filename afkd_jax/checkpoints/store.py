@@ -56,12 +56,14 @@ class Restored:
 
     Attributes:
       metadata: 'versions' and 'devices' that wrote it.
+      epochs: config.epochs of the run that wrote it; fewer than now if it was extended.
       rejected: directory -> why it was not used, of newer ones that should have been.
       newer: the other directories that are newer.
     """
 
     snapshot: Snapshot
     metadata: dict[str, Any]
+    epochs: int
     rejected: dict[pathlib.Path, str]
     newer: list[pathlib.Path]
 
@@ -89,6 +91,8 @@ def checkpoint_paths(workdir: pathlib.Path) -> list[pathlib.Path]:
 def check_content(path: pathlib.Path, content: dict[str, Any], found: Any, expected: Any) -> None:
     """Rejects a record of another step, run or version.
 
+    Fewer config.epochs are no other run: it was extended (--extend).
+
     Args:
       path: of the checkpoint.
       content: of its record.
@@ -100,7 +104,10 @@ def check_content(path: pathlib.Path, content: dict[str, Any], found: Any, expec
     """
     if content['step'] != step_of(path):
         raise record.Unusable(f'is that of step {content["step"]}')
-    different = config_lib.differences(config_lib.flatten(found), config_lib.flatten(expected))
+    config = config_lib.extended(found.get('config', {}), expected['config'])
+    different = config_lib.differences(
+        config_lib.flatten({**found, 'config': config}), config_lib.flatten(expected)
+    )
     if different:
         more = f' and {len(different) - 4} more' if len(different) > 4 else ''
         raise record.Unusable(f'is of another run ({"; ".join(different[:4])}{more})')
@@ -266,12 +273,14 @@ class Checkpoints:
         rejected: dict[pathlib.Path, str] = {}
         for path in wanted:
             try:
-                snapshot, metadata = self._read(path, abstract)
+                snapshot, content = self._read(path, abstract)
             except record.Unusable as error:
                 rejected[path] = str(error)
                 continue
             newer = [other for other in paths[: paths.index(path)] if other not in rejected]
-            return Restored(snapshot, metadata, rejected, newer)
+            metadata = {name: content[name] for name in ('versions', 'devices')}
+            epochs = content['origin']['config']['epochs']
+            return Restored(snapshot, metadata, epochs, rejected, newer)
         if rejected:
             reasons = '; '.join(f'{path.name} {why}' for path, why in rejected.items())
             raise UserError(
@@ -288,7 +297,7 @@ class Checkpoints:
         content = processes.broadcast(content)
         state, sums = _unusable_on_all(lambda: self._arrays(path, abstract, content['digests']))
         snapshot = Snapshot(state, sums, Progress.from_json(content['progress']))
-        return snapshot, {name: content[name] for name in ('versions', 'devices')}
+        return snapshot, content
 
     def _content(self, path: pathlib.Path) -> dict[str, Any]:
         """Returns the record of a checkpoint whose files are whole and of this run."""

@@ -25,10 +25,11 @@ def finished_summary(workdir: pathlib.Path) -> dict[str, Any] | None:
     return result if isinstance(result, dict) and result.get('finished') is True else None
 
 
-def check(workdir: pathlib.Path, config: Config) -> None:
+def check(workdir: pathlib.Path, config: Config, extend: bool = False) -> None:
     """Rejects a workdir that is no directory or holds another run; writes nothing.
 
-    Fields on which no bit of the run depends may differ (config.run_fields).
+    Fields on which no bit of the run depends may differ (config.run_fields), and with `extend`
+    config.epochs may be larger.
     """
     path = workdir / 'config.json'
     if workdir.exists() and not workdir.is_dir():
@@ -44,11 +45,15 @@ def check(workdir: pathlib.Path, config: Config) -> None:
             f'--workdir: {path} cannot be read ({error}); delete it to use the configs in the '
             'checkpoints, or name another directory'
         ) from None
-    different = config_lib.differences(config_lib.run_fields(theirs), config_lib.run_fields(config))
+    old, new = config_lib.run_fields(theirs), config_lib.run_fields(config)
+    longer = config_lib.extended(old, new)
+    different = config_lib.differences(longer if extend else old, new)
     if different:
+        only_longer = longer == new and not extend
         raise UserError(
             f'--workdir: {workdir} holds a run with another config ({"; ".join(different)}); '
             'name another directory, or use the old config to continue that run'
+            + (', or add --extend to train it longer' if only_longer else '')
         )
 
 
@@ -67,16 +72,24 @@ def check_begun(workdir: pathlib.Path) -> None:
         raise UserError(f'--workdir: {workdir} holds no run; train first, with --mode train')
 
 
+def write_config(workdir: pathlib.Path, config: Config) -> None:
+    """Writes config.json."""
+    write_json(workdir / 'config.json', config.to_dict())
+
+
 @contextlib.contextmanager
 def claimed(
-    workdir: pathlib.Path, config: Config, log: Callable[[str], None]
+    workdir: pathlib.Path, config: Config, log: Callable[[str], None], extend: bool = False
 ) -> Iterator[Callable[[], None]]:
     """Makes and locks the workdir, and writes config.json; yields lock.locked's check.
+
+    With `extend` a config.json that is there stays, until a checkpoint is of the longer run.
 
     Raises:
       UserError: the workdir cannot be made, holds another run, or another process works in it.
     """
     with locked(workdir, log) as check_held:
-        check(workdir, config)  # again: only now can no other process change it
-        write_json(workdir / 'config.json', config.to_dict())
+        check(workdir, config, extend)  # again: only now can no other process change it
+        if not extend:
+            write_config(workdir, config)
         yield check_held

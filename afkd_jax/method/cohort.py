@@ -24,7 +24,8 @@ class Cohort:
 
     Attributes:
       transfers: K; None where the map fits as it is, or no maps are compared.
-      discriminators: K; () if the method has none.
+      discriminators: K, None of a frozen network; () if the method has none.
+      frozen: the networks that never change and only teach, counted from 0.
       map_shapes: K, before the transfer layers.
       shared_map: the shape after the transfer layers; None if no maps are compared.
       local_statistics: whether batch statistics are over each device's shard of the batch.
@@ -33,7 +34,8 @@ class Cohort:
     names: tuple[str, ...]
     networks: tuple[models.Network, ...]
     transfers: tuple[Transfer | None, ...]
-    discriminators: tuple[Discriminator, ...]
+    discriminators: tuple[Discriminator | None, ...]
+    frozen: tuple[int, ...]
     optimizers: optim.Optimizers
     objective: Objective
     map_shapes: tuple[Shape, ...]
@@ -58,8 +60,15 @@ class Cohort:
         parts = ('names', 'networks', 'transfers', 'discriminators', 'map_shapes')
         return dataclasses.replace(self, **{part: getattr(self, part)[:count] for part in parts})
 
+    def learns(self, network: int) -> bool:
+        """Returns whether the network, counted from 0, is trained."""
+        return network not in self.frozen
+
     def updated_parts(self) -> dict[str, tuple[str, ...]]:
-        """Returns the optimizers of a network -> the parts of its parameters that each updates."""
+        """Returns the optimizers of a network -> the parts of its parameters that each updates.
+
+        A frozen network has no optimizers.
+        """
         if self.method.adversarial:
             return {'logit': ('trunk', 'head'), 'feature': ('trunk', 'transfer')}
         if self.method.uses_maps:
@@ -101,6 +110,30 @@ def ring_of(config: Config, peers: int = 1) -> Ring:
     return Ring(tuple(network - 1 for network in order or listed), peers)
 
 
+def frozen_of(config: Config) -> tuple[int, ...]:
+    """Returns the networks of config.frozen, counted from 0.
+
+    Raises:
+      UserError: there is no such network or none that learns; one has no weights, or is sharded.
+    """
+    count, frozen, sources = len(config.networks), config.frozen, config.init_from
+    if len(sources) not in (0, count):
+        raise field_error('init_from', f'one string per network, that is {count}, or ()', sources)
+    if frozen and not 1 <= frozen[0] <= frozen[-1] <= count:
+        raise field_error('frozen', f'numbers of networks, in 1 .. {count}', frozen)
+    if len(frozen) == count:
+        raise field_error('frozen', 'some of the networks: one at least must learn', frozen)
+    for network in frozen:
+        if not sources or not sources[network - 1]:
+            raise UserError(
+                f'config.frozen: network {network} ({config.networks[network - 1]}) is frozen and '
+                'needs trained weights; name them in config.init_from'
+            )
+    if frozen and config.mesh.peer > 1:
+        raise field_error('mesh.peer', '1 with a frozen network', config.mesh.peer)
+    return tuple(network - 1 for network in frozen)
+
+
 def assemble(
     config: Config,
     image_shape: Shape,
@@ -119,9 +152,11 @@ def assemble(
       peers: devices over which the networks are sharded.
 
     Raises:
-      UserError: an unknown method or network, a wrong ring, or images too small for a network.
+      UserError: an unknown method or network, a wrong ring, or images too small for a network;
+        see also frozen_of.
     """
     method, ring, names = presets.named(config.method), ring_of(config, peers), config.networks
+    frozen = frozen_of(config)
     local = config.batch_statistics == 'local'
     parts = layers.layers(axis_name, dtype=config.dtype, local_statistics=local)
     # One module serves all networks of one name: modules hold no parameters.
@@ -142,7 +177,14 @@ def assemble(
     shared = None
     if method.uses_maps:
         heights, widths, channels = zip(*shapes.values(), strict=True)
-        shared = (min(heights), min(widths), max(channels))
+        # A frozen network's map is used as it is: no transfer layer is trained for it.
+        teachers = {names[k]: shapes[names[k]][2] for k in frozen}
+        if len(set(teachers.values())) > 1:
+            raise UserError(
+                'config.frozen: with a method that compares maps, the maps of all frozen networks '
+                f'must have equally many channels, but have {teachers}'
+            )
+        shared = (min(heights), min(widths), max(teachers.values() or channels))
 
     def run_steps(fraction: float) -> int:
         return steps_in(fraction * config.epochs, train_examples, config.batch_size)
@@ -155,9 +197,13 @@ def assemble(
         names=names,
         networks=tuple(modules[name] for name in names),
         transfers=tuple(transfers[name] for name in names),
-        discriminators=tuple(Discriminator(parts) for _ in names if method.adversarial),
+        discriminators=tuple(
+            None if k in frozen else Discriminator(parts)
+            for k in range(len(names) if method.adversarial else 0)
+        ),
+        frozen=frozen,
         optimizers=optim.create(config, method.adversarial, run_steps),
-        objective=Objective(method, ring, config.loss, run_steps(config.loss.kl_ramp_up)),
+        objective=Objective(method, ring, config.loss, run_steps(config.loss.kl_ramp_up), frozen),
         map_shapes=tuple(shapes[name] for name in names),
         shared_map=shared,
         image_shape=image_shape,

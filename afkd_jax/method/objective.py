@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from afkd_jax.config import Loss
 from afkd_jax.data.augment import Mixed
@@ -34,13 +35,15 @@ class Objective:
     ring: Ring
     loss: Loss
     kl_ramp_steps: int  # steps in which the KL's weight grows; 0: none
+    frozen: tuple[int, ...] = ()  # networks that have no loss, counted from 0
 
     def value_names(self) -> list[str]:
         """Returns the names of the values [K] that the losses report, each without its weight.
 
         cross_entropy, with label smoothing; mimicry_kl, with its T^2; the loss between maps under
         its name (l1); adversarial is L_G and discriminator L_D; d_own and d_teacher are the
-        discriminator's mean outputs on the student's ("fake") and the teacher's ("real") maps.
+        discriminator's mean outputs on the student's ("fake") and the teacher's ("real") maps. All
+        but cross_entropy are 0 of a frozen network.
         """
         names = ['cross_entropy']
         if self.method.logits != 'nobody':
@@ -50,6 +53,9 @@ class Objective:
         if self.method.adversarial:
             names += _ADVERSARIAL
         return names
+
+    def _of_learners(self, loss_K: jax.Array) -> jax.Array:
+        return loss_K.at[np.array(self.frozen)].set(0.0) if self.frozen else loss_K
 
     def of_logits(
         self,
@@ -77,7 +83,7 @@ class Objective:
                 teachers = self.ring.teachers(logits_KxBxC, hops)
                 kls.append(losses.mimicry_kl(logits_KxBxC, teachers, self.loss.temperature).mean(1))
             if kls:
-                parts['mimicry_kl'] = sum(kls[1:], kls[0]) / len(kls)
+                parts['mimicry_kl'] = self._of_learners(sum(kls[1:], kls[0]) / len(kls))
                 weight: Any = self.loss.kl_weight
                 if self.kl_ramp_steps:
                     weight *= losses.ramp_up(step, self.kl_ramp_steps)
@@ -94,14 +100,14 @@ class Objective:
         def loss(maps_KxBxHxWxC: jax.Array) -> tuple[jax.Array, Values]:
             own = at_least_float32(maps_KxBxHxWxC)
             teachers = at_least_float32(self.ring.teachers(maps_KxBxHxWxC))
-            loss_K = map_loss(own, teachers).mean(1)
+            loss_K = self._of_learners(map_loss(own, teachers).mean(1))
             return self.loss.map_weight * loss_K.sum(), {self.method.maps: loss_K}
 
         return jax.grad(loss, has_aux=True)(maps_KxBxHxWxC)
 
     def of_adversaries(
         self,
-        discriminators: Sequence[DiscriminatorFn],
+        discriminators: Sequence[DiscriminatorFn | None],
         params: Sequence[Any],
         maps_KxBxHxWxC: jax.Array,
     ) -> tuple[jax.Array, list[Any], Values]:
@@ -113,6 +119,11 @@ class Objective:
         teacher_maps_KxBxHxWxC = self.ring.teachers(maps_KxBxHxWxC)
         map_gradients, gradients, parts = [], [], []
         for k, discriminator in enumerate(discriminators):
+            if discriminator is None:  # a frozen network's
+                map_gradients.append(jnp.zeros_like(maps_KxBxHxWxC[k]))
+                gradients.append(None)
+                parts.append(len(_ADVERSARIAL) * (jnp.float32(0),))
+                continue
             d_own_B, pull_own = jax.vjp(discriminator, params[k], maps_KxBxHxWxC[k])
             d_teacher_B, pull_teacher = jax.vjp(discriminator, params[k], teacher_maps_KxBxHxWxC[k])
 

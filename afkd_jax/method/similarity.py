@@ -123,7 +123,7 @@ def _hsic(cohort: Cohort, maps: Sequence[jax.Array], mask_B: jax.Array) -> dict[
 
 
 def figures(cohort: Cohort, parts: list[dict[str, np.ndarray]]) -> list[dict[str, Any]]:
-    """Returns the figures of each edge, of network 1, 2, ... K; what is not defined is None.
+    """Returns the figures of each edge, to the networks that learn; what is not defined is None.
 
     network, teacher: counted from 1.
     l1: mean |a - b| over images and elements of the maps as the method compares them (after the
@@ -141,7 +141,7 @@ def figures(cohort: Cohort, parts: list[dict[str, np.ndarray]]) -> list[dict[str
         name: np.sum([part[name] for part in parts], axis=0, dtype=np.float64) for name in parts[0]
     }
     images, edges = total['images'], []
-    for k in range(len(cohort.names)):
+    for k in filter(cohort.learns, range(len(cohort.names))):
         teacher = cohort.ring.teacher_of(k)
         edge: dict[str, Any] = {'network': k + 1, 'teacher': teacher + 1}
         for name in ('l1', 'l2', 'cosine'):

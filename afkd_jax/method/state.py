@@ -21,7 +21,8 @@ class NetworkState:
     Attributes:
       params: {'trunk': G_k, 'head': C_k, 'transfer': T_k}; T_k is None where there is none.
       batch_stats: {'network': ..., 'transfer': ...}, the running statistics of the norms.
-      opt: optimizer name -> its state over the parts that it updates (Cohort.updated_parts).
+      opt: optimizer name -> its state over the parts that it updates (Cohort.updated_parts); {} of
+        a frozen network.
     """
 
     params: dict[str, Any]
@@ -52,7 +53,8 @@ class TrainState:
 
     step: jax.Array  # int32 scalar, steps taken; schedules and random keys are functions of it
     networks: tuple[NetworkState, ...]
-    discriminators: tuple[DiscriminatorState, ...]  # () if the method has none
+    # None of a frozen network; () if the method has none
+    discriminators: tuple[DiscriminatorState | None, ...]
 
     @property
     def stackable(self) -> bool:
@@ -143,14 +145,24 @@ def nonfinite(parts: Mapping[int, Any]) -> str | None:
     return None
 
 
-def create(cohort: Cohort, key: jax.Array) -> TrainState:
-    """Returns the state before the first step; every network starts from a key of its own."""
+def create(
+    cohort: Cohort, key: jax.Array, starts: Mapping[int, dict[str, Any]] | None = None
+) -> TrainState:
+    """Returns the state before the first step; every network starts from a key of its own.
+
+    Args:
+      cohort: of all networks.
+      key: of the run.
+      starts: network, counted from 0 -> the params and batch_stats that it starts from instead;
+        without params of 'head', the classifier is random.
+    """
     networks, discriminators = [], []
     for k in range(len(cohort.networks)):
         own = jax.random.fold_in(key, k)
-        networks.append(_create_network(cohort, k, own))
+        networks.append(_create_network(cohort, k, own, (starts or {}).get(k, {})))
         if cohort.discriminators:
-            discriminators.append(_create_discriminator(cohort, k, own))
+            learns = cohort.learns(k)
+            discriminators.append(_create_discriminator(cohort, k, own) if learns else None)
     return TrainState(jnp.int32(0), tuple(networks), tuple(discriminators))
 
 
@@ -160,27 +172,33 @@ def abstract(cohort: Cohort) -> TrainState:
     return jax.eval_shape(lambda: create(cohort, jax.random.key(0)))
 
 
-def _create_network(cohort: Cohort, index: int, key: jax.Array) -> NetworkState:
+def _create_network(
+    cohort: Cohort, index: int, key: jax.Array, start: dict[str, Any]
+) -> NetworkState:
     image = jnp.zeros((1, *cohort.image_shape))
     variables = cohort.networks[index].init(key, image, False)
-    params = {**variables['params'], 'transfer': None}
-    stats = {'network': variables.get('batch_stats', {}), 'transfer': None}
+    params = {**variables['params'], **start.get('params', {}), 'transfer': None}
+    stats = {
+        'network': start.get('batch_stats', variables.get('batch_stats', {})),
+        'transfer': None,
+    }
     if module := cohort.transfers[index]:
         maps = jnp.zeros((1, *cohort.map_shapes[index]))
         variables = module.init(jax.random.fold_in(key, 1), maps, False)
         params['transfer'] = variables.get('params', {})  # empty where the layer only pools
         stats['transfer'] = variables.get('batch_stats', {})
     rules = cohort.optimizers.used()
+    updated = cohort.updated_parts() if cohort.learns(index) else {}
     opt = {
         name: rules[name].init({part: params[part] for part in parts})
-        for name, parts in cohort.updated_parts().items()
+        for name, parts in updated.items()
     }
     return NetworkState(params, stats, opt)
 
 
 def _create_discriminator(cohort: Cohort, index: int, key: jax.Array) -> DiscriminatorState:
-    rule = cohort.optimizers.discriminator
-    assert cohort.shared_map and rule  # noqa: PT018
+    rule, module = cohort.optimizers.discriminator, cohort.discriminators[index]
+    assert cohort.shared_map and rule and module  # noqa: PT018
     maps = jnp.zeros((1, *cohort.shared_map))
-    params = cohort.discriminators[index].init(jax.random.fold_in(key, 2), maps)['params']
+    params = module.init(jax.random.fold_in(key, 2), maps)['params']
     return DiscriminatorState(params, rule.init(params))

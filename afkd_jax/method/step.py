@@ -41,12 +41,14 @@ def value_shapes(cohort: Cohort) -> dict[str, tuple[int, ...]]:
 
 @dataclasses.dataclass(frozen=True)
 class _Pass:
-    """One network's forward pass in training mode."""
+    """One network's forward pass: in training mode, or of a frozen network in evaluation mode."""
 
     logits: jax.Array
     maps: jax.Array  # after the transfer layer if there is one
-    batch_stats: dict[str, Any]  # the new running statistics, as in NetworkState
-    # (cotangent of logits, cotangent of maps) -> gradients of trunk, head and transfer
+    # The new running statistics, as in NetworkState; None of a frozen network.
+    batch_stats: dict[str, Any] | None
+    # (cotangent of logits, cotangent of maps) -> gradients of trunk, head and transfer; {} of a
+    # frozen network
     pull: Callable[[jax.Array, jax.Array], dict[str, Any]]
 
 
@@ -63,9 +65,18 @@ def _forward(
     return outputs, pullback, updated.get('batch_stats', {})
 
 
+def _evaluated(module: nn.Module, variables: dict, inputs: jax.Array) -> Any:
+    return module.apply(variables, inputs, False)
+
+
 def _pass(
     cohort: Cohort, k: int, state: NetworkState, images_BxHxWxC: jax.Array, key: jax.Array
 ) -> _Pass:
+    if not cohort.learns(k):
+        logits, maps = _evaluated(cohort.networks[k], state.variables(), images_BxHxWxC)
+        if module := cohort.transfers[k]:
+            maps = _evaluated(module, state.transfer_variables(), maps)
+        return _Pass(logits, maps, None, lambda *_: {})
     (logits, maps), pull_network, stats = _forward(
         cohort.networks[k], state.variables(), images_BxHxWxC, key
     )
@@ -90,6 +101,9 @@ def _updated(
 ) -> TrainState:
     rules, networks, discriminators = cohort.optimizers.used(), [], []
     for k, network in enumerate(state.networks):
+        if not cohort.learns(k):
+            networks.append(network)
+            continue
         params, opt = network.params, {}
         for name, parts in cohort.updated_parts().items():
             old = {part: params[part] for part in parts}
@@ -99,6 +113,9 @@ def _updated(
             params = params | new
         networks.append(NetworkState(params, batch_stats[k], opt))
     for k, discriminator in enumerate(state.discriminators):
+        if discriminator is None:
+            discriminators.append(None)
+            continue
         gradient = gradients['discriminator'][k]
         new, opt = rules['discriminator'].apply(
             gradient, discriminator.opt, discriminator.params, state.step
@@ -107,7 +124,9 @@ def _updated(
     return TrainState(state.step + 1, tuple(networks), tuple(discriminators))
 
 
-def _discriminator_fn(module: nn.Module) -> DiscriminatorFn:
+def _discriminator_fn(module: nn.Module | None) -> DiscriminatorFn | None:
+    if module is None:
+        return None
     # The running statistics are dropped.
     return lambda params, maps: module.apply({'params': params}, maps, mutable=['batch_stats'])[0]
 
@@ -153,7 +172,7 @@ def update(
         if cohort.method.adversarial:
             to_maps, gradients['discriminator'], more = objective.of_adversaries(
                 [_discriminator_fn(module) for module in cohort.discriminators],
-                [varying(discriminator.params) for discriminator in state.discriminators],
+                [own and varying(own.params) for own in state.discriminators],
                 maps_KxBxHxWxC,
             )
             cotangents['feature'] = (no_logits, to_maps)
@@ -164,7 +183,7 @@ def update(
     for name, (to_logits, to_maps) in cotangents.items():
         pulled = [own.pull(to_logits[k], to_maps[k]) for k, own in enumerate(passes)]
         parts = cohort.updated_parts()[name]
-        gradients[name] = [{part: own[part] for part in parts} for own in pulled]
+        gradients[name] = [own and {part: own[part] for part in parts} for own in pulled]
 
     batch_stats = [own.batch_stats for own in passes]
     if cohort.local_statistics:

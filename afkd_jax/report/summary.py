@@ -29,8 +29,13 @@ def entries(
     networks = state_lib.abstract(cohort).networks
     counts = [scalar_count(network.variables()['params']) for network in networks]
     rows: list[dict[str, Any]] = [
-        {'name': name, 'parameters': count, 'feature_map': list(shape)}
-        for name, count, shape in zip(cohort.names, counts, cohort.map_shapes, strict=True)
+        {
+            'name': name,
+            'frozen': not cohort.learns(k),
+            'parameters': counts[k],
+            'feature_map': list(cohort.map_shapes[k]),
+        }
+        for k, name in enumerate(cohort.names)
     ]
     rows.append({'name': 'ensemble', 'parameters': sum(counts), 'feature_map': None})
     for i, row in enumerate(rows):
@@ -69,6 +74,7 @@ def build(
         'ensemble': ensemble,
         'ring': edges,
         'steps_skipped': progress.skipped,
+        'extensions': progress.extensions,
         'evaluated': {split: step for split, (step, _) in progress.evaluations.items()},
         'images_per_s': statistics.median(speeds) if speeds else None,
         'wall_s': progress.wall_s,

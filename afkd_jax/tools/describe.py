@@ -31,12 +31,13 @@ def describe(config: Config) -> dict[str, Any]:
     networks, ensemble = summary.entries(cohort)
     for k, entry in enumerate(networks):
         module, own = cohort.networks[k], state.networks[k]
-        hops = cohort.method.hops(len(networks))
+        learns = cohort.learns(k)
+        hops = cohort.method.hops(len(networks)) if learns else ()
         entry |= {
             'stem': getattr(module.trunk, 'stem', ''),
             'multiply_adds': _forward_cost(module, own.variables(), cohort.image_shape),
             'logit_teachers': [ring.teacher_of(k, hop) + 1 for hop in hops],
-            'map_teacher': ring.teacher_of(k) + 1 if cohort.shared_map else None,
+            'map_teacher': ring.teacher_of(k) + 1 if cohort.shared_map and learns else None,
             'transfer': None,
             'discriminator': None,
         }
@@ -45,8 +46,8 @@ def describe(config: Config) -> dict[str, Any]:
                 'parameters': scalar_count(own.params['transfer']),
                 'feature_map': list(cohort.shared_map),
             }
-        if state.discriminators:
-            parameters = scalar_count(state.discriminators[k].params)
+        if state.discriminators and (discriminator := state.discriminators[k]):
+            parameters = scalar_count(discriminator.params)
             entry['discriminator'] = {'parameters': parameters}
     return {
         'method': config.method,
@@ -109,6 +110,7 @@ def text(facts: dict[str, Any]) -> str:
         lines.append(
             f'network {k}: {row["name"]}, {row["parameters"]:,} parameters, '
             f'{row["multiply_adds"]:,} multiply-adds per image, map {shape(row["feature_map"])}'
+            + (', frozen' if row['frozen'] else '')
         )
         if row['stem']:
             lines.append(f'  stem: {row["stem"]}')

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jax import export as jax_export
 
+from afkd_jax.checkpoints import weights
 from afkd_jax.checkpoints.files import write_atomic, write_json
 from afkd_jax.command import Command, new_file
 from afkd_jax.errors import UserError
@@ -54,11 +55,7 @@ def safetensors(model: Model) -> bytes:
         raise UserError(
             '--format: safetensors needs its package: python -m pip install safetensors'
         ) from None
-    params, stats = model.variables['params'], model.variables['batch_stats']
-    tensors = {
-        '/'.join(str(key.key) for key in path): np.ascontiguousarray(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path({**params, 'batch_stats': stats})
-    }
+    tensors = weights.to_tensors(model.variables)
     return save(tensors, {key: json.dumps(value) for key, value in description(model).items()})
 
 

@@ -9,16 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageOps
 
-from afkd_jax.checkpoints import artefact, partial
+from afkd_jax.checkpoints import weights
 from afkd_jax.checkpoints import workdir as workdir_lib
 from afkd_jax.checkpoints.artefact import ImageFacts
-from afkd_jax.checkpoints.store import step_of
 from afkd_jax.command import Command, number_or
 from afkd_jax.config import Config
 from afkd_jax.data import augment, decode
 from afkd_jax.errors import UserError
-from afkd_jax.method import cohort as cohort_lib
-from afkd_jax.method import state as state_lib
 from afkd_jax.report.console import log
 
 _BATCH = 256  # images of one call of the compiled function, at most
@@ -152,25 +149,19 @@ def load(workdir: str | pathlib.Path, network: int | str = 1, step: int | str = 
     Raises:
       UserError: there is no such run, network or checkpoint, or it is damaged.
     """
-    workdir = pathlib.Path(workdir)
-    config, facts = artefact.read_config(workdir), artefact.read_images(workdir)
-    count = len(config.networks)
     numbers = isinstance(network, int | np.integer) and not isinstance(network, bool)
-    if network != 'ensemble' and not (numbers and 1 <= int(network) <= count):
-        raise UserError(f"network: must be in 1 .. {count}, or 'ensemble', but is {network!r}")
-    wanted = list(range(count)) if network == 'ensemble' else [int(network) - 1]
-    cohort = cohort_lib.assemble(
-        config, facts.info.image_shape, facts.info.num_classes, facts.info.train
-    )
-    of = None if network == 'ensemble' else wanted[0]
-    path, rejected = partial.find(workdir, config, step, of)
-    for other, why in rejected.items():
+    if network != 'ensemble' and not numbers:
+        raise UserError(f"network: must be a number or 'ensemble', but is {network!r}")
+    numbered = None if network == 'ensemble' else [int(network)]
+    trained = weights.read_run(pathlib.Path(workdir), numbered, step)
+    for other, why in trained.rejected.items():
         log(f'warning: {other}: this checkpoint {why}; an older one is used')
-    variables = partial.read_variables(path, state_lib.abstract(cohort), wanted)
-    parts = [(cohort.networks[k], own) for k, own in zip(wanted, variables, strict=True)]
-    name = 'ensemble' if network == 'ensemble' else f'{network} {cohort.names[wanted[0]]}'
+    cohort = trained.cohort
+    wanted = [number - 1 for number in numbered or range(1, len(cohort.names) + 1)]
+    parts = [(cohort.networks[k], own) for k, own in zip(wanted, trained.variables, strict=True)]
     names = [cohort.names[k] for k in wanted]
-    return Model(name, names, config, facts, parts, step_of(path))
+    name = f'{network} {names[0]}' if numbered else 'ensemble'
+    return Model(name, names, trained.config, trained.images, parts, trained.step)
 
 
 def load_for(command: Command) -> Model:

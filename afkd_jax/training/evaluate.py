@@ -10,7 +10,6 @@ import numpy as np
 
 from afkd_jax.checkpoints import partial
 from afkd_jax.checkpoints import workdir as workdir_lib
-from afkd_jax.checkpoints.artefact import ImageFacts
 from afkd_jax.checkpoints.store import Checkpoints, step_of
 from afkd_jax.command import Command, number_or
 from afkd_jax.config import Config
@@ -126,7 +125,7 @@ def evaluate(config: Config, workdir: pathlib.Path, step: int | str | None) -> d
     for path, why in restored.rejected.items():
         log(f'warning: {path}: this checkpoint {why}; an older one is used')
     if processes.is_primary():  # of a version that did not write it
-        facts = ImageFacts.of(config, run.info, run.pipeline.mean_std)
+        facts = run.image_facts
         facts.write(workdir, only_missing=True)
     state, progress = restored.snapshot.state, restored.snapshot.progress
     evaluator = Evaluator(run)

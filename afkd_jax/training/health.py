@@ -127,6 +127,8 @@ class Health:
             return
         outputs = [sums.totals[name] / sums.steps for name in ('d_own', 'd_teacher')]
         for k, (own, teacher) in enumerate(zip(*outputs, strict=True)):
+            if not self._run.cohort.learns(k):
+                continue
             saturated = all(min(output, 1 - output) < SATURATED for output in (own, teacher))
             counts[k] = counts[k] + int(sums.steps) if saturated else 0
             warn = counts[k] >= limit

@@ -7,8 +7,7 @@ from typing import Any
 
 from afkd_jax.checkpoints import files
 from afkd_jax.checkpoints import workdir as workdir_lib
-from afkd_jax.checkpoints.artefact import ImageFacts
-from afkd_jax.checkpoints.store import Snapshot
+from afkd_jax.checkpoints.store import Snapshot, checkpoint_paths
 from afkd_jax.command import Command, number_or
 from afkd_jax.config import Config
 from afkd_jax.devices import processes
@@ -29,7 +28,11 @@ from afkd_jax.training.session import Session
 
 
 def train(
-    config: Config, workdir: pathlib.Path, step: int | None, interrupt: Interrupt
+    config: Config,
+    workdir: pathlib.Path,
+    step: int | None,
+    interrupt: Interrupt,
+    extend: bool = False,
 ) -> dict[str, Any] | None:
     """Trains from the workdir's newest checkpoint, or from the start, to the end of the config.
 
@@ -38,6 +41,7 @@ def train(
       workdir: made if it does not exist.
       step: resume from this step's checkpoint, and set newer ones aside; None: from the newest.
       interrupt: entered; ends the run early.
+      extend: whether config.epochs may be more than the run in the workdir has.
 
     Returns:
       The summary; None if a signal ended the run early (with a checkpoint, if it had begun).
@@ -47,19 +51,23 @@ def train(
         disk cannot be written, or the run has diverged.
     """
     started = time.perf_counter()
-    workdir_lib.check(workdir, config)
-    if step is not None:
+    workdir_lib.check(workdir, config, extend)
+    if step is not None or extend:
         workdir_lib.check_begun(workdir)
     finished = workdir_lib.finished_summary(workdir) if step is None else None
+    if finished and extend and finished.get('epochs', 0) < config.epochs:
+        finished = None
     if finished := processes.broadcast(finished):
         log(f'{workdir}: this run is finished; its summary:')
         return finished
     run = processes.primary_first(lambda: run_lib.prepare(config, log_from_any))
     processes.assert_equal({'images': run.pipeline.fingerprint})
+    if not checkpoint_paths(workdir):
+        processes.raise_on_all(lambda: run.starts)  # before the workdir is claimed
     if any(processes.all_gather(interrupt.requested)):
         log(f'{workdir}: stopped by a signal before it began; the same command continues')
         return None
-    with session_lib.opened(run, workdir, step, interrupt, started) as session:
+    with session_lib.opened(run, workdir, step, interrupt, started, extend) as session:
         loop = Loop(session)
         loop.run()
         result = _write_result(session, loop)
@@ -181,7 +189,7 @@ def _write_result(session: Session, loop: Loop) -> dict[str, Any]:
         edges,
         method=run.config.method,
         seed=run.config.seed,
-        images=ImageFacts.of(run.config, run.info, run.pipeline.mean_std).to_json(),
+        images=run.image_facts.to_json(),
         steps=loop.step,
         epochs=run.config.epochs,
         compile_s=session.compile_s,
@@ -210,7 +218,8 @@ def main(command: Command, interrupt: Interrupt | None) -> int:
     assert interrupt
     step = number_or(command.options.step, 'step', 0)
     assert not isinstance(step, str)
-    result = train(command.config, command.workdir, step, interrupt)
+    options = command.options
+    result = train(command.config, command.workdir, step, interrupt, options.extend)
     if result is None:
         return EXIT_RESUMABLE
     for table in result_tables(result):

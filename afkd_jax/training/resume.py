@@ -52,7 +52,17 @@ def restore_or_init(
         _set_aside(workdir, restored)
     processes.raise_on_all(lambda: None)  # from here on all see the same checkpoints
     last_step = run.order.end_of(run.config.epochs)
-    log(f'{workdir}: continues from step {int(restored.snapshot.state.step)} of {last_step}')
+    step = int(restored.snapshot.state.step)
+    log(f'{workdir}: continues from step {step} of {last_step}')
+    if restored.epochs < run.config.epochs:
+        log(
+            f'{workdir}: extended from {restored.epochs} to {run.config.epochs} epochs; schedules '
+            'are fractions of the run, so from here on they are those of the longer run'
+        )
+        extension = {'step': step, 'epochs': restored.epochs}
+        restored.snapshot.progress.extensions.append(extension)
+        checkpoints.save(step, restored.snapshot)  # so that it is from now on the longer run's
+        checkpoints.wait()
     changes = config_lib.differences(
         config_lib.flatten(restored.metadata), config_lib.flatten(metadata)
     )

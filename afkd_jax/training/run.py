@@ -11,6 +11,8 @@ from jax.experimental import multihost_utils
 
 from afkd_jax import config as config_lib
 from afkd_jax import models
+from afkd_jax.checkpoints import weights
+from afkd_jax.checkpoints.artefact import ImageFacts
 from afkd_jax.config import Config
 from afkd_jax.data import dataset, pipelines
 from afkd_jax.data.images import DeviceImages
@@ -23,6 +25,7 @@ from afkd_jax.method import metrics, presets
 from afkd_jax.method import state as state_lib
 from afkd_jax.method import step as step_lib
 from afkd_jax.method.state import StackedState, State, TrainState
+from afkd_jax.report.console import log
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,14 +89,30 @@ class Run:
         """How the state lies on the devices."""
         return _SHARDED if self.devices.peers > 1 else _REPLICATED
 
+    @property
+    def image_facts(self) -> ImageFacts:
+        """What is known of the images, for a reader of the run."""
+        return ImageFacts.of(self.config, self.info, self.pipeline.mean_std)
+
+    @functools.cached_property
+    def starts(self) -> dict[int, Any]:
+        """Network, counted from 0 -> the variables that it starts from (config.init_from).
+
+        Raises:
+          UserError: they cannot be read, or do not fit.
+        """
+        if not self.config.init_from:
+            return {}
+        return weights.starts(self.cohort, self.config, self.image_facts, log)
+
     def initial_state(self) -> State:
         """Returns the state before the first step, on the devices."""
 
-        def create(key: jax.Array) -> State:
-            return self.layout.pack(state_lib.create(self.cohort, key))
+        def create(key: jax.Array, starts: Any) -> State:
+            return self.layout.pack(state_lib.create(self.cohort, key, starts))
 
         shardings = self.devices.shardings(self.layout.specs)
-        return jax.jit(create, out_shardings=shardings)(self.init_key)
+        return jax.jit(create, out_shardings=shardings)(self.init_key, self.starts)
 
     def zero_sums(self) -> metrics.Sums:
         """Returns empty sums of a step's values, on the devices."""
@@ -196,6 +215,7 @@ def prepare(config: Config, log: Callable[[str], None] = lambda line: None) -> R
     # Names and devices first: the images may be a long download away.
     presets.named(config.method)
     cohort_lib.ring_of(config)
+    cohort_lib.frozen_of(config)
     for name in config.networks:
         models.build(name, num_classes=2, image_shape=(32, 32, 3))
     devices = mesh.devices_of(config)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from afkd_jax.checkpoints import workdir as workdir_lib
-from afkd_jax.checkpoints.artefact import ImageFacts
 from afkd_jax.checkpoints.store import Checkpoints, Snapshot
 from afkd_jax.devices import processes
 from afkd_jax.devices.signals import Interrupt
@@ -54,7 +53,12 @@ class Session:
 
 @contextlib.contextmanager
 def opened(
-    run: Run, workdir: pathlib.Path, step: int | None, interrupt: Interrupt, started: float
+    run: Run,
+    workdir: pathlib.Path,
+    step: int | None,
+    interrupt: Interrupt,
+    started: float,
+    extend: bool = False,
 ) -> Iterator[Session]:
     """Claims the workdir, restores or initialises the state, compiles, and opens the trackers.
 
@@ -64,6 +68,7 @@ def opened(
       step: of the checkpoint to resume from; None for the newest.
       interrupt: entered.
       started: time.perf_counter() at the start of this process.
+      extend: whether config.epochs may be more than the run in the workdir has.
 
     Raises:
       UserError: the workdir or its checkpoints cannot be used.
@@ -71,7 +76,7 @@ def opened(
     primary, config = processes.is_primary(), run.config
     last_step = run.order.end_of(config.epochs)
     with contextlib.ExitStack() as stack:
-        claim = workdir_lib.claimed(workdir, config, log) if primary else None
+        claim = workdir_lib.claimed(workdir, config, log, extend) if primary else None
         check_held = processes.raise_on_all(
             lambda: stack.enter_context(claim) if claim else lambda: None
         )
@@ -81,8 +86,9 @@ def opened(
             Checkpoints(workdir, run.origin(), metadata, config.checkpoint.keep, check_held)
         )
         snapshot = resume.restore_or_init(run, workdir, checkpoints, metadata, step)
-        if primary:  # only now that the images are known to be those of the run
-            ImageFacts.of(config, run.info, run.pipeline.mean_std).write(workdir)
+        if primary:  # only now that images and checkpoints are known to be those of the run
+            workdir_lib.write_config(workdir, config)
+            run.image_facts.write(workdir)
         first_step, progress = int(snapshot.state.step), snapshot.progress
         log(
             f'{workdir}: {len(run.cohort.names)} networks, {last_step} steps, on '

@@ -1,0 +1,164 @@
+"""Runs that start from trained weights, with frozen networks, or that grow."""
+
+import dataclasses
+import json
+import os
+
+import jax
+import numpy as np
+import pytest
+from conftest import tiny_config
+
+import afkd_jax
+from afkd_jax.checkpoints import weights
+from afkd_jax.devices import mesh
+from afkd_jax.devices.signals import Interrupt
+from afkd_jax.errors import UserError
+from afkd_jax.tools import export
+from afkd_jax.training import loop
+from afkd_jax.training import run as run_lib
+
+
+def config_of(**fields):
+    fields = {'epochs': 1, 'method': 'vanilla', 'logit__schedule': 'constant'} | fields
+    return tiny_config(batch_size=32, data__train_examples=96, **fields)
+
+
+def trained(workdir, *, extend=False, **fields):
+    with pytest.MonkeyPatch.context() as patch, Interrupt() as interrupt:
+        patch.setattr(mesh, 'available', lambda: jax.devices()[:1])
+        config = weights.resolved(config_of(**fields))
+        return loop.train(config, workdir, None, interrupt, extend)
+
+
+@pytest.fixture(scope='module')
+def source(tmp_path_factory):
+    """The directory of a run of two different networks."""
+    workdir = tmp_path_factory.mktemp('source')
+    assert trained(workdir, networks=('tiny-4-1', 'tiny-8-2'))
+    return workdir
+
+
+@pytest.fixture(scope='module')
+def exported(source, tmp_path_factory):
+    """Network 1 of it as safetensors."""
+    path = tmp_path_factory.mktemp('exported') / 'one.safetensors'
+    path.write_bytes(export.safetensors(afkd_jax.load(source, 1)))
+    return str(path)
+
+
+def assert_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+
+
+def test_an_entry_of_networks_that_names_weights_is_a_frozen_network(source, exported):
+    config = config_of(networks=(f'{source}:2', 'tiny-8-2', exported))
+    found = weights.resolved(config)
+    assert found.networks == ('tiny-8-2', 'tiny-8-2', 'tiny-4-1')
+    assert found.frozen == (1, 3)
+    assert found.init_from == (f'{source}:2', '', exported)
+    assert weights.resolved(found) == found
+    assert_equal(weights.read(exported).variables, weights.read(f'{source}:1').variables)
+
+
+def test_a_run_with_a_frozen_teacher(source, tmp_path):
+    """It trains, evaluates and loads; the teacher in it is, to the bit, that of the source."""
+    workdir = tmp_path / 'student'
+    result = trained(workdir, networks=(f'{source}:1', 'tiny-8-2'), method='afd')
+    before, after = afkd_jax.load(source, 1), afkd_jax.load(workdir, 1)
+    assert_equal(before.variables, after.variables)
+    summary = json.loads((source / 'summary.json').read_text())
+    accuracies = [each['networks'][0]['test_accuracy'] for each in (summary, result)]
+    assert accuracies[0] == accuracies[1]
+    assert [edge['network'] for edge in result['ring']] == [2]
+    lines = map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
+    line = next(line for line in lines if 'mimicry_kl' in line.get('networks', [{}])[0])
+    assert line['networks'][0]['mimicry_kl'] == 0
+    assert line['networks'][1]['mimicry_kl'] > 0
+
+
+def test_a_network_starts_from_the_weights_of_another_run(source, exported, monkeypatch, capsys):
+    config = config_of(networks=('tiny-4-1', 'tiny-8-2', 'tiny-4-1'))
+    start = config.replace(init_from=(exported, f'{source}:2', ''))
+    random, started = (run_lib.prepare(each).initial_state().networks for each in (config, start))
+    for k in (0, 1):
+        assert_equal(started[k].variables(), afkd_jax.load(source, k + 1).variables)
+    assert_equal(started[2], random[2])
+    # Other classes: another classifier, from the run's seed.
+    read = weights.read
+    monkeypatch.setattr(
+        weights, 'read', lambda name: dataclasses.replace(read(name), classes=('a', 'b'))
+    )
+    started = run_lib.prepare(start).initial_state().networks
+    assert 'with a new classifier: the classes are others' in capsys.readouterr().out
+    assert_equal(started[0].params['trunk'], afkd_jax.load(source, 1).variables['params']['trunk'])
+    assert_equal(started[0].params['head'], random[0].params['head'])
+
+
+def test_weights_that_do_not_fit(source, exported, monkeypatch, tmp_path):
+    for fields, words in [
+        ({'networks': ('none/x:1', 'tiny-8-2')}, 'there is no directory none/x'),
+        ({'networks': (f'{source}:3', 'tiny-8-2')}, r'has the networks 1 \.\. 2'),
+        ({'networks': ('none.safetensors', 'tiny-8-2')}, 'none.safetensors: cannot be read as an'),
+        ({'init_from': ('x', '')}, r"init_from: must name a network of a run, .* but is 'x'"),
+        (
+            {'init_from': (f'{source}:1', '')},
+            r'is a tiny-4-1 and does not fit "tiny-8-2": params/head/.* is \(4, 10\), not',
+        ),
+        (
+            {'networks': (exported, 'tiny-8-2'), 'init_from': ('other:1', '')},
+            'is the frozen network .* and cannot start from other:1',
+        ),
+    ]:
+        with pytest.raises(UserError, match=words):
+            trained(tmp_path / 'run', **fields)
+    frozen = {'networks': (f'{source}:1', 'tiny-8-2')}
+    for field, value, words in [
+        ('classes', ('a', 'b'), 'was trained with the classes a, b, but the images of this run'),
+        ('image_shape', (9, 9, 1), 'was trained with the image shape 9, 9, 1'),
+        ('mean', (0.1,), r'another mean and standard deviation; set config\.data\.mean=\(0\.1,\)'),
+    ]:
+        changed = dataclasses.replace(weights.read(f'{source}:1'), **{field: value})
+        monkeypatch.setattr(weights, 'read', lambda _, changed=changed: changed)
+        with pytest.raises(UserError, match=words):
+            trained(tmp_path / 'run', **frozen)
+        monkeypatch.undo()
+
+
+def test_a_run_that_is_extended_equals_one_that_was_longer_from_the_start(tmp_path):
+    """With a constant learning rate; its record says where it grew."""
+    whole = trained(tmp_path / 'whole', epochs=2)
+    workdir = tmp_path / 'grown'
+    assert trained(workdir)['extensions'] == []
+    with pytest.raises(UserError, match=r'epochs: 1 -> 2.*, or add --extend to train it longer'):
+        trained(workdir, epochs=2)
+    with pytest.raises(UserError, match=r'seed: 0 -> 1\)'):
+        trained(workdir, epochs=2, seed=1, extend=True)
+    with pytest.raises(UserError, match='holds no run; train first'):
+        trained(tmp_path / 'none', extend=True)
+    grown = trained(workdir, epochs=2, extend=True)
+    assert grown['fingerprint'] == whole['fingerprint']
+    assert grown['extensions'] == [{'step': 3, 'epochs': 1}]
+    assert (grown['steps'], grown['epochs']) == (6, 2)
+    assert json.loads((workdir / 'config.json').read_text())['epochs'] == 2
+    assert (workdir / 'set_aside/summary.json').exists()
+    assert afkd_jax.load(workdir, 1, step=3).step == 3  # a checkpoint of the shorter run
+    assert trained(workdir, epochs=2, extend=True)['fingerprint'] == whole['fingerprint']
+    with pytest.raises(UserError, match=r'epochs: 2 -> 1'):
+        trained(workdir, extend=True)
+
+
+def test_an_extension_that_is_killed_before_its_first_checkpoint_continues(tmp_path, monkeypatch):
+    workdir = tmp_path / 'run'
+    trained(workdir)
+
+    def full(*_):
+        raise OSError(28, 'No space left on device')
+
+    with monkeypatch.context() as patch:
+        patch.setattr('afkd_jax.checkpoints.store._check_disk_space', full)
+        with pytest.raises(UserError, match='No space left'):
+            trained(workdir, epochs=2, extend=True)
+    assert json.loads((workdir / 'config.json').read_text())['epochs'] == 1
+    assert trained(workdir, epochs=2, extend=True)['extensions'] == [{'step': 3, 'epochs': 1}]
+    assert os.path.exists(workdir / 'summary.json')
