@@ -93,7 +93,7 @@ class _Loop:
 
     def __init__(self, run: Run, step: Callable[..., Any], key: jax.Array):
         self._run, self._step, self._key = run, step, key
-        self._state, self._sums, self._taken = run.initial_state(), run.zero_sums(), 0
+        self._state, self._sums, self._taken = run.initial_state(random=True), run.zero_sums(), 0
         self.dispatch_s: list[float] = []
 
     def batch(self, step: int) -> tuple[Any, Any]:

@@ -132,7 +132,7 @@ def _state_bytes(cohort: cohort_lib.Cohort, peers: int) -> dict[str, int]:
 
 
 def _network_flops(cohort: cohort_lib.Cohort, k: int) -> int:
-    """Returns the operations per image of network k's forward pass and its pullbacks.
+    """Returns the operations per image of network k's forward pass and, if it learns, pullbacks.
 
     Those of convolutions and matrix products, by formula, two per multiply-add.
     """
@@ -145,7 +145,9 @@ def _network_flops(cohort: cohort_lib.Cohort, k: int) -> int:
             stats = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), stats)
             return module.apply({'params': params, 'batch_stats': stats}, image, False)
 
-        _, pull = jax.vjp(forward, params)
+        outputs, pull = jax.vjp(forward, params)
+        if not cohort.learns(k):
+            return [outputs]
         pulled = [pull((logits, maps))]
         if cohort.method.adversarial:  # the same maps once more, for the other optimizer
             pulled.append(pull((logits, maps)))

@@ -105,14 +105,19 @@ class Run:
             return {}
         return weights.starts(self.cohort, self.config, self.image_facts, log)
 
-    def initial_state(self) -> State:
-        """Returns the state before the first step, on the devices."""
+    def initial_state(self, random: bool = False) -> State:
+        """Returns the state before the first step, on the devices.
+
+        Args:
+          random: all weights, also where config.init_from names some; to time steps.
+        """
+        starts = {} if random else self.starts
 
         def create(key: jax.Array, starts: Any) -> State:
             return self.layout.pack(state_lib.create(self.cohort, key, starts))
 
         shardings = self.devices.shardings(self.layout.specs)
-        return jax.jit(create, out_shardings=shardings)(self.init_key, self.starts)
+        return jax.jit(create, out_shardings=shardings)(self.init_key, starts)
 
     def zero_sums(self) -> metrics.Sums:
         """Returns empty sums of a step's values, on the devices."""

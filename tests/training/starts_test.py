@@ -84,6 +84,12 @@ def test_a_network_starts_from_the_weights_of_another_run(source, exported, monk
     for k in (0, 1):
         assert_equal(started[k].variables(), afkd_jax.load(source, k + 1).variables)
     assert_equal(started[2], random[2])
+    # Networks of one architecture that are sharded.
+    with monkeypatch.context() as patch:
+        patch.setattr(mesh, 'available', lambda: jax.devices()[:2])
+        sharded = config_of(init_from=(f'{source}:2', ''), mesh__peer=2, method='kd_ring')
+        state = run_lib.prepare(sharded).initial_state().unstack()
+        assert_equal(state.networks[0].variables(), afkd_jax.load(source, 2).variables)
     # Other classes: another classifier, from the run's seed.
     read = weights.read
     monkeypatch.setattr(
