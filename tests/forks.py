@@ -13,6 +13,11 @@ import traceback
 
 ROOT = pathlib.Path(__file__).parent.parent
 TIMEOUT_S = 200  # a command that takes longer hangs
+# XLA compiles three times sooner, to programs that are slower: tests compile much, compute little.
+UNOPTIMISED = (
+    '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false '
+    '--xla_cpu_parallel_codegen_split_count=1'
+)
 
 CONTEXT = multiprocessing.get_context('forkserver')
 CONTEXT.set_forkserver_preload(
@@ -25,9 +30,10 @@ CONTEXT.set_forkserver_preload(
 )
 
 
-def environment():
-    """Returns that of a user: without the flags that tests set for themselves."""
-    return {key: value for key, value in os.environ.items() if key != 'XLA_FLAGS'}
+def environment(devices=1):
+    """Returns that of a process with so many CPU devices."""
+    flags = f'--xla_force_host_platform_device_count={devices} {UNOPTIMISED}'
+    return os.environ | {'XLA_FLAGS': flags}
 
 
 def _run(arguments, variables, files, timeout):

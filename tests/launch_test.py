@@ -26,7 +26,7 @@ from afkd_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
 SHORT = kills.RUN
-ENVIRONMENT = {key: value for key, value in os.environ.items() if key != 'XLA_FLAGS'}
+ENVIRONMENT = forks.environment()
 
 
 def launch(*arguments):
@@ -578,7 +578,6 @@ BAD_COMMANDS = {
     'a step to describe': ([*SHORT, '--mode=describe', '--step=3'], '--step: 3 is only for'),
     'no truth value for a flag': ([*SHORT, '--debug=perhaps'], 'debug'),
 }
-DEVICES_8 = {'XLA_FLAGS': '--xla_force_host_platform_device_count=8'}
 
 
 @pytest.mark.parametrize('name', BAD_COMMANDS)
@@ -610,7 +609,7 @@ def test_bad_input_gives_one_message(name, tmp_path, forked, trained):
     before = contents(tmp_path / 'run')
     code, output, errors = forked(
         [argument.format(small=tmp_path) for argument in arguments],
-        DEVICES_8 if 'devices' in name else {},
+        forks.environment(8 if 'devices' in name else 1),
     )
     assert code == 1, output
     *warnings, line = errors.splitlines()
