@@ -10,6 +10,7 @@ import importlib
 import os
 import pathlib
 import re
+import select
 import sys
 import threading
 import traceback
@@ -28,6 +29,7 @@ from afkd_jax.errors import (
     EXIT_BUG,
     EXIT_KILLED,
     EXIT_RESUMABLE,
+    EXIT_UNREAD,
     EXIT_USER_ERROR,
     UserError,
     first_line,
@@ -78,8 +80,13 @@ def parse(argv: list[str]) -> list[str]:
             if names.count(name) > 1:  # a tuple's values would be joined
                 raise UserError(f'--config.{name}: given {names.count(name)} times; give it once')
         try:
-            rest = flags.FLAGS(argv)
+            try:
+                rest = flags.FLAGS(argv)
+            finally:
+                sys.stdout.flush()  # what --help prints
         except Exception as error:  # a config file is code and may raise anything
+            if _unread(error):
+                sys.exit(EXIT_UNREAD)
             raise UserError(_flag_message(error)) from error
         if not flags.FLAGS['verbosity'].present:
             # Orbax logs every step of every save, and tracebacks of what it then raises.
@@ -126,15 +133,21 @@ def main(config_flag: flags.FlagHolder, options: Options) -> int:
     if not options.debug:
         _hide_tracebacks()
     try:
-        return _run(config_flag, options)
+        code = _run(config_flag, options)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         _interrupted()
     except Exception as error:
+        if _unread(error):
+            _end_others('the output is no longer read', EXIT_UNREAD)
+            return EXIT_UNREAD
         message, code = _message(error)
-        if options.debug:
-            traceback.print_exc()
-        else:
-            print(f'error: {_escaped(message)}', file=sys.stderr, flush=True)
+        with contextlib.suppress(BrokenPipeError):
+            if options.debug:
+                traceback.print_exc()
+            else:
+                print(f'error: {_escaped(message)}', file=sys.stderr, flush=True)
         _end_others(_escaped(message), code)
         return code
 
@@ -161,6 +174,7 @@ def _run(config_flag: flags.FlagHolder, options: Options) -> int:
         # JAX exchanges the devices of all processes here, so they must do it together.
         processes.raise_on_all(mesh.available)
         console.quiet = not processes.is_primary()
+        console.needs_reader = options.mode != 'train'
         code = importlib.import_module(mode.module).main(command, interrupt)
         processes.shutdown()
     return code
@@ -251,6 +265,22 @@ def _interrupted() -> NoReturn:
     print('error: interrupted; what was written before is intact', file=sys.stderr, flush=True)
     # Not sys.exit: threads of the runtime may still use what the interpreter would tear down.
     os._exit(EXIT_KILLED)
+
+
+def _unread(error: Exception) -> bool:
+    """Returns whether an error means that nobody reads the output, which is discarded from then on.
+
+    A broken pipe to another process, as one that decodes images, is another error.
+    """
+    if not isinstance(error, BrokenPipeError):
+        return False
+    poll = select.poll()
+    for output in (1, 2):
+        poll.register(output, 0)
+    gone = [output for output, event in poll.poll(0) if event & select.POLLERR]
+    for output in gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return bool(gone)
 
 
 def _message(error: Exception) -> tuple[str, int]:

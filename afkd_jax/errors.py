@@ -9,6 +9,7 @@ EXIT_USER_ERROR = 1  # an input to be corrected, or a run that has diverged
 EXIT_BUG = 70  # a fault of this program
 EXIT_RESUMABLE = 75  # stopped by a signal with a checkpoint: the same command resumes
 EXIT_KILLED = 130  # interrupted outside training, or for the second time
+EXIT_UNREAD = 141  # nobody reads the output any more, as after `| head`; training continues
 
 
 class UserError(Exception):

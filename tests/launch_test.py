@@ -691,6 +691,19 @@ def test_libraries_print_no_traceback_but_swallow_no_ctrl_c(error, code, output,
 
 
 @pytest.mark.parametrize(
+    'arguments', [['--help'], ['--mode=describe'], ['--mode=plan', '--config.method=vanilla']]
+)
+def test_output_that_nobody_reads_is_no_error(arguments):
+    arguments = ['--config=tests/tiny.py', *arguments]
+    assert forks.Launch(arguments, ENVIRONMENT, unread=True).end() == [141, '', '']
+
+
+def test_a_broken_pipe_between_processes_is_an_error():
+    assert not cli._unread(BrokenPipeError())
+    assert cli._message(BrokenPipeError(32, 'Broken pipe'))[1] == 1
+
+
+@pytest.mark.parametrize(
     ('error', 'pattern', 'code'),
     [
         (
