@@ -74,14 +74,10 @@ _OVERRIDE = re.compile(r'--?(?:no)?config\.([^=]+)')
 def parse(argv: list[str]) -> list[str]:
     """Parses the flags, of which --config also runs the config file; exits with a message."""
     try:
-        names = [match[1] for argument in argv[1:] if (match := _OVERRIDE.match(argument))]
-        config_lib.check_names(names)
-        for name in names:
-            if names.count(name) > 1:  # a tuple's values would be joined
-                raise UserError(f'--config.{name}: given {names.count(name)} times; give it once')
+        config_lib.check_names(filter(None, map(_field, argv[1:])))
         try:
             try:
-                rest = flags.FLAGS(argv)
+                rest = flags.FLAGS(_last_values(argv))
             finally:
                 sys.stdout.flush()  # what --help prints
         except Exception as error:  # a config file is code and may raise anything
@@ -99,6 +95,28 @@ def parse(argv: list[str]) -> list[str]:
             raise
         print(f'error: {_escaped(str(error))}', file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
+
+
+def _field(argument: str) -> str | None:
+    """Returns the field that an argument assigns; None if it assigns none."""
+    match = _OVERRIDE.match(argument)
+    return match and match[1]
+
+
+def _last_values(argv: list[str]) -> list[str]:
+    """Returns the arguments without values of fields that are assigned again.
+
+    The last value is valid, as for every flag; absl would join those of a tuple.
+    """
+    last = {name: i for i, argument in enumerate(argv) if (name := _field(argument))}
+    result, i = [], 0
+    while i < len(argv):
+        name, start = _field(argv[i]), i
+        apart = name and '=' not in argv[i] and type(config_lib.DEFAULTS.get(name)) is not bool
+        i += 2 if apart else 1  # '--config.seed 1'
+        if name is None or last[name] == start:
+            result += argv[start:i]
+    return result
 
 
 def _flag_message(error: Exception) -> str:

@@ -177,6 +177,20 @@ def test_the_default_workdir_is_named_after_what_makes_the_run(config, argument,
     assert cli._run_name(config, argument, overrides) == name
 
 
+@pytest.mark.parametrize(
+    ('given', 'used'),
+    [
+        ('--config.seed=1 --config=c.py --config.seed=2', '--config=c.py --config.seed=2'),
+        ('--config.seed 1 -config.seed 2 --mode plan', '-config.seed 2 --mode plan'),
+        ('--config.data.flip --debug --noconfig.data.flip', '--debug --noconfig.data.flip'),
+        ('--config.networks=("a",) --config.networks ("b",)', '--config.networks ("b",)'),
+        ('--config.seed=1 --config.epochs=1', '--config.seed=1 --config.epochs=1'),
+    ],
+)
+def test_the_last_value_of_a_field_is_valid(given, used):
+    assert cli._last_values(['launch.py', *given.split()]) == ['launch.py', *used.split()]
+
+
 def test_a_long_name_is_cut_but_still_tells_runs_apart():
     names = [
         cli._run_name('digits', '', {'networks': ('mobilenet_v2x0.75',) * 20, 'seed': seed})
@@ -316,8 +330,8 @@ BAD_COMMANDS = {
         'there is no file configs/cifar1000.py;',
     ),
     'a field twice': (
-        [*SHORT, "--config.networks=('resnet8','resnet8')", "--config.networks=('resnet8',)"],
-        'config.networks: given 2 times; give it once',
+        [*SHORT, "--config.networks=('resnet8','resnet8')", "--config.networks=('resnet9',)"],
+        r"config.networks: must be a tuple of at least two .* but is .'resnet9.,.",
     ),
     'a section': (
         [*SHORT, '--config.loss=3'],

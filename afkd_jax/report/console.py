@@ -16,7 +16,7 @@ class _Console(rich.console.Console):
     def on_broken_pipe(self) -> None:
         """Discards the output from here on, or raises the BrokenPipeError that is handled."""
         if self.needs_reader:
-            raise  # noqa: PLE0704 - rich calls this where it has caught the error
+            raise  # rich calls this where it has caught the error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
