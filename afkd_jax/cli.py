@@ -68,6 +68,7 @@ MODES = {
     'prepare': Mode('afkd_jax.tools.prepare'),
 }
 
+_PATH = re.compile(r"""[^'",:=()]*/[^'",:=()]*""")  # in the value of a field
 _OVERRIDE = re.compile(r'--?(?:no)?config\.([^=]+)')
 
 
@@ -219,7 +220,11 @@ def _command(config_flag: flags.FlagHolder, options: Options) -> Command:
         raise UserError(
             f'--config: get_config() must return a ConfigDict, not a {type(config).__name__}'
         )
-    overrides = config_flags.get_override_values(flag)
+    overrides = {
+        name: value
+        for name, value in config_flags.get_override_values(flag).items()
+        if not _equal(value, flags.FLAGS[f'config.{name}'].default)  # the file's own value
+    }
     workdir = options.workdir or f'runs/{_run_name(path.stem, argument, overrides)}'
     return Command(_resolved(Config.of(config)), options, pathlib.Path(workdir))
 
@@ -244,19 +249,34 @@ def _check_options(options: Options) -> None:
             )
 
 
+def _equal(value: Any, other: Any) -> bool:
+    return tuple(value) == tuple(other) if isinstance(value, tuple) else value == other
+
+
 def _run_name(config: str, argument: str, overrides: dict[str, Any]) -> str:
     """Returns the default name of a run: of its config, the config's argument and the overrides.
 
     So different experiments do not share a workdir, and the same command finds its own:
     'cifar100-resnet32-wrn-16-4-method=dml' of configs/cifar100.py:resnet32,wrn-16-4. Fields that
-    may change when a run resumes (config.defines_run) are not part of it.
+    may change when a run resumes (config.defines_run) are not part of it. Of a long path only the
+    last component is, and a hash of the whole.
     """
+
+    def short(path: re.Match) -> str:
+        last = path[0].rstrip('/').rsplit('/', 1)[-1]
+        return path[0] if len(path[0]) <= 20 else f'{last}-{_hash(path[0], 6)}'
+
     fields = sorted(filter(config_lib.defines_run, overrides))
     words = [config, argument, *(f'{name}={overrides[name]}' for name in fields)]
+    words = [_PATH.sub(short, word) for word in words]
     name = re.sub(r'[^\w.=]+', '-', '-'.join(words)).replace('=-', '=').strip('-')
     if len(name) > 200:  # most file systems end at 255
-        name = f'{name[:180]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}'
+        name = f'{name[:180]}-{_hash(name, 12)}'
     return name
+
+
+def _hash(text: str, digits: int) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:digits]
 
 
 def _set_platform(platform: str) -> None:

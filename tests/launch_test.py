@@ -18,6 +18,8 @@ import types
 import forks
 import kills
 import pytest
+from absl import flags
+from ml_collections import config_flags
 from PIL import Image
 from sklearn import datasets
 
@@ -171,10 +173,52 @@ def test_a_second_signal_ends_at_once(tmp_path):
             {'networks': ('resnet8', 'mobilenet_v2x0.5'), 'data.pad': 2},
             'digits-data.pad=2-networks=resnet8-mobilenet_v2x0.5',
         ),
+        ('digits', '', {'data.data_dir': '/data/tfds', 'data.workers': 3}, 'digits'),
+        (
+            'cifar100',
+            'resnet32,/data/of/others/runs/a:1',
+            {},
+            'cifar100-resnet32-a-cc5769-1',
+        ),
+        ('digits', '', {'init_from': ('runs/a:1', '')}, 'digits-init_from=runs-a-1'),
+        (
+            'digits',
+            '',
+            {'dataset': 'folder:/data/of/everybody/flowers', 'networks': ('resnet8', '/w/a:1')},
+            'digits-dataset=folder-flowers-a2bd03-networks=resnet8-w-a-1',
+        ),
+        (
+            'digits',
+            '',
+            {'init_from': ('/data/of/others/runs/a:2', '/data/of/others/runs/a.safetensors')},
+            'digits-init_from=a-cc5769-2-a.safetensors-187513',
+        ),
     ],
 )
 def test_the_default_workdir_is_named_after_what_makes_the_run(config, argument, overrides, name):
     assert cli._run_name(config, argument, overrides) == name
+
+
+@pytest.mark.parametrize(
+    ('overrides', 'name'),
+    [
+        ('--config.seed=0 --config.loss.temperature=3 --config.data.pad=1', 'digits'),
+        ("--config.networks=('resnet8','resnet8') --noconfig.data.flip", 'digits'),
+        ('--config.ring_order=() --config.seed=1', 'digits-seed=1'),
+        ('--config.seed=1 --config.seed=0', 'digits'),
+        ('--config.data.flip', 'digits-data.flip=True'),
+    ],
+)
+@pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')  # of ml_collections
+def test_fields_that_equal_the_config_files_do_not_name_the_workdir(overrides, name, monkeypatch):
+    argv = ['launch.py', f'--config={ROOT}/configs/digits.py', *overrides.split()]
+    monkeypatch.setattr(sys, 'argv', argv)
+    values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_file('config', flag_values=values)
+    values(cli._last_values(argv))
+    monkeypatch.setattr(flags, 'FLAGS', values)
+    options = types.SimpleNamespace(workdir=None)
+    assert cli._command(holder, options).workdir == pathlib.Path('runs', name)
 
 
 @pytest.mark.parametrize(
