@@ -227,6 +227,9 @@ class Config:
     feature: Optimizer = Optimizer()  # updates trunks and transfer layers from L_G
     discriminator: Optimizer = Optimizer()
     log_every: int = _positive(50)  # steps per line of metrics.jsonl
+    # Epochs per evaluation; the last one is always evaluated. No array depends on it, but which
+    # checkpoint is the best does.
+    eval_every: int = _positive(1)
     checkpoint: Checkpoint = Checkpoint()
     # After a step with a loss or gradient that is not finite: 'stop' the run, or 'skip' the step,
     # which changes no array and is counted.

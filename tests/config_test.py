@@ -64,6 +64,7 @@ def test_shipped_configs_are_valid(module):
         ('logit.boundaries', (150.0, 225.0), r'each between 0 and 1.*but is \(150.0, 225.0\)'),
         ('discriminator.factor', 0.0, 'above 0'),
         ('log_every', 0, 'at least 1'),
+        ('eval_every', 0, 'at least 1, but is 0'),
         ('checkpoint.keep', 0, 'at least 1'),
         ('checkpoint.every_steps', -1, 'at least 0'),
         ('checkpoint.every_minutes', -0.5, 'at least 0'),
