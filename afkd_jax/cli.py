@@ -24,7 +24,7 @@ from afkd_jax import config as config_lib
 from afkd_jax.command import Command, Options
 from afkd_jax.config import Config
 from afkd_jax.devices import compile_cache
-from afkd_jax.devices.signals import Interrupt
+from afkd_jax.devices.signals import Cancel, Interrupt
 from afkd_jax.errors import (
     EXIT_BUG,
     EXIT_KILLED,
@@ -178,10 +178,10 @@ def _run(config_flag: flags.FlagHolder, options: Options) -> int:
         _set_platform('cpu')
     if mode.cached:
         compile_cache.enable()
-    if not mode.distributed:
-        return importlib.import_module(mode.module).main(command, None)
-    # From here on a signal is a request, even while JAX is imported.
-    with Interrupt() if options.mode == 'train' else contextlib.nullcontext() as interrupt:
+    # In training a signal is a request from here on, even while JAX is imported.
+    with Interrupt() if options.mode == 'train' else Cancel() as interrupt:
+        if not mode.distributed:
+            return importlib.import_module(mode.module).main(command, None)
         from afkd_jax.devices import mesh, processes
         from afkd_jax.report.console import console
 

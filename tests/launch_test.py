@@ -108,13 +108,16 @@ def wait_for(process, condition):
 def test_stopped_by_signals_and_started_again_is_the_same_run(trained, tmp_path):
     config, metrics = tmp_path / 'config.json', tmp_path / 'metrics.jsonl'
     # While it compiles, and among the steps.
-    for condition in (config.exists, lambda: '"train"' in metrics.read_text()):
+    for condition, when in (
+        (config.exists, '(before the first step|after the compilation)'),
+        (lambda: '"train"' in metrics.read_text(), 'after this step, with a checkpoint'),
+    ):
         process = forks.Launch([*SHORT, f'--workdir={tmp_path}'], ENVIRONMENT)
         wait_for(process, condition)
         process.send_signal(signal.SIGINT)
         code, output, errors = process.end()
         assert code == 75
-        assert errors == 'stopping after this step, with a checkpoint; once more ends at once\n'
+        assert re.fullmatch(f'SIGINT: stops {when}; once more ends at once\n', errors)
         assert 'the same command continues' in output
         so_far = json.loads((tmp_path / 'summary.json').read_text())
         assert not so_far['finished']

@@ -107,12 +107,14 @@ class Loop:
 
     def run(self) -> None:
         """Trains; ends with a checkpoint."""
+        self._session.interrupt.effect = 'stops after this step, with a checkpoint'
         self._end_epoch()  # of an epoch that was stopped before its evaluation
         with self._run.pipeline.training(self.step) as batches:
             self._train(batches)
         if self.step > self._saved_step:
             self._save()
         self._session.checkpoints.wait()
+        self._session.interrupt.effect = 'ends when the result is written'
 
     def _train(self, batches: Iterator[Any]) -> None:
         first = self.step

@@ -160,6 +160,21 @@ def test_the_seed_gives_the_weights_and_the_augmentation():
     assert len(draws) == 4
 
 
+def test_a_signal_is_answered_by_what_it_waits_for(tmp_path, monkeypatch):
+    effects = []
+
+    def compiled_step(run):
+        effects.append(interrupt.effect)
+        raise InterruptedError
+
+    monkeypatch.setattr(run_lib.Run, 'compiled_step', compiled_step)
+    with Interrupt() as interrupt:
+        effects.append(interrupt.effect)
+        with pytest.raises(InterruptedError):
+            train.train(short_config(), tmp_path, None, interrupt)
+    assert effects == ['stops before the first step', 'stops after the compilation']
+
+
 def values(workdir):
     """Returns the lines of metrics.jsonl about the run itself, without times."""
     rows = lines(workdir, 'train') + lines(workdir, 'evaluation')
