@@ -20,6 +20,7 @@ _PANELS: list[tuple[str, str, dict[str, tuple[str, str]]]] = [
         {'d_own': ('-', "student's map"), 'd_teacher': ('--', "teacher's map")},
     ),
 ]
+_FEW = 10  # points, which are marked
 _NOT_LOSSES = {'name', 'accuracy'}
 
 
@@ -51,7 +52,7 @@ def draw(workdir: pathlib.Path) -> None:
             for name, (style, _) in values.items():
                 for k in range(len(names)):
                     ys = [line['networks'][k].get(name) for line in train]
-                    axis.plot(epochs, ys, style, color=f'C{k}', linewidth=1.4)
+                    _plot(axis, epochs, ys, style, f'C{k}')
             _label(axis, title, unit, {word: style for style, word in values.values()}, Line2D)
             if 'd_own' in values:
                 axis.set_ylim(0, 1)
@@ -93,9 +94,13 @@ def _draw_accuracies(axis: Any, splits: dict[str, dict[int, Any]], line2d: Any) 
         for k, network in enumerate(evaluations[0]['networks']):
             accuracies = [line['networks'][k]['accuracy'] for line in evaluations]
             colour = 'black' if network['name'] == 'ensemble' else f'C{k}'
-            style, marker = styles[split], 'o' if len(epochs) == 1 else ''
-            axis.plot(epochs, accuracies, style, color=colour, marker=marker, linewidth=1.4)
+            _plot(axis, epochs, accuracies, styles[split], colour)
     _label(axis, 'Accuracy', 'top-1, %', styles, line2d)
+
+
+def _plot(axis: Any, epochs: list[float], values: list[Any], style: str, colour: str) -> None:
+    marker = 'o' if len(epochs) <= _FEW else ''  # a line of one point cannot be seen
+    axis.plot(epochs, values, style, color=colour, marker=marker, markersize=4, linewidth=1.4)
 
 
 def _label(axis: Any, title: str, unit: str, styles: dict[str, str], line2d: Any) -> None:
