@@ -21,10 +21,12 @@ from afkd_jax.data import randaugment
 
 _JPEG = b'\xff\xd8'
 _COLOURS = {1: ('GRAY', 'L'), 3: ('RGB', 'RGB')}
+_GREY = '1', 'L', 'LA'  # Pillow's modes of images without colours; a palette counts as colours
 _SPARE = 2  # as in Pillow's reducing_gap, "almost indistinguishable"
 _TRIES = 10  # to find a crop inside the image; the usual number
 
 Stored = np.ndarray | bytes  # an image: uint8 [H, W, C], or an encoded file
+Shape = tuple[int, int, int]  # (H, W, C)
 Range = tuple[float, ...]  # smallest and largest
 
 
@@ -60,7 +62,7 @@ class View:
         return _with_pillow(seen, lambda image: randaugment.vary(image, number, magnitude, rng))
 
     def _crop(self, image: Stored, channels: int, rng: np.random.Generator) -> np.ndarray:
-        height, width = _sides(image)
+        height, width, _ = header(image)
         scale, ratio = self.data.crop_scale, self.data.crop_ratio
         left, top, right, bottom = random_crop(height, width, scale, ratio, rng)
         # Decoding a JPEG at n/8 of its size is faster; the resize to S still halves it.
@@ -117,13 +119,11 @@ def pixels(image: Stored, channels: int, scale: float = 1.0) -> np.ndarray:
         least: dict[str, Any] = {}
         if scale <= 7 / 8:
             eighths = math.ceil(8 * scale)
-            height, width = (math.ceil(side * eighths / 8) for side in _sides(image))
+            height, width = (math.ceil(side * eighths / 8) for side in header(image)[:2])
             least = {'min_height': height, 'min_width': width}
         with contextlib.suppress(ValueError):  # Pillow tolerates some invalid bytes
             return simplejpeg.decode_jpeg(image, fast, **least)
     with _opened(image) as file:
-        if file.mode[0] in 'IF':  # Pillow would clip them at 255
-            raise DecodeError(f'its pixels are no bytes (mode {file.mode})')
         whole = np.asarray(file.convert(slow))
     return whole if channels > 1 else whole[..., None]
 
@@ -140,6 +140,8 @@ def _opened(image: bytes) -> Iterator[Image.Image]:
     """Yields the image in Pillow; a failure is a DecodeError, with the same text in every run."""
     try:
         with Image.open(io.BytesIO(image)) as file:  # reads the header alone
+            if file.mode[0] in 'IF':  # Pillow would clip them at 255
+                raise DecodeError(f'its pixels are no bytes (mode {file.mode})')
             yield file
     except DecodeError:
         raise
@@ -148,13 +150,14 @@ def _opened(image: bytes) -> Iterator[Image.Image]:
         raise DecodeError(words or type(error).__name__) from error
 
 
-def _sides(image: Stored) -> tuple[int, int]:
-    """Returns (height, width)."""
+def header(image: Stored) -> Shape:
+    """Returns (height, width, channels), the channels 1 if it is stored as grey, else 3."""
     if isinstance(image, np.ndarray):
-        return image.shape[:2]
+        height, width, channels = image.shape
+        return height, width, channels
     if image[:2] == _JPEG:
         with contextlib.suppress(ValueError):
-            height, width, *_ = simplejpeg.decode_jpeg_header(image)
-            return int(height), int(width)
+            height, width, colours, _ = simplejpeg.decode_jpeg_header(image)
+            return int(height), int(width), 1 if colours == 'Gray' else 3
     with _opened(image) as file:
-        return file.height, file.width
+        return file.height, file.width, 1 if file.mode in _GREY else 3

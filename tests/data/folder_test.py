@@ -4,10 +4,11 @@ import os
 
 import numpy as np
 import pytest
-from conftest import tiny_config
+from conftest import take_devices, tiny_config
 from PIL import Image
 
 from afkd_jax.data import dataset as dataset_lib
+from afkd_jax.data import pipelines
 from afkd_jax.data.sources import folder
 from afkd_jax.errors import UserError
 
@@ -23,6 +24,11 @@ def write(root, *names):
 
 def source(root, **fields):
     return folder.source(tiny_config(**fields), str(root))
+
+
+def folder_config(root, **fields):
+    defaults = {'batch_size': 2, 'data__pad': 0, 'data__validation_fraction': 0.0}
+    return tiny_config(dataset=f'folder:{root}', **defaults | fields)
 
 
 def found(root):
@@ -81,21 +87,71 @@ def test_the_first_test_folder_with_classes_is_taken(tmp_path):
     assert found(tmp_path)[1] == {str(tmp_path / 'test/b/3.png'): 1}
 
 
-def test_the_first_image_determines_shape_and_colours(tmp_path):
+def test_size_channels_and_sizes_of_the_splits(tmp_path):
     write(tmp_path, 'train/a/0.png', 'train/b/1.png', 'val/a/2.png')
     assert source(tmp_path).train.image_shape == (4, 6, 1)
     assert source(tmp_path, data__image_size=8).train.image_shape == (None, None, 3)
-    config = tiny_config(
-        dataset=f'folder:{tmp_path}',
-        batch_size=2,
-        data__pad=0,
-        data__validation_fraction=0.0,
-    )
+    config = folder_config(tmp_path)
     dataset = dataset_lib.dataset(config)
     assert dataset.info == dataset_lib.Info((4, 6, 1), ('a', 'b'), 2, 0, 1)
     assert [int(image.max()) for image in dataset.load().pixels[2:]] == [2]
     assert {int(image.max()) for image in dataset.load().pixels[:2]} == {0, 1}
     assert dataset_lib.info(config) == dataset.info
+
+
+RED = np.full((4, 6, 3), (255, 0, 0), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ('name', 'mode', 'form'),
+    [
+        ('train/a/1.png', 'RGB', 'JPEG'),
+        ('train/b/2.png', 'P', 'PNG'),
+        ('val/a/3.png', 'CMYK', 'JPEG'),
+        ('val/a/3.png', 'RGBA', 'PNG'),
+    ],
+)
+def test_one_coloured_image_makes_all_coloured(name, mode, form, tmp_path):
+    write(tmp_path, 'train/a/0.png', 'train/a/1.png', 'train/b/2.png', 'val/a/3.png')
+    Image.fromarray(RED).convert(mode).save(tmp_path / name, form, quality=95)
+    dataset = dataset_lib.dataset(folder_config(tmp_path))
+    assert dataset.info.image_shape == (4, 6, 3)
+    pixels = dataset.load().pixels
+    grey = [image for image in pixels if image.max() < 4]
+    assert len(grey) == 3
+    assert all((image == image[..., :1]).all() for image in grey)
+    (coloured,) = (image for image in pixels if image.max() >= 4)
+    np.testing.assert_allclose(coloured, RED, atol=2)
+
+
+def test_grey_images_of_every_kind_stay_grey(tmp_path):
+    write(tmp_path, 'train/a/0.png', 'train/b/1.png', 'val/a/2.png')
+    grey = Image.fromarray(np.full((4, 6), 255, np.uint8))
+    for mode in ('1', 'LA'):
+        grey.convert(mode).save(tmp_path / f'train/a/{mode}.png')
+    grey.save(tmp_path / 'train/a/3.jpg')
+    dataset = dataset_lib.dataset(folder_config(tmp_path))
+    assert dataset.info.image_shape == (4, 6, 1)
+    values = sorted(int(image.min()) for image in dataset.load().pixels)
+    assert values == [0, 1, 2, 255, 255, 255]
+
+
+@pytest.mark.parametrize('content', [b'', None])
+def test_a_broken_first_image_is_as_any_other(content, tmp_path):
+    write(tmp_path, 'train/a/0.png', 'train/a/1.png', 'train/b/2.png', 'val/a/3.png')
+    first = tmp_path / 'train/a/0.png'
+    if content is None:  # 16 bits
+        Image.fromarray(np.full((9, 9), 300, np.uint16)).save(first)
+    else:
+        first.write_bytes(content)
+    dataset = dataset_lib.dataset(folder_config(tmp_path))
+    assert dataset.info.image_shape == (4, 6, 1)
+    with pytest.raises(UserError, match=r'train/a/0.png: .*; repair .* config.data.max_corrupt'):
+        dataset.load()
+    config = folder_config(tmp_path, data__placement='stream', data__max_corrupt=1)
+    lines = []
+    pipelines.create(config, dataset_lib.dataset(config), take_devices(), lines.append)
+    assert len(lines) == 1  # the mean and standard deviation are computed without it
 
 
 @pytest.mark.parametrize(
@@ -119,8 +175,10 @@ def test_other_folders_are_rejected(names, message, tmp_path):
         source(tmp_path)
 
 
-def test_a_first_file_that_is_no_image_is_named(tmp_path):
-    write(tmp_path, 'train/a/0.png', 'train/b/1.png', 'val/a/2.png')
-    (tmp_path / 'train/a/0.png').write_text('no image')
-    with pytest.raises(UserError, match=r'train/a/0.png is no image .*; repair or remove it'):
+def test_where_no_image_can_be_read_the_first_is_named(tmp_path):
+    for name in ('train/a/0.png', 'train/b/1.png', 'val/a/2.png'):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text('no image')
+    words = r'none of the 3 images can be read; the first is .*train/a/0.png: cannot identify'
+    with pytest.raises(UserError, match=f'^config.dataset: {words}.*; repair'):
         source(tmp_path)

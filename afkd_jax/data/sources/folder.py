@@ -8,11 +8,12 @@ in the order of their names, compared as bytes.
 
 import os
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image
 
 from afkd_jax.config import Config
+from afkd_jax.data import decode
 from afkd_jax.data.examples import Examples, digest
 from afkd_jax.data.sources import Source
 from afkd_jax.errors import UserError
@@ -75,22 +76,35 @@ class _Files(Examples):
         description = self._folders, self._files.dtype.str
         return digest(description, self._files, self._folder, self._labels)
 
-    def first_shape(self) -> tuple[int, int, int]:
+
+def _stored_shape(splits: Sequence[_Files]) -> decode.Shape:
+    """Returns the size of the first image that can be read, and one channel if all are grey.
+
+    Reads the headers up to the first image with colours. One that cannot be read does not count.
+    """
+    size, reason = None, ''
+    for split, index in ((files, i) for files in splits for i in range(len(files))):
         try:
-            with Image.open(self.name(0)) as file:
-                width, height = file.size
-                return height, width, 1 if file.mode in ('1', 'L', 'LA') else 3
-        except Exception as error:  # of a broken file Pillow raises whatever its decoders do
-            raise UserError(
-                f'config.dataset: {self.name(0)} is no image ({error}); repair or remove it'
-            ) from error
+            height, width, channels = decode.header(split[index][0])
+        except decode.DecodeError as error:
+            reason = reason or str(error)
+            continue
+        size = size or (height, width)
+        if channels == 3:
+            return *size, 3
+    if not size:
+        raise UserError(
+            f'config.dataset: none of the {sum(map(len, splits))} images can be read; the first is '
+            f'{splits[0].name(0)}: {reason}; repair them'
+        )
+    return *size, 1
 
 
 def source(config: Config, argument: str) -> Source:
     """Returns the image files below the directory `argument`; classes are named by folder.
 
-    With config.data.image_size all images are decoded as RGB; else the first training image
-    determines size and channels.
+    With config.data.image_size all images are decoded as RGB; else they are grey if every one is,
+    and RGB if one is not.
 
     Raises:
       UserError: a folder is missing or empty, or the classes of the splits differ.
@@ -134,6 +148,6 @@ def source(config: Config, argument: str) -> Source:
             f'config.dataset: there are no image files below {train_root / folder}; every class '
             'needs some'
         )
-    shape = (None, None, 3) if config.data.image_size else train.first_shape()
+    shape = (None, None, 3) if config.data.image_size else _stored_shape((train, test))
     train.image_shape = test.image_shape = shape
     return Source(train, test, tuple(name.decode(errors='backslashreplace') for name in classes))
