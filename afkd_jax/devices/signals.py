@@ -11,7 +11,7 @@ from types import FrameType
 from afkd_jax.errors import EXIT_KILLED
 
 _SAME_SIGNAL_S = 1.0  # SIGTERMs closer than this count once
-_SHOW_CURSOR = b'\x1b[?25h\n'
+_SHOW_CURSOR, _CLEAR_LINE = b'\x1b[?25h\n', b'\r\x1b[K'
 _MESSAGES = (
     b'stopping after this step, with a checkpoint; once more ends at once\n',
     b'error: interrupted; what was written before is intact\n',
@@ -57,8 +57,8 @@ class Interrupt:
                     continue
             message = _MESSAGES[count]
             count += 1
-            if count == len(_MESSAGES) and os.isatty(2):
-                message = _SHOW_CURSOR + message  # a progress bar hides it
+            if os.isatty(2):  # with a progress bar, which hides the cursor
+                message = (_SHOW_CURSOR if count == len(_MESSAGES) else _CLEAR_LINE) + message
             with contextlib.suppress(OSError):  # e.g. a pipe whose reader is gone
                 os.write(2, message)
             if count == len(_MESSAGES):

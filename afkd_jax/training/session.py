@@ -3,8 +3,7 @@
 import contextlib
 import dataclasses
 import pathlib
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from afkd_jax.checkpoints import workdir as workdir_lib
@@ -12,12 +11,13 @@ from afkd_jax.checkpoints.artefact import ImageFacts
 from afkd_jax.checkpoints.store import Checkpoints, Snapshot
 from afkd_jax.devices import processes
 from afkd_jax.devices.signals import Interrupt
-from afkd_jax.report.console import log
+from afkd_jax.report.console import log, working
 from afkd_jax.report.jsonl import JsonLines
 from afkd_jax.report.terminal import Terminal
 from afkd_jax.report.trackers import Start, Tracker, Trackers
 from afkd_jax.report.versions import versions
 from afkd_jax.training import resume
+from afkd_jax.training.clock import Spent
 from afkd_jax.training.evaluate import Evaluator
 from afkd_jax.training.run import Run
 
@@ -29,9 +29,8 @@ class Session:
     Attributes:
       snapshot: from which it starts; its progress is updated while it trains.
       train_step: compiled, see Run.compiled_step.
-      compile_s: seconds to compile the training and the evaluation step.
       check_held: raises if the workdir's lock was lost.
-      started: time.perf_counter() at which the run would have started without interruptions.
+      spent: the time of the whole run.
     """
 
     run: Run
@@ -40,11 +39,10 @@ class Session:
     snapshot: Snapshot
     train_step: Callable[..., Any]
     evaluator: Evaluator
-    compile_s: float
     tracker: Tracker
     check_held: Callable[[], None]
     interrupt: Interrupt
-    started: float
+    spent: Spent
 
     @property
     def last_step(self) -> int:
@@ -54,7 +52,12 @@ class Session:
 
 @contextlib.contextmanager
 def opened(
-    run: Run, workdir: pathlib.Path, step: int | None, interrupt: Interrupt, started: float
+    run: Run,
+    workdir: pathlib.Path,
+    step: int | None,
+    interrupt: Interrupt,
+    trackers: Mapping[str, Tracker],
+    spent: Spent,
 ) -> Iterator[Session]:
     """Claims the workdir, restores or initialises the state, compiles, and opens the trackers.
 
@@ -63,7 +66,8 @@ def opened(
       workdir: of the run.
       step: of the checkpoint to resume from; None for the newest.
       interrupt: entered.
-      started: time.perf_counter() at the start of this process.
+      trackers: of config.trackers, in the primary process.
+      spent: the time of this process.
 
     Raises:
       UserError: the workdir or its checkpoints cannot be used.
@@ -80,24 +84,30 @@ def opened(
         checkpoints = stack.enter_context(
             Checkpoints(workdir, run.origin(), metadata, config.checkpoint.keep, check_held)
         )
-        snapshot = resume.restore_or_init(run, workdir, checkpoints, metadata, step)
+        with spent.on('save'), working('initialising'):
+            snapshot = resume.restore_or_init(run, workdir, checkpoints, metadata, step)
+        spent.resume(snapshot.progress)
         if primary:  # only now that the images are known to be those of the run
             ImageFacts.of(config, run.info, run.pipeline.mean_std).write(workdir)
         first_step, progress = int(snapshot.state.step), snapshot.progress
         log(
-            f'{workdir}: {len(run.cohort.names)} networks, {last_step} steps, on '
-            f'{run.devices.name}; compiling'
+            f'{workdir}: {len(run.cohort.names)} networks, {last_step} steps, on {run.devices.name}'
         )
-        begin = time.perf_counter()
-        train_step, evaluator = run.compiled_step(), Evaluator(run)
-        compile_s = time.perf_counter() - begin
-        trackers: list[Tracker] = []
-        if primary:
-            lines = JsonLines(workdir, run.cohort.names, first_step, progress.evaluated)
-            trackers.append(stack.enter_context(lines))
-        trackers.append(stack.enter_context(Terminal(first_step, last_step, config.epochs)))
-        tracker = Trackers(trackers)
-        tracker.handle(Start(first_step, config, run.devices.name))
+        with spent.on('compile'):
+            train_step, evaluator = run.compiled_step(), Evaluator(run)
+        required = [JsonLines(workdir)] if primary else []
+        required = [stack.enter_context(tracker) for tracker in (*required, Terminal())]
+        tracker = stack.enter_context(Trackers(required, trackers))
+        tracker.handle(
+            Start(
+                first_step,
+                last_step,
+                run.cohort.names,
+                config,
+                run.devices.name,
+                epoch_ended=progress.epoch.empty,
+            )
+        )
         yield Session(
             run,
             workdir,
@@ -105,9 +115,8 @@ def opened(
             snapshot,
             train_step,
             evaluator,
-            compile_s,
             tracker,
             check_held,
             interrupt,
-            started - progress.wall_s,
+            spent,
         )
