@@ -35,6 +35,7 @@ flags.DEFINE_string(
     None,
     "Benchmark: fields to vary, e.g. 'k=2,4;method=afd,vanilla'; also batch_size, dtype.",
 )
+flags.DEFINE_bool('json', False, 'Print the result on stdout as JSON, all else on stderr.')
 flags.DEFINE_bool('debug', False, 'Show the traceback of an error.')
 
 

@@ -178,13 +178,19 @@ def _run(config_flag: flags.FlagHolder, options: Options) -> int:
         _set_platform('cpu')
     if mode.cached:
         compile_cache.enable()
+    from afkd_jax.report.console import console, working
+
+    console.stderr = options.json
     # In training a signal is a request from here on, even while JAX is imported.
     with Interrupt() if options.mode == 'train' else Cancel() as interrupt:
         if not mode.distributed:
-            return importlib.import_module(mode.module).main(command, None)
-        from afkd_jax.devices import mesh, processes
-        from afkd_jax.report.console import console
+            with working('starting'):
+                module = importlib.import_module(mode.module)
+            return module.main(command, None)
+        with working('starting'):
+            from afkd_jax.devices import mesh, processes
 
+            module = importlib.import_module(mode.module)
         processes.start(options.coordinator_address, options.num_processes, options.process_id)
         processes.assert_equal(
             {'--mode': options.mode, '--step': options.step, '--extend': options.extend}
@@ -194,7 +200,7 @@ def _run(config_flag: flags.FlagHolder, options: Options) -> int:
         processes.raise_on_all(mesh.available)
         console.quiet = not processes.is_primary()
         console.needs_reader = options.mode != 'train'
-        code = importlib.import_module(mode.module).main(command, interrupt)
+        code = module.main(command, interrupt)
         processes.shutdown()
     return code
 

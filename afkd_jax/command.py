@@ -48,6 +48,7 @@ class Options:
     largest_batch: bool
     sweep: str | None
     debug: bool
+    json: bool = False  # only the result on stdout, as JSON
     network: str | None = None  # counted from 1, or 'ensemble'
     images: tuple[str, ...] = ()
     output: str | None = None

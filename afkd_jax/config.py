@@ -26,7 +26,7 @@ _SMALLEST, _LARGEST = 1e-37, 1e38
 # Fields that may differ when a run resumes: no bit that it computes depends on them, except that
 # mesh.* changes the rounding, as the number of devices does.
 _MAY_CHANGE = re.compile(
-    r'mesh\..*|checkpoint\..*|on_nonfinite|saturation_steps'
+    r'mesh\..*|checkpoint\..*|on_nonfinite|saturation_steps|trackers'
     r'|data\.(manual_dir|data_dir|workers|placement|max_corrupt)'
 )
 
@@ -230,6 +230,12 @@ class Config:
     # Epochs per evaluation; the last one is always evaluated. No array depends on it, but which
     # checkpoint is the best does.
     eval_every: int = _positive(1)
+    # What else receives the values of the run: 'tensorboard', or your own (docs/extending.md).
+    trackers: tuple[str, ...] = _field(
+        (),
+        'a tuple of names, each quoted, as in "(\'tensorboard\',)", or ()',
+        lambda v: all(isinstance(x, str) and x for x in v),
+    )
     checkpoint: Checkpoint = Checkpoint()
     # After a step with a loss or gradient that is not finite: 'stop' the run, or 'skip' the step,
     # which changes no array and is counted.

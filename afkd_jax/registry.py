@@ -101,7 +101,10 @@ NETWORKS: Registry = Registry('networks', 'network', _import('afkd_jax.models'))
 MAP_LOSSES: Registry = Registry('method', 'loss between maps', _import('afkd_jax.method.losses'))
 # config, argument -> Source: see afkd_jax/data/sources. 'name:' takes an argument.
 SOURCES: Registry = Registry('dataset', 'source', _import('afkd_jax.data.dataset'))
+# config, workdir -> Tracker: see afkd_jax/report/trackers.py.
+TRACKERS: Registry = Registry('trackers', 'tracker', _import('afkd_jax.report.tensorboard'))
 
 register_network = NETWORKS.register
 register_map_loss = MAP_LOSSES.register
 register_source = SOURCES.register
+register_tracker = TRACKERS.register

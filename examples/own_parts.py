@@ -1,10 +1,12 @@
-"""A network, a loss between maps and a set of images of your own, in one config file.
+"""A network, a loss between maps, a set of images and a tracker of your own, in one config file.
 
 Command: python launch.py --config examples/own_parts.py
 
 docs/extending.md explains each part. Nothing in the package changes: the decorators register each
 part under the name by which the config selects it.
 """
+
+import pathlib
 
 import flax.linen as nn
 import jax
@@ -15,6 +17,7 @@ from ml_collections import ConfigDict
 import afkd_jax
 from afkd_jax import Config, Images, Source, default_config
 from afkd_jax.models.layers import Layers
+from afkd_jax.report.trackers import EpochEnd, Event, Start, Tracker
 
 
 class Plain(nn.Module):
@@ -64,6 +67,27 @@ def stripes(config: Config, argument: str) -> Source:
     return Source(train=draw(600), test=draw(150), classes=classes)
 
 
+@afkd_jax.register_tracker('csv')
+class Csv(Tracker):
+    """Writes losses.csv into the run directory: a line per epoch with each network's loss."""
+
+    def __init__(self, config: Config, workdir: pathlib.Path):
+        super().__init__()
+        self._path = workdir / 'losses.csv'
+
+    def handle(self, event: Event) -> None:
+        """Takes every event of the run, and ignores most."""
+        match event:
+            case Start(names=names):
+                self._header = ','.join(['epoch', 'images_per_s', *names])
+            case EpochEnd(epoch=epoch, means=means, images_per_s=speed):
+                row = ','.join(map(str, [epoch, speed, *means['cross_entropy']]))
+                there = self._path.read_text().splitlines() if self._path.exists() else []
+                # A run that resumes from an earlier checkpoint repeats the later epochs.
+                lines = [self._header, *there[1:epoch], row]
+                self._path.write_text('\n'.join(lines) + '\n')
+
+
 def get_config(networks: str = 'plain,resnet8') -> ConfigDict:
     """Returns the config of the example."""
     config = default_config(networks)
@@ -76,4 +100,5 @@ def get_config(networks: str = 'plain,resnet8') -> ConfigDict:
     config.data.flip = False
     config.logit.schedule = 'cosine'
     config.log_every = 6
+    config.trackers = ('csv',)
     return config

@@ -86,7 +86,7 @@ LAUNCHED = {command: launched(command) for _, command in COMMANDS if launched(co
 @pytest.fixture
 def own_registries(monkeypatch):
     """Forgets afterwards what a config file has registered."""
-    for parts in (registry.NETWORKS, registry.MAP_LOSSES, registry.SOURCES):
+    for parts in (registry.NETWORKS, registry.MAP_LOSSES, registry.SOURCES, registry.TRACKERS):
         parts.names()  # loads the built-in parts, which stay
         for field in ('_parts', '_patterns'):
             monkeypatch.setattr(parts, field, copy.copy(getattr(parts, field)))
@@ -214,7 +214,13 @@ def test_the_example_trains(tmp_path):
     assert (code, errors) == (0, ''), output + errors
     summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
     assert [network['name'] for network in summary['networks']] == ['plain', 'resnet8']
-    lines = map(json.loads, (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines())
+    text = (tmp_path / 'run' / 'metrics.jsonl').read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
     trained = [line for line in lines if line['kind'] == 'train']
     assert trained
     assert all('cosine' in network for line in trained for network in line['networks'])
+    (ended,) = (line for line in lines if line['kind'] == 'epoch')
+    header, row = (tmp_path / 'run' / 'losses.csv').read_text().splitlines()
+    assert header == 'epoch,images_per_s,plain,resnet8'
+    losses = [network['cross_entropy'] for network in ended['networks']]
+    assert row.split(',')[2:] == list(map(str, losses))

@@ -54,23 +54,37 @@ def test_train_prints_a_table_and_writes_the_workdir(trained):
     assert summary['fingerprint'][:16] in process.stdout
     assert json.loads((workdir / 'config.json').read_text())['epochs'] == 6
 
+    assert '{' not in process.stdout  # JSON only where it is asked for
+    *_, last = process.stdout.splitlines()
+    assert re.fullmatch(
+        r'[\d.]+ s: data [\d.]+, compile [\d.]+, train [\d.]+, evaluate [\d.]+, save [\d.]+, '
+        r'other [\d.]+',
+        last,
+    )
+
 
 def test_a_finished_run_says_so(trained):
-    process = launch(*SHORT, f'--workdir={trained[0]}')
+    process = launch(*SHORT, f'--workdir={trained[0]}', '--json')
     assert process.returncode == 0
-    assert 'this run is finished' in process.stdout
+    assert 'this run is finished' in process.stderr
+    assert json.loads(process.stdout) == json.loads((trained[0] / 'summary.json').read_text())
 
 
 def test_eval_repeats_the_summary(trained):
     workdir, _ = trained
-    process = launch(*SHORT, f'--workdir={workdir}', '--mode=eval')
+    process = launch(*SHORT, f'--workdir={workdir}', '--mode=eval', '--json')
     assert process.returncode == 0, process.stderr
-    result = json.loads(process.stdout.splitlines()[-1])
+    assert process.stdout.count('\n') == 1
+    assert '1 resnet8' in process.stderr  # the tables
+    result = json.loads(process.stdout)
     summary = json.loads((workdir / 'summary.json').read_text())
     assert result['networks'] == summary['networks']
     assert result['ensemble'] == summary['ensemble']
     assert result['ring'] == summary['ring']
     assert result['step'] == summary['steps']
+    assert 'confusion' not in process.stdout + process.stderr
+    classes = json.loads((workdir / 'classes.json').read_text())
+    assert result['classes']['ensemble']['accuracy'] == classes['ensemble']['accuracy']
 
 
 def test_the_run_directory_alone_is_enough(trained, tmp_path):
@@ -80,9 +94,9 @@ def test_the_run_directory_alone_is_enough(trained, tmp_path):
         (tmp_path / str(i)).mkdir()
         Image.fromarray(image).save(tmp_path / str(i) / 'image.png')
     given = [f'--workdir={workdir}', '--step=20', '--network=2', f'--output={tmp_path}/out']
-    process = launch('--mode=predict', f'--images={tmp_path}', *given)
+    process = launch('--mode=predict', f'--images={tmp_path}', '--json', *given)
     assert process.returncode == 0, process.stderr
-    result = json.loads(process.stdout.splitlines()[-1])
+    result = json.loads(process.stdout)
     assert (result['network'], result['step'], result['labelled']) == ('2 resnet8', 20, 3)
     assert (tmp_path / 'out').read_text().startswith('file,class,probability,class_2,')
     process = launch('--mode=export', '--format=safetensors', *given)
@@ -90,8 +104,8 @@ def test_the_run_directory_alone_is_enough(trained, tmp_path):
     process = launch('--mode=export', '--format=safetensors', *given[:-1], f'--output={tmp_path}/w')
     assert process.returncode == 0, process.stderr
     assert json.loads((tmp_path / 'w.json').read_text())['architecture'] == ['resnet8']
-    process = launch('--mode=describe', f'--workdir={workdir}')
-    assert json.loads(process.stdout.splitlines()[-1])['method'] == 'kd_ring'
+    process = launch('--mode=describe', f'--workdir={workdir}', '--json')
+    assert json.loads(process.stdout)['method'] == 'kd_ring'
     process = launch('--mode=eval', f'--workdir={workdir}', '--config.seed=1')
     assert (process.returncode, 'name it too, by --config FILE' in process.stderr) == (1, True)
 
@@ -247,10 +261,11 @@ def test_a_long_name_is_cut_but_still_tells_runs_apart():
     assert max(map(len, names)) < 200
 
 
-def test_describe_ends_with_one_json_line():
-    process = launch('--config=configs/digits.py', '--mode=describe')
+def test_describe_prints_words_or_json():
+    process = launch('--config=configs/digits.py', '--mode=describe', '--json')
     assert process.returncode == 0, process.stderr
-    facts = json.loads(process.stdout.splitlines()[-1])
+    assert 'network 1: resnet8, 77,754 parameters' in process.stderr
+    facts = json.loads(process.stdout)
     assert [entry['parameters'] for entry in facts['networks']] == [77_754] * 2
     assert facts['networks'][0].keys() >= {'name', 'feature_map', 'test_accuracy'}
 
@@ -702,7 +717,7 @@ def test_a_disk_without_room_is_told_before_any_step(small_disk, forked):
     code, output, errors = forked(['--config=configs/digits.py', f'--workdir={folder}/run'])
     assert code == 1
     assert re.fullmatch('error: .*No space left.*are needed, .*are free.*make room.*\n', errors)
-    assert 'compiling' not in output
+    assert ' steps, on ' not in output
 
 
 def test_only_debug_shows_a_traceback(forked):
@@ -790,7 +805,7 @@ def test_every_error_becomes_one_line(error, pattern, code):
 
 def test_two_processes_make_the_same_run_whatever_is_written_meanwhile(trained, tmp_path):
     with kills.start(tmp_path, ENVIRONMENT, *kills.OFTEN) as process:
-        assert 'compiling' in process.stdout.readline()
+        assert ' steps, on ' in process.stdout.readline()
         process.stdout.close()  # as after `| head -1`: nobody reads its words any more
         assert process.stderr.read() == ''
     assert process.returncode == 0

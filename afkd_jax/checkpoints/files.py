@@ -17,8 +17,21 @@ def write_atomic(path: pathlib.Path, content: bytes) -> None:
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes the file whole or not at all, as indented JSON."""
-    write_atomic(path, (json.dumps(value, indent=2, allow_nan=False) + '\n').encode())
+    """Writes the file whole or not at all, as JSON; a list without further ones is one line."""
+    write_atomic(path, (_pretty(value, '\n') + '\n').encode())
+
+
+def _pretty(value: Any, newline: str) -> str:
+    """Returns JSON, indented as `newline`, in which the row of a matrix is one line."""
+    inner = newline + '  '
+    if isinstance(value, dict) and value:
+        rows = [f'{json.dumps(key)}: {_pretty(one, inner)}' for key, one in value.items()]
+        return f'{{{inner}{f",{inner}".join(rows)}{newline}}}'
+    if isinstance(value, (list, tuple)) and any(
+        isinstance(one, (dict, list, tuple)) for one in value
+    ):
+        return f'[{inner}{f",{inner}".join(_pretty(one, inner) for one in value)}{newline}]'
+    return json.dumps(value, allow_nan=False)
 
 
 def set_aside(workdir: pathlib.Path, path: pathlib.Path) -> pathlib.Path:

@@ -14,7 +14,7 @@ from afkd_jax.errors import EXIT_KILLED
 
 _NO_EFFECT_S = 0.5  # an interrupt is announced if it has not ended the process after that
 _SAME_SIGNAL_S = 1.0  # SIGTERMs closer than this count once
-_SHOW_CURSOR = '\x1b[?25h\n'
+_SHOW_CURSOR, _CLEAR_LINE = '\x1b[?25h\n', '\r\x1b[K'
 
 
 class Interrupt:
@@ -72,7 +72,8 @@ class Interrupt:
             os._exit(EXIT_KILLED)
 
     def _announce(self, number: int) -> None:
-        _write(f'{signal.Signals(number).name}: {self.effect}; once more ends at once\n')
+        clear = _CLEAR_LINE if os.isatty(2) else ''  # of a progress bar
+        _write(f'{clear}{signal.Signals(number).name}: {self.effect}; once more ends at once\n')
 
     def __exit__(self, *_: object) -> None:
         if not self._active:

@@ -1,13 +1,17 @@
-"""The console: lines for the user, from the primary process or from any."""
+"""The console: lines for the user, from the primary process or from any, and signs of life."""
 
 import contextlib
+import json
 import os
 import sys
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import rich.console
+import rich.progress
 
-from afkd_jax.devices import processes
+_SILENT_S = 3.0  # elsewhere than on a terminal, work that takes longer is announced
 
 
 class _Console(rich.console.Console):
@@ -20,7 +24,8 @@ class _Console(rich.console.Console):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-console = _Console(highlight=False, markup=False, soft_wrap=True)  # quiet unless primary
+# Quiet unless primary. With --json it writes to stderr, so that stdout has the result alone.
+console = _Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def log(line: Any) -> None:
@@ -31,7 +36,52 @@ def log(line: Any) -> None:
 def log_from_any(line: str) -> None:
     """Prints a line about this process's machine, whichever process it is."""
     if console.quiet:
+        from afkd_jax.devices import processes  # here, because it imports JAX
+
         with contextlib.suppress(BrokenPipeError):
             print(f'process {processes.index()}: {line}', file=sys.stderr, flush=True)
     else:
         console.print(line)
+
+
+def print_json(result: Any) -> None:
+    """Prints the result of a mode as one line of JSON on stdout, if --json is given."""
+    if console.stderr and not console.quiet:
+        print(json.dumps(result), flush=True)
+
+
+def bar(*columns: Any, expand: bool = False) -> rich.progress.Progress:
+    """Returns a moving line at the bottom of the terminal; what is printed appears above it."""
+    return rich.progress.Progress(
+        rich.progress.SpinnerColumn(),
+        *columns,
+        console=console,
+        transient=True,
+        expand=expand,
+        # Nothing prints by itself meanwhile, and what does stays on the stream that it chose.
+        redirect_stdout=False,
+        redirect_stderr=False,
+    )
+
+
+@contextlib.contextmanager
+def working(on: str) -> Iterator[None]:
+    """Shows what the program works on: a moving line with the seconds, only on a terminal.
+
+    Elsewhere a plain line appears if it takes more than 3 s.
+
+    Args:
+      on: e.g. 'compiling'.
+    """
+    if console.is_terminal:
+        with bar(rich.progress.TextColumn('{task.description} {task.elapsed:.0f} s')) as line:
+            line.add_task(on, total=None)
+            yield
+        return
+    announcement = threading.Timer(_SILENT_S, log, [f'{on} ...'])
+    announcement.daemon = True
+    announcement.start()
+    try:
+        yield
+    finally:
+        announcement.cancel()

@@ -5,7 +5,8 @@ from typing import Any
 
 from afkd_jax.report import jsonl
 
-# Values of a 'train' line that share a panel: title, unit, value -> (line style, meaning).
+# Values that share a panel, or have a unit: title, unit, value -> (line style, meaning). Any other
+# value of a loss has a panel too, under its own name.
 _PANELS: list[tuple[str, str, dict[str, tuple[str, str]]]] = [
     ('Training cross-entropy', 'nats', {'cross_entropy': ('-', '')}),
     ('KL to the teachers', 'nats', {'mimicry_kl': ('-', '')}),
@@ -24,21 +25,21 @@ _FEW = 10  # points, which are marked
 _NOT_LOSSES = {'name', 'accuracy'}
 
 
-def draw(workdir: pathlib.Path) -> None:
-    """Draws curves.png from metrics.jsonl."""
+def draw(workdir: pathlib.Path) -> pathlib.Path:
+    """Draws curves.png from metrics.jsonl, and returns its path."""
     # Figure objects without pyplot, so that no backend is chosen.
     import matplotlib as mpl
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
     lines = jsonl.read(workdir / 'metrics.jsonl')
-    train = list({line['step']: line for line in lines if line['kind'] == 'train'}.values())
+    train = [line for line in lines if line['kind'] == 'epoch']
     splits: dict[str, dict[int, Any]] = {}
     for line in lines:
         if line['kind'] == 'evaluation':
             splits.setdefault(line['split'], {})[line['step']] = line
     names = [network['name'] for network in train[0]['networks']] if train else []
-    panels = [panel for panel in _panels(train) if train]
+    panels = _panels(train)
 
     with mpl.rc_context({'font.size': 11, 'axes.grid': True, 'grid.alpha': 0.3}):
         count = len(panels) + 1
@@ -65,25 +66,20 @@ def draw(workdir: pathlib.Path) -> None:
         figure.legend(handles=[*colours, ensemble], loc='outside upper center', ncols=6)
         temporary = workdir / 'curves.png.tmp'
         figure.savefig(temporary, dpi=150, format='png')
-    temporary.replace(workdir / 'curves.png')
+    return temporary.replace(workdir / 'curves.png')
 
 
 def _panels(train: list[dict]) -> list[tuple[str, str, dict[str, tuple[str, str]]]]:
-    """Returns the panels of the values that this run reports; a loss between maps has its own."""
-    if not train:
-        return []
-    reported = [
-        name
-        for name in train[0]['networks'][0]
+    """Returns the panels of what this run reports; a value that is not in _PANELS has its own."""
+    reported = {
+        name: None  # in their order
+        for line in train
+        for name in line['networks'][0]
         if name not in _NOT_LOSSES and not name.startswith('grad_norm')
-    ]
+    }
     known = {name for _, _, values in _PANELS for name in values}
-    own = [
-        (f'Loss between maps: {name}', name, {name: ('-', '')})
-        for name in reported
-        if name not in known
-    ]
-    return [panel for panel in _PANELS if panel[2].keys() <= set(reported)] + own
+    own = [(name, 'mean', {name: ('-', '')}) for name in reported if name not in known]
+    return [panel for panel in _PANELS if panel[2].keys() <= reported.keys()] + own
 
 
 def _draw_accuracies(axis: Any, splits: dict[str, dict[int, Any]], line2d: Any) -> None:

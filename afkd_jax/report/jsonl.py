@@ -11,7 +11,16 @@ from typing import Any
 from afkd_jax.checkpoints.files import write_atomic
 from afkd_jax.errors import UserError
 from afkd_jax.report.console import log
-from afkd_jax.report.trackers import EvaluationValues, Event, Start, Tracker, TrainValues, Warned
+from afkd_jax.report.trackers import (
+    EpochEnd,
+    EvaluationValues,
+    Event,
+    Means,
+    Start,
+    Tracker,
+    TrainValues,
+    Warned,
+)
 from afkd_jax.report.versions import git_commit, versions
 
 
@@ -19,23 +28,24 @@ class JsonLines(Tracker):
     """Writes metrics.jsonl.
 
     Args:
-      workdir: exists.
-      names: of the networks.
-      step: at which this process starts. Later lines, which a killed process left, are set aside:
-        they will be written again.
-      evaluated: step of the last evaluation up to there; likewise.
+      workdir: exists when the run starts.
     """
 
-    def __init__(self, workdir: pathlib.Path, names: tuple[str, ...], step: int, evaluated: int):
-        path = workdir / 'metrics.jsonl'
-        self._resumes = path.exists()
-        if self._resumes:
-            _set_later_lines_aside(path, step, evaluated)
+    def __init__(self, workdir: pathlib.Path):
         super().__init__()
-        self._names, self._file = names, self.enter_context(path.open('ab', buffering=0))
+        self._path = workdir / 'metrics.jsonl'
+
+    def _open(self, start: Start) -> str:
+        """Opens the file, without lines that will be written again; returns the kind of Start."""
+        resumes = self._path.exists()
+        if resumes:
+            _set_later_lines_aside(self._path, start)
+        self._names = start.names
+        # Unbuffered, so that a line that does not fit on the disk is not tried again.
+        self._file = self.enter_context(self._path.open('ab', buffering=0))
+        return 'resume' if resumes else 'run'
 
     def _write(self, kind: str, **values: Any) -> None:
-        # Unbuffered, so that a line that does not fit on the disk is not tried again.
         line = (json.dumps({'kind': kind, **values}, allow_nan=False) + '\n').encode()
         try:
             if self._file.write(line) < len(line):
@@ -47,34 +57,26 @@ class JsonLines(Tracker):
             ) from error
 
     def handle(self, event: Event) -> None:
-        """Writes a line of kind 'run' or 'resume', 'train', 'evaluation' or 'warning'.
+        """Writes a line of kind 'run' or 'resume', 'train', 'evaluation', 'epoch' or 'warning'.
 
         Raises:
           UserError: a value is not finite, or the disk cannot be written; nothing is written.
         """
         match event:
-            case Start(step, config, devices):
+            case Start():
                 self._write(
-                    'resume' if self._resumes else 'run',
-                    step=step,
+                    self._open(event),
+                    step=event.step,
                     time=time.strftime('%Y-%m-%dT%H:%M:%S%z'),
-                    config=config.to_dict(),
+                    config=event.config.to_dict(),
                     versions=versions(),
-                    devices=devices,
+                    devices=event.devices,
                     commit=git_commit(),
                 )
-            case TrainValues(step, epoch, means, speed, skipped):
-                _reject_nonfinite(step, means)
-                own = {name: mean for name, mean in means.items() if isinstance(mean, list)}
-                self._write(
-                    'train',
-                    step=step,
-                    epoch=epoch,
-                    images_per_s=speed,
-                    skipped=skipped,
-                    **{name: mean for name, mean in means.items() if name not in own},
-                    networks=_rows(self._names, own),
-                )
+            case TrainValues():
+                self._write_means('train', event)
+            case EpochEnd():
+                self._write_means('epoch', event)
             case EvaluationValues(step, epoch, split, evaluation):
                 entropies = evaluation.cross_entropy
                 _reject_nonfinite(step, {f'cross-entropy on {split}': entropies})
@@ -84,6 +86,19 @@ class JsonLines(Tracker):
                 self._write('evaluation', step=step, epoch=epoch, split=split, networks=networks)
             case Warned(step, text):
                 self._write('warning', step=step, text=text)
+
+    def _write_means(self, kind: str, event: TrainValues | EpochEnd) -> None:
+        _reject_nonfinite(event.step, event.means)
+        own = {name: mean for name, mean in event.means.items() if isinstance(mean, list)}
+        self._write(
+            kind,
+            step=event.step,
+            epoch=event.epoch,
+            images_per_s=event.images_per_s,
+            skipped=event.skipped,
+            **{name: mean for name, mean in event.means.items() if name not in own},
+            networks=_rows(self._names, own),
+        )
 
     def sync(self) -> None:
         """See Tracker."""
@@ -113,12 +128,17 @@ def _parse(text: bytes) -> dict[str, Any] | None:
     return line if whole else None
 
 
-def _set_later_lines_aside(path: pathlib.Path, step: int, evaluated: int) -> None:
-    """Moves lines of later steps, and damaged ones, to set_aside/metrics.jsonl."""
+def _set_later_lines_aside(path: pathlib.Path, start: Start) -> None:
+    """Moves lines that a killed process left and that will be written again, and damaged ones.
+
+    They go to set_aside/metrics.jsonl.
+    """
+    step = start.step
+    repeated = () if start.epoch_ended else ('evaluation', 'epoch')
     kept, aside, damaged = [], [], 0
     for text in path.read_bytes().splitlines(keepends=True):
         line = _parse(text)
-        if line and line['step'] <= (evaluated if line['kind'] == 'evaluation' else step):
+        if line and line['step'] <= (step - 1 if line['kind'] in repeated else step):
             kept.append(text)
         else:
             aside.append(text)
@@ -134,7 +154,7 @@ def _set_later_lines_aside(path: pathlib.Path, step: int, evaluated: int) -> Non
         write_atomic(path, b''.join(kept))
 
 
-def _reject_nonfinite(step: int, values: dict[str, list[float] | float]) -> None:
+def _reject_nonfinite(step: int, values: Means) -> None:
     for name, value in values.items():
         for k, one in enumerate(value if isinstance(value, list) else [value]):
             if not math.isfinite(one):

@@ -59,11 +59,10 @@ def build(
     Args:
       cohort: of all networks.
       progress: of the run; `images_per_s` is the median over its epochs, None if none was timed;
-        `wall_s` lacks what a killed process did after its last checkpoint.
+        `wall_s` lacks what a killed process did after its last checkpoint; `seconds` is the same
+        by what it was spent on (clock.Spent).
       edges: of the ring (similarity.figures); None if the run is not finished.
-      facts: method, seed, images (artefact.ImageFacts), steps, epochs, compile_s (seconds to
-        compile the training and evaluation step in this
-        process), device and fingerprint.
+      facts: method, seed, images (artefact.ImageFacts), steps, epochs, device and fingerprint.
     """
     evaluations = {split: evaluation for split, (_, evaluation) in progress.evaluations.items()}
     networks, ensemble = entries(cohort, evaluations, progress)
@@ -78,32 +77,29 @@ def build(
         'evaluated': {split: step for split, (step, _) in progress.evaluations.items()},
         'images_per_s': statistics.median(speeds) if speeds else None,
         'wall_s': progress.wall_s,
+        'seconds': progress.seconds,
         **facts,
     }
 
 
-def classes(cohort: Cohort, evaluation: Evaluation) -> dict[str, Any]:
+def classes(cohort: Cohort, evaluation: Evaluation, confusion: bool = True) -> dict[str, Any]:
     """Returns the predictions by class, as JSON.
 
     images: of each class. Per network and the ensemble: accuracy per class in percent, None where
-    there is no image; confusion, rows by label and columns by prediction, None above
+    there is no image; if asked for, confusion, rows by label and columns by prediction, None above
     metrics.CONFUSION_CLASSES classes.
     """
     counts = evaluation.counts
     assert counts
     images = counts['images'].astype(int).tolist()
-    confusion = counts.get('confusion')
-    rows = []
+    matrices, rows = counts.get('confusion'), []
     for i, name in enumerate((*cohort.names, 'ensemble')):
         correct = counts['correct'][i].tolist()
-        rows.append(
-            {
-                'name': name,
-                'accuracy': [
-                    100 * right / of if of else None
-                    for right, of in zip(correct, images, strict=True)
-                ],
-                'confusion': None if confusion is None else confusion[i].astype(int).tolist(),
-            }
-        )
+        accuracies = [
+            100 * right / of if of else None for right, of in zip(correct, images, strict=True)
+        ]
+        rows.append({'name': name, 'accuracy': accuracies})
+        if confusion:
+            matrix = None if matrices is None else matrices[i].astype(int).tolist()
+            rows[-1]['confusion'] = matrix
     return {'images': images, 'networks': rows[:-1], 'ensemble': rows[-1]}

@@ -1,23 +1,39 @@
 """Trackers: what receives a run's events while it trains.
 
-`JsonLines` (metrics.jsonl) is always on; `Terminal` prints.
+`JsonLines` (metrics.jsonl) and `Terminal` are always on. `config.trackers` names others, built-in
+(tensorboard) or your own; see docs/extending.md.
 """
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from afkd_jax.config import Config
+from afkd_jax.errors import UserError, first_line
 from afkd_jax.method.metrics import Evaluation
+from afkd_jax.registry import TRACKERS
+
+Means = dict[str, list[float] | float]  # name -> one value, or one per network
 
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """A new run, or one that resumes at `step`."""
+    """A new run, or one that resumes at `step`: events of later steps come again.
+
+    Attributes:
+      last_step: of the whole run.
+      names: of the networks.
+      epoch_ended: False: an epoch may end at `step`, and its evaluations and EpochEnd come again.
+    """
 
     step: int
+    last_step: int
+    names: tuple[str, ...]
     config: Config
     devices: str
+    epoch_ended: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,14 +42,14 @@ class TrainValues:
 
     Attributes:
       epoch: passes completed, with fraction.
-      means: name -> one value, or one per network.
+      images_per_s: None if no step was timed.
       skipped: steps that are not in the means.
     """
 
     step: int
     epoch: float
-    means: dict[str, list[float] | float]
-    images_per_s: float
+    means: Means
+    images_per_s: float | None
     skipped: int
 
 
@@ -57,12 +73,30 @@ class Warned:
 
 @dataclasses.dataclass(frozen=True)
 class EpochEnd:
-    """The end of an epoch, after its values, evaluations and checkpoint."""
+    """The end of an epoch, after its evaluations: means over all its steps, as in TrainValues."""
 
+    step: int
     epoch: int
+    means: Means
+    images_per_s: float | None
+    skipped: int
 
 
-Event = Start | TrainValues | EvaluationValues | Warned | EpochEnd
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """The end of the run, after its results are on disk.
+
+    Attributes:
+      summary: as in summary.json.
+      curves: the file; None if it could not be drawn.
+    """
+
+    step: int
+    summary: dict[str, Any]
+    curves: pathlib.Path | None
+
+
+Event = Start | TrainValues | EvaluationValues | Warned | EpochEnd | Finished
 
 
 class Tracker(contextlib.ExitStack):
@@ -75,19 +109,66 @@ class Tracker(contextlib.ExitStack):
         """Returns when all events so far are on disk."""
 
 
-class Trackers(Tracker):
-    """Forwards to several trackers, in order; they are entered elsewhere."""
+def create(config: Config, workdir: pathlib.Path) -> dict[str, Tracker]:
+    """Returns the trackers that the config names.
 
-    def __init__(self, trackers: Sequence[Tracker]):
+    Raises:
+      UserError: there is no such tracker, or it cannot be made.
+    """
+    made = {}
+    for name in config.trackers:
+        factory = TRACKERS.get(name)
+        try:
+            made[name] = factory(config, workdir)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f'config.trackers: "{name}" cannot be used ({_words(error)}); '
+                'mend it, or leave it out'
+            ) from error
+    return made
+
+
+class Trackers(Tracker):
+    """Forwards to several trackers, in order.
+
+    Args:
+      required: entered elsewhere; their errors end the run.
+      optional: by name; one that fails is left out from then on, with a warning.
+    """
+
+    def __init__(self, required: Sequence[Tracker], optional: Mapping[str, Tracker]):
         super().__init__()
-        self._trackers = trackers
+        self._required, self._optional, self._step = required, dict(optional), 0
+        for name, tracker in optional.items():
+            self.callback(self._attempt, name, tracker.close)
 
     def handle(self, event: Event) -> None:
         """See Tracker."""
-        for tracker in self._trackers:
+        self._step = event.step
+        for tracker in self._required:
             tracker.handle(event)
+        for name, tracker in list(self._optional.items()):
+            self._attempt(name, lambda tracker=tracker: tracker.handle(event))
 
     def sync(self) -> None:
         """See Tracker."""
-        for tracker in self._trackers:
+        for tracker in self._required:
             tracker.sync()
+        for name, tracker in list(self._optional.items()):
+            self._attempt(name, tracker.sync)
+
+    def _attempt(self, name: str, action: Callable[[], None]) -> None:
+        if name not in self._optional:
+            return
+        try:
+            action()
+        except Exception as error:
+            del self._optional[name]
+            text = f'tracker "{name}" failed ({_words(error)}); the run continues without it'
+            self.handle(Warned(self._step, text))
+
+
+def _words(error: Exception) -> str:
+    return f'{type(error).__name__}: {first_line(error)}' if str(error) else type(error).__name__

@@ -5,7 +5,6 @@ without warm-up and compilation, and ends when its results are ready.
 """
 
 import dataclasses
-import json
 import os
 import pathlib
 import platform
@@ -28,7 +27,7 @@ from afkd_jax.data.pipelines.base import InMemory
 from afkd_jax.devices import mesh
 from afkd_jax.devices.memory import StepBytes
 from afkd_jax.devices.mesh import BATCH_SHARDED, REPLICATED
-from afkd_jax.report.console import log
+from afkd_jax.report.console import log, print_json, working
 from afkd_jax.report.tables import table as empty_table
 from afkd_jax.report.versions import versions
 from afkd_jax.tools import sweep as sweeps
@@ -220,13 +219,14 @@ def table(result: dict[str, Any]) -> Any:
 
 
 def main(command: Command, _: object) -> int:
-    """Prints each result as a table and as JSON; returns the exit code."""
+    """Prints each result as a table, or as a line of JSON; returns the exit code."""
     file, sweep = pathlib.Path('runs/benchmark.csv'), command.options.sweep
     for config in sweeps.configs(command.config, sweep) if sweep else (command.config,):
-        result = benchmark(config)
+        with working('measuring'):
+            result = benchmark(config)
         log(table(result))
         if sweep:
             sweeps.append(result, file)
             log(f'appended to {file}')
-        print(json.dumps(result), flush=True)
+        print_json(result)
     return 0

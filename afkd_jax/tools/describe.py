@@ -1,6 +1,5 @@
 """--mode describe: what a config would train, without training, images or a device."""
 
-import json
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ from afkd_jax.method import optim
 from afkd_jax.method import state as state_lib
 from afkd_jax.method.objective import Objective
 from afkd_jax.report import summary
+from afkd_jax.report.console import log, print_json, working
 from afkd_jax.report.tables import shape
 from afkd_jax.tools.flops import multiply_adds
 
@@ -156,8 +156,9 @@ def _schedule_words(rule: dict[str, Any]) -> str:
 
 
 def main(command: Command, _: object) -> int:
-    """Prints the facts, and as JSON last; returns the exit code."""
-    facts = describe(command.config)
-    print(text(facts))
-    print(json.dumps(facts))
+    """Prints the facts, or them as JSON; returns the exit code."""
+    with working('reading the config'):
+        facts = describe(command.config)
+    log(text(facts))
+    print_json(facts)
     return 0

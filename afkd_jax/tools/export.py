@@ -20,7 +20,7 @@ from afkd_jax.checkpoints import weights
 from afkd_jax.checkpoints.files import write_atomic, write_json
 from afkd_jax.command import Command, new_file
 from afkd_jax.errors import UserError
-from afkd_jax.report.console import log
+from afkd_jax.report.console import log, print_json, working
 from afkd_jax.report.tables import size
 from afkd_jax.tools.model import Model, load_for
 
@@ -81,7 +81,7 @@ _FORMATS = {'safetensors': safetensors, 'stablehlo': stablehlo}
 
 
 def main(command: Command, _: object) -> int:
-    """Writes the file and its JSON; prints both, and the description as JSON last."""
+    """Writes the file and its JSON; prints its size, or the description as JSON."""
     options = command.options
     if options.format not in _FORMATS:
         raise UserError(f'--format: must be one of {", ".join(_FORMATS)}, but is {options.format}')
@@ -89,10 +89,11 @@ def main(command: Command, _: object) -> int:
     name = f'{model.name.replace(" ", "-")}-step{model.step}.{options.format}'
     output = new_file(pathlib.Path(options.output or command.workdir / name))
     json_file = new_file(output.with_name(output.name + '.json'))
-    content = _FORMATS[options.format](model)
+    with working('exporting'):
+        content = _FORMATS[options.format](model)
     write_atomic(output, content)
     facts = {'format': options.format, 'output': str(output), **description(model)}
     write_json(json_file, facts)
     log(f'{model.name} of step {model.step}: {size(len(content))} written to {output}')
-    print(json.dumps(facts))
+    print_json(facts)
     return 0

@@ -16,7 +16,7 @@ from afkd_jax.command import Command, number_or
 from afkd_jax.config import Config
 from afkd_jax.data import augment, decode
 from afkd_jax.errors import UserError
-from afkd_jax.report.console import log
+from afkd_jax.report.console import log, working
 
 _BATCH = 256  # images of one call of the compiled function, at most
 
@@ -174,8 +174,9 @@ def load_for(command: Command) -> Model:
     network = number_or(options.network, 'network', 1, 'ensemble')
     step = number_or(options.step, 'step', 0, 'last', 'best')
     workdir_lib.check(command.workdir, command.config)
-    return load(
-        command.workdir,
-        1 if network is None else network,
-        'last' if step is None else step,
-    )
+    with working('loading the network'):
+        return load(
+            command.workdir,
+            1 if network is None else network,
+            'last' if step is None else step,
+        )

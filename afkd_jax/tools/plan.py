@@ -5,7 +5,6 @@ the compiler's estimates; nothing is run.
 """
 
 import dataclasses
-import json
 import re
 import time
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from afkd_jax.devices.memory import StepBytes
 from afkd_jax.errors import UserError
 from afkd_jax.method import cohort as cohort_lib
 from afkd_jax.method import state as state_lib
-from afkd_jax.report.console import log
+from afkd_jax.report.console import log, print_json, working
 from afkd_jax.report.tables import shape, size, table
 from afkd_jax.tools import hlo, tpu
 from afkd_jax.tools.flops import multiply_adds
@@ -67,9 +66,9 @@ class Plan:
         """
         run = self.run(batch_size)
         begin = time.perf_counter()
-        lowered = run.lowered_step(*run.abstract_arguments())
         try:
-            step = lowered.compile()
+            with working('compiling the training step'):
+                step = run.lowered_step(*run.abstract_arguments()).compile()
         except jax.errors.JaxRuntimeError as error:
             if 'RESOURCE_EXHAUSTED' not in str(error):
                 raise
@@ -277,10 +276,10 @@ def tables(result: dict[str, Any]) -> list[Any]:
 
 
 def main(command: Command, _: object) -> int:
-    """Prints the plan, and as JSON last; returns the exit code."""
+    """Prints the plan, or it as JSON; returns the exit code."""
     options = command.options
     result = plan(command.config, options.topology, options.largest_batch, log)
     for part in tables(result):
         log(part)
-    print(json.dumps(result))
+    print_json(result)
     return 0

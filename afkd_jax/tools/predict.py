@@ -2,7 +2,6 @@
 
 import csv
 import itertools
-import json
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,7 +13,7 @@ import rich.progress
 from afkd_jax.command import Command, new_file
 from afkd_jax.data.sources import folder
 from afkd_jax.errors import UserError
-from afkd_jax.report.console import console, log
+from afkd_jax.report.console import console, log, print_json
 from afkd_jax.tools.model import Model, load_for
 
 _BATCH, _TOP = 64, 5
@@ -65,7 +64,7 @@ def _row(path: pathlib.Path, classes: tuple[str, ...], probabilities: np.ndarray
 
 
 def main(command: Command, _: object) -> int:
-    """Writes the CSV, prints a summary, and as JSON last; returns the exit code."""
+    """Writes the CSV, prints a summary, or it as JSON; returns the exit code."""
     options = command.options
     files = image_files(options.images)
     model = load_for(command)
@@ -101,5 +100,5 @@ def main(command: Command, _: object) -> int:
         log(f'{labelled} images lie in a folder of a class name: {accuracy:.2f} % are predicted so')
     facts = {'network': model.name, 'step': model.step, 'images': images}
     facts |= {'unreadable': len(files) - images, 'labelled': labelled, 'accuracy': accuracy}
-    print(json.dumps(facts | {'output': str(output)}))
+    print_json(facts | {'output': str(output)})
     return 0

@@ -1,7 +1,5 @@
 """--mode prepare: brings a data set to the disk, once, and reads a little of it."""
 
-import functools
-import json
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +9,7 @@ from afkd_jax.config import Config
 from afkd_jax.data import dataset as dataset_lib
 from afkd_jax.data import decode
 from afkd_jax.errors import UserError
+from afkd_jax.report.console import log, print_json
 
 
 def prepare(config: Config, log: Callable[[str], None]) -> dict[str, Any]:
@@ -52,11 +51,11 @@ def prepare(config: Config, log: Callable[[str], None]) -> dict[str, Any]:
 
 
 def main(command: Command, _: object) -> int:
-    """Prints the sizes of the splits, and the facts as JSON last; returns the exit code."""
-    result = prepare(command.config, functools.partial(print, flush=True))
-    print(
+    """Prints the sizes of the splits, or the facts as JSON; returns the exit code."""
+    result = prepare(command.config, log)
+    log(
         f'{result["dataset"]}: {result["train"]:,} images to train on, {result["validation"]:,} '
         f'held out, {result["test"]:,} to test, {result["num_classes"]:,} classes'
     )
-    print(json.dumps(result))
+    print_json(result)
     return 0

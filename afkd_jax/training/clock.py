@@ -1,10 +1,14 @@
-"""The clock: images per second of training, without evaluation, saving and compilation."""
+"""Clocks: the speed of training, and what the time of a run was spent on."""
 
+import contextlib
 import time
+from collections.abc import Iterator
+
+from afkd_jax.checkpoints.progress import Progress
 
 
 class Clock:
-    """Measures speed since the last log line, and since the start of the epoch.
+    """Measures training without evaluation, saving and compilation.
 
     Args:
       batch_size: images per step.
@@ -16,18 +20,52 @@ class Clock:
         self.restart(step)
 
     def restart(self, step: int) -> None:
-        """Starts both measurements anew, after anything that is not training."""
-        self._epoch = self._line = (time.perf_counter(), step)
+        """Starts a lap, after anything that is not training."""
+        self._since, self._step = time.perf_counter(), step
 
-    def _speed(self, since: tuple[float, int], step: int) -> float:
-        then, first_step = since
-        return (step - first_step) * self._batch_size / (time.perf_counter() - then)
+    def lap(self, step: int) -> tuple[int, float]:
+        """Returns the images and seconds of the lap that ends with this step; starts the next."""
+        images, since = (step - self._step) * self._batch_size, self._since
+        self.restart(step)
+        return images, self._since - since
 
-    def line(self, step: int) -> float:
-        """Returns images per second since the last line, and starts the next one."""
-        speed, self._line = self._speed(self._line, step), (time.perf_counter(), step)
-        return speed
 
-    def epoch(self, step: int) -> float:
-        """Returns images per second since the last restart; 0 if there was no step."""
-        return self._speed(self._epoch, step)
+class Spent:
+    """The seconds since this was made, by what they are spent on; each second counts once.
+
+    data: reading images, and waiting for batches. compile. train. evaluate. save: checkpoints, with
+    the initial or restored state. other: the rest.
+    """
+
+    KINDS = ('data', 'compile', 'train', 'evaluate', 'save', 'other')
+
+    def __init__(self):
+        self._seconds: dict[str, float] = dict.fromkeys(self.KINDS, 0.0)
+        self._kind, self._since = 'other', time.perf_counter()
+
+    def _switch(self, kind: str) -> str:
+        before, now = self._kind, time.perf_counter()
+        self._seconds[before] += now - self._since
+        self._kind, self._since = kind, now
+        return before
+
+    @contextlib.contextmanager
+    def on(self, kind: str) -> Iterator[None]:
+        """Counts what happens inside as this kind; also within another kind."""
+        outer = self._switch(kind)
+        try:
+            yield
+        finally:
+            self._switch(outer)
+
+    def resume(self, progress: Progress) -> None:
+        """Adds what the run has spent in earlier processes."""
+        for kind, seconds in progress.seconds.items():
+            self._seconds[kind] += seconds
+        self._seconds['other'] += progress.wall_s - sum(progress.seconds.values())
+
+    def store(self, progress: Progress) -> None:
+        """Writes the seconds so far, of all processes, to the progress."""
+        self._switch(self._kind)
+        progress.seconds = dict(self._seconds)
+        progress.wall_s = sum(self._seconds.values())

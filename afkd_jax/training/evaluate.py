@@ -1,6 +1,5 @@
 """Evaluation: every network and the ensemble over a whole split, each image counted once."""
 
-import json
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +21,7 @@ from afkd_jax.method import state as state_lib
 from afkd_jax.method import step as step_lib
 from afkd_jax.method.metrics import Evaluation
 from afkd_jax.report import summary
-from afkd_jax.report.console import log, log_from_any
+from afkd_jax.report.console import log, log_from_any, print_json, working
 from afkd_jax.report.tables import result_tables
 from afkd_jax.training import run as run_lib
 
@@ -52,7 +51,8 @@ class Evaluator:
         mask = run.devices.abstract(np.zeros(size, bool), BATCH_SHARDED)
         batch = run.pipeline.abstract_batch(size)
         mapped = run.devices.map(step, specs)
-        return mapped.lower(run.abstract()[0].networks, *batch, mask).compile()
+        with working('compiling the evaluation'):
+            return mapped.lower(run.abstract()[0].networks, *batch, mask).compile()
 
     def __call__(
         self, networks: Any, split: str, stop: Callable[[], bool] = lambda: False
@@ -64,8 +64,8 @@ class Evaluator:
           split: which images.
           stop: called before each batch; True ends the evaluation, and the result is None.
         """
-        parts = []
-        with self._run.pipeline.evaluation(self._run.info.indices(split)) as batches:
+        parts, indices = [], self._run.info.indices(split)
+        with working(f'evaluating {split}'), self._run.pipeline.evaluation(indices) as batches:
             for batch in batches:
                 if stop():
                     return None
@@ -89,13 +89,16 @@ class Evaluator:
         compare = self._compiled(similarity.sums)
         # In the stored order a batch may hold a single class, which would bias CKA.
         order = np.random.RandomState(0).permutation(self._run.info.indices('test')).tolist()
-        with self._run.pipeline.evaluation(order) as batches:
+        with working('comparing the networks'), self._run.pipeline.evaluation(order) as batches:
             parts = [jax.device_get(compare(networks, *batch)) for batch in batches]
         return similarity.figures(self._run.cohort, parts)
 
 
 def evaluate(config: Config, workdir: pathlib.Path, step: int | str | None) -> dict[str, Any]:
-    """Returns the evaluation of a checkpoint, as JSON: its `step`, the rest as in summary.json.
+    """Returns the evaluation of a checkpoint, as JSON.
+
+    Its `step`, and `classes`, as in classes.json but without confusion matrices; the rest as in
+    summary.json.
 
     Args:
       config: checked, the one the workdir was trained with.
@@ -138,17 +141,16 @@ def evaluate(config: Config, workdir: pathlib.Path, step: int | str | None) -> d
         'networks': networks,
         'ensemble': ensemble,
         'ring': evaluator.edges(state.networks),
-        'classes': summary.classes(run.cohort, evaluations['test']),
+        'classes': summary.classes(run.cohort, evaluations['test'], confusion=False),
         'fingerprint': run.fingerprint(state),
     }
 
 
 def main(command: Command, _: object) -> int:
-    """--mode eval: prints tables, and the result as JSON last; returns the exit code."""
+    """--mode eval: prints tables, or the result as JSON; returns the exit code."""
     step = number_or(command.options.step, 'step', 0, 'last', 'best')
     result = evaluate(command.config, command.workdir, step)
     for table in result_tables(result):
         log(table)
-    if processes.is_primary():
-        print(json.dumps(result))
+    print_json(result)
     return 0

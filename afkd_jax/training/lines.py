@@ -30,8 +30,10 @@ class Lines:
         sums = jax.device_get(device_sums)
         self._health.check_line(step, sums)
         session.checkpoints.poll()
-        speed = self._clock.line(step)
+        images, seconds = self._clock.lap(step)
+        session.snapshot.progress.epoch.add(sums)
+        session.snapshot.progress.epoch.add_time(images, seconds)
         if sums.steps:
-            epoch = session.run.order.epoch_at(step)
+            epoch, speed = session.run.order.epoch_at(step), images / seconds if images else None
             skipped = int(sums.skipped)
             session.tracker.handle(TrainValues(step, epoch, metrics.means(sums), speed, skipped))

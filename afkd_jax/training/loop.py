@@ -1,25 +1,26 @@
 """The training loop: steps, log lines, evaluations and checkpoints, in their order."""
 
 import pathlib
-import time
 from collections.abc import Iterator
 from typing import Any
 
 from afkd_jax.checkpoints import files
 from afkd_jax.checkpoints import workdir as workdir_lib
+from afkd_jax.checkpoints.progress import EpochSums
 from afkd_jax.checkpoints.store import Snapshot, checkpoint_paths
 from afkd_jax.command import Command, number_or
 from afkd_jax.config import Config
 from afkd_jax.devices import processes
 from afkd_jax.devices.signals import Interrupt
-from afkd_jax.errors import EXIT_RESUMABLE
+from afkd_jax.errors import EXIT_RESUMABLE, first_line
 from afkd_jax.report import figures, summary
-from afkd_jax.report.console import log, log_from_any
+from afkd_jax.report import trackers as trackers_lib
+from afkd_jax.report.console import log, log_from_any, print_json, working
 from afkd_jax.report.tables import result_tables
-from afkd_jax.report.trackers import EpochEnd
+from afkd_jax.report.trackers import EpochEnd, Finished, Tracker
 from afkd_jax.training import run as run_lib
 from afkd_jax.training import session as session_lib
-from afkd_jax.training.clock import Clock
+from afkd_jax.training.clock import Clock, Spent
 from afkd_jax.training.epochs import EpochEvaluation
 from afkd_jax.training.health import Health
 from afkd_jax.training.lines import Lines
@@ -50,7 +51,7 @@ def train(
       UserError: the config, its images, devices, the workdir or its checkpoints do not fit, the
         disk cannot be written, or the run has diverged.
     """
-    started = time.perf_counter()
+    spent = Spent()
     workdir_lib.check(workdir, config, extend)
     if step is not None or extend:
         workdir_lib.check_begun(workdir)
@@ -59,18 +60,25 @@ def train(
         finished = None
     if finished := processes.broadcast(finished):
         log(f'{workdir}: this run is finished; its summary:')
+        if processes.is_primary() and not (workdir / 'curves.png').exists():
+            _draw(workdir)
         return finished
-    run = processes.primary_first(lambda: run_lib.prepare(config, log_from_any))
+    trackers: dict[str, Tracker] = processes.raise_on_all(
+        lambda: trackers_lib.create(config, workdir) if processes.is_primary() else {}
+    )
+    with spent.on('data'):
+        run = processes.primary_first(lambda: run_lib.prepare(config, log_from_any))
     processes.assert_equal({'images': run.pipeline.fingerprint})
     if not checkpoint_paths(workdir):
         processes.raise_on_all(lambda: run.starts)  # before the workdir is claimed
     if any(processes.all_gather(interrupt.requested)):
         log(f'{workdir}: stopped by a signal before it began; the same command continues')
         return None
-    with session_lib.opened(run, workdir, step, interrupt, started, extend) as session:
+    with session_lib.opened(run, workdir, step, interrupt, trackers, spent, extend) as session:
         loop = Loop(session)
         loop.run()
-        result = _write_result(session, loop)
+        with working('writing the result'):
+            result = _write_result(session, loop)
     if loop.stopped:
         log(
             f'{workdir}: stopped by a signal, with a checkpoint at step {loop.step} of '
@@ -108,12 +116,14 @@ class Loop:
     def run(self) -> None:
         """Trains; ends with a checkpoint."""
         self._session.interrupt.effect = 'stops after this step, with a checkpoint'
-        self._end_epoch()  # of an epoch that was stopped before its evaluation
-        with self._run.pipeline.training(self.step) as batches:
-            self._train(batches)
-        if self.step > self._saved_step:
-            self._save()
-        self._session.checkpoints.wait()
+        with self._session.spent.on('train'):
+            self._end_epoch()  # of an epoch that was stopped before its evaluation
+            with self._run.pipeline.training(self.step) as batches:
+                self._train(batches)
+            if self.step > self._saved_step:
+                self._save()
+        with self._session.spent.on('save'):
+            self._session.checkpoints.wait()
         self._session.interrupt.effect = 'ends when the result is written'
 
     def _train(self, batches: Iterator[Any]) -> None:
@@ -122,7 +132,9 @@ class Loop:
             save = self._requests.poll()
             if self.stopped:
                 break
-            self._take_step(next(batches))
+            with self._session.spent.on('data'):
+                batch = next(batches)
+            self._take_step(batch)
             if self.step == first + 1:  # the first step also warms up: it is not timed
                 self._sums.steps.block_until_ready()
                 self._clock.restart(self.step)
@@ -154,13 +166,24 @@ class Loop:
         if not epoch or (self._progress.evaluated if due else self._saved_step) == self.step:
             return
         self._lines.write()
-        if speed := self._clock.epoch(self.step):
-            self._progress.images_per_s.append(speed)
-        evaluated = due and self.evaluation(self.state.networks, self.step, epoch)
-        if evaluated or self.step > self._saved_step:
+        ended = True
+        if due:
+            with self._session.spent.on('evaluate'):
+                ended = self.evaluation(self.state.networks, self.step, epoch)
+            self._clock.restart(self.step)
+        if ended:
+            self._log_epoch(epoch)
+        if ended or self.step > self._saved_step:
             self._save()
-        if evaluated or not due:
-            self._session.tracker.handle(EpochEnd(epoch))
+
+    def _log_epoch(self, epoch: int) -> None:
+        progress, ended = self._progress, self._progress.epoch
+        if ended.images_per_s:
+            progress.images_per_s.append(ended.images_per_s)
+        self._session.tracker.handle(
+            EpochEnd(self.step, epoch, ended.means, ended.images_per_s, ended.skipped)
+        )
+        progress.epoch = EpochSums()
 
     def _save_due(self) -> bool:
         every = self._run.config.checkpoint.every_steps
@@ -171,21 +194,28 @@ class Loop:
         session = self._session
         self._lines.write()
         session.check_held()
-        self._health.check_finite(self._sums)
-        session.tracker.sync()
-        self._progress.wall_s = time.perf_counter() - session.started
-        session.checkpoints.save(self.step, Snapshot(self.state, self._sums, self._progress))
+        self._health.check_finite(self._sums)  # waits for the last step
+        self._progress.epoch.add_time(*self._clock.lap(self.step))
+        with session.spent.on('save'):
+            session.tracker.sync()
+            session.spent.store(self._progress)
+            session.checkpoints.save(self.step, Snapshot(self.state, self._sums, self._progress))
         self._saved_step = self.step
         self._requests.saved()
         self._clock.restart(self.step)
 
 
 def _write_result(session: Session, loop: Loop) -> dict[str, Any]:
-    """Writes summary.json and, of a finished run, classes.json and curves.png."""
+    """Writes summary.json and, of a finished run, classes.json and, after them, curves.png."""
     run, workdir, networks = session.run, session.workdir, loop.state.networks
     progress, classes = session.snapshot.progress, None
-    edges = None if loop.stopped else session.evaluator.edges(networks)
-    progress.wall_s = time.perf_counter() - session.started
+    with session.spent.on('evaluate'):
+        edges = None if loop.stopped else session.evaluator.edges(networks)
+        test = loop.evaluation.test
+        if not loop.stopped and test is None:  # the last epoch was evaluated in another process
+            test = session.evaluator(networks, 'test')
+    fingerprint = run.fingerprint(loop.state)
+    session.spent.store(progress)
     result = summary.build(
         run.cohort,
         progress,
@@ -195,25 +225,36 @@ def _write_result(session: Session, loop: Loop) -> dict[str, Any]:
         images=run.image_facts.to_json(),
         steps=loop.step,
         epochs=run.config.epochs,
-        compile_s=session.compile_s,
         device=run.devices.name,
-        fingerprint=run.fingerprint(loop.state),
+        fingerprint=fingerprint,
     )
     processes.assert_equal({'arrays': result['fingerprint']})
     if not loop.stopped:
-        test = loop.evaluation.test or session.evaluator(networks, 'test')
         assert test
         classes = summary.classes(run.cohort, test)
 
     def write() -> None:
         session.check_held()
         if classes:
-            figures.draw(workdir)
             files.write_json(workdir / 'classes.json', classes)
         files.write_json(workdir / 'summary.json', result)
 
     processes.raise_on_all(write if processes.is_primary() else lambda: None)
+    if not loop.stopped and processes.is_primary():
+        session.tracker.handle(Finished(loop.step, result, _draw(workdir)))
     return result
+
+
+def _draw(workdir: pathlib.Path) -> pathlib.Path | None:
+    """Draws curves.png and returns its path; None, with a warning, if that fails."""
+    try:
+        return figures.draw(workdir)
+    except Exception as error:
+        log(
+            f'warning: {workdir / "curves.png"} cannot be drawn ({type(error).__name__}: '
+            f'{first_line(error)}); the results are complete, the same command draws it again'
+        )
+        return None
 
 
 def main(command: Command, interrupt: Interrupt | None) -> int:
@@ -228,8 +269,11 @@ def main(command: Command, interrupt: Interrupt | None) -> int:
     for table in result_tables(result):
         log(table)
     log(
-        f'{result["steps"]} steps, {result["images_per_s"] or 0:.0f} img/s, compiled in '
-        f'{result["compile_s"]:.1f} s, {result["wall_s"]:.1f} s in all, {result["device"]}; '
+        f'{result["steps"]} steps, {result["images_per_s"] or 0:.0f} img/s, {result["device"]}; '
         f'fingerprint {result["fingerprint"][:16]}; written to {command.workdir}'
     )
+    if 'seconds' in result:  # not in a summary of an older version
+        parts = ', '.join(f'{kind} {seconds:.1f}' for kind, seconds in result['seconds'].items())
+        log(f'{result["wall_s"]:.1f} s: {parts}')
+    print_json(result)
     return 0

@@ -25,7 +25,7 @@ from afkd_jax.method import metrics, presets
 from afkd_jax.method import state as state_lib
 from afkd_jax.method import step as step_lib
 from afkd_jax.method.state import StackedState, State, TrainState
-from afkd_jax.report.console import log
+from afkd_jax.report.console import log, working
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +162,8 @@ class Run:
         state's memory is donated.
         """
         key = self.devices.replicate(self.step_key)
-        compiled = self.lowered_step(*self.abstract_arguments()).compile()
+        with working('compiling the training step'):
+            compiled = self.lowered_step(*self.abstract_arguments()).compile()
         return lambda state, sums, images, index: compiled(state, sums, images, index, key)
 
     def abstract_arguments(self) -> tuple[Any, ...]:
@@ -225,5 +226,6 @@ def prepare(config: Config, log: Callable[[str], None] = lambda line: None) -> R
         models.build(name, num_classes=2, image_shape=(32, 32, 3))
     devices = mesh.devices_of(config)
     devices.check_divides('eval_batch_size', config.eval_batch_size)
-    images = dataset.dataset(config)
-    return Run(config, images.info, devices, pipelines.create(config, images, devices, log))
+    with working('loading the images'):
+        images = dataset.dataset(config)
+        return Run(config, images.info, devices, pipelines.create(config, images, devices, log))

@@ -3,20 +3,20 @@
 import contextlib
 import dataclasses
 import pathlib
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from afkd_jax.checkpoints import workdir as workdir_lib
 from afkd_jax.checkpoints.store import Checkpoints, Snapshot
 from afkd_jax.devices import processes
 from afkd_jax.devices.signals import Interrupt
-from afkd_jax.report.console import log
+from afkd_jax.report.console import log, working
 from afkd_jax.report.jsonl import JsonLines
 from afkd_jax.report.terminal import Terminal
 from afkd_jax.report.trackers import Start, Tracker, Trackers
 from afkd_jax.report.versions import versions
 from afkd_jax.training import resume
+from afkd_jax.training.clock import Spent
 from afkd_jax.training.evaluate import Evaluator
 from afkd_jax.training.run import Run
 
@@ -28,9 +28,8 @@ class Session:
     Attributes:
       snapshot: from which it starts; its progress is updated while it trains.
       train_step: compiled, see Run.compiled_step.
-      compile_s: seconds to compile the training and the evaluation step.
       check_held: raises if the workdir's lock was lost.
-      started: time.perf_counter() at which the run would have started without interruptions.
+      spent: the time of the whole run.
     """
 
     run: Run
@@ -39,11 +38,10 @@ class Session:
     snapshot: Snapshot
     train_step: Callable[..., Any]
     evaluator: Evaluator
-    compile_s: float
     tracker: Tracker
     check_held: Callable[[], None]
     interrupt: Interrupt
-    started: float
+    spent: Spent
 
     @property
     def last_step(self) -> int:
@@ -57,7 +55,8 @@ def opened(
     workdir: pathlib.Path,
     step: int | None,
     interrupt: Interrupt,
-    started: float,
+    trackers: Mapping[str, Tracker],
+    spent: Spent,
     extend: bool = False,
 ) -> Iterator[Session]:
     """Claims the workdir, restores or initialises the state, compiles, and opens the trackers.
@@ -67,7 +66,8 @@ def opened(
       workdir: of the run.
       step: of the checkpoint to resume from; None for the newest.
       interrupt: entered.
-      started: time.perf_counter() at the start of this process.
+      trackers: of config.trackers, in the primary process.
+      spent: the time of this process.
       extend: whether config.epochs may be more than the run in the workdir has.
 
     Raises:
@@ -85,26 +85,32 @@ def opened(
         checkpoints = stack.enter_context(
             Checkpoints(workdir, run.origin(), metadata, config.checkpoint.keep, check_held)
         )
-        snapshot = resume.restore_or_init(run, workdir, checkpoints, metadata, step)
+        with spent.on('save'), working('initialising'):
+            snapshot = resume.restore_or_init(run, workdir, checkpoints, metadata, step)
+        spent.resume(snapshot.progress)
         if primary:  # only now that images and checkpoints are known to be those of the run
             workdir_lib.write_config(workdir, config)
             run.image_facts.write(workdir)
         first_step, progress = int(snapshot.state.step), snapshot.progress
         log(
-            f'{workdir}: {len(run.cohort.names)} networks, {last_step} steps, on '
-            f'{run.devices.name}; compiling'
+            f'{workdir}: {len(run.cohort.names)} networks, {last_step} steps, on {run.devices.name}'
         )
         interrupt.effect = 'stops after the compilation'
-        begin = time.perf_counter()
-        train_step, evaluator = run.compiled_step(), Evaluator(run)
-        compile_s = time.perf_counter() - begin
-        trackers: list[Tracker] = []
-        if primary:
-            lines = JsonLines(workdir, run.cohort.names, first_step, progress.evaluated)
-            trackers.append(stack.enter_context(lines))
-        trackers.append(stack.enter_context(Terminal(first_step, last_step, config.epochs)))
-        tracker = Trackers(trackers)
-        tracker.handle(Start(first_step, config, run.devices.name))
+        with spent.on('compile'):
+            train_step, evaluator = run.compiled_step(), Evaluator(run)
+        required = [JsonLines(workdir)] if primary else []
+        required = [stack.enter_context(tracker) for tracker in (*required, Terminal())]
+        tracker = stack.enter_context(Trackers(required, trackers))
+        tracker.handle(
+            Start(
+                first_step,
+                last_step,
+                run.cohort.names,
+                config,
+                run.devices.name,
+                epoch_ended=progress.epoch.empty,
+            )
+        )
         yield Session(
             run,
             workdir,
@@ -112,9 +118,8 @@ def opened(
             snapshot,
             train_step,
             evaluator,
-            compile_s,
             tracker,
             check_held,
             interrupt,
-            started - progress.wall_s,
+            spent,
         )

@@ -91,10 +91,11 @@ def test_a_broken_first_image_is_reported(monkeypatch):
         prepare.prepare(tiny_config(), lambda line: None)
 
 
-def test_launch_prints_json_last(forked):
-    code, output, errors = forked(['--config=configs/digits.py', '--mode=prepare'])
-    assert (code, errors) == (0, '')
-    result = json.loads(output.splitlines()[-1])
+def test_launch_prints_words_and_json(forked):
+    code, output, errors = forked(['--config=configs/digits.py', '--mode=prepare', '--json'])
+    assert code == 0
+    assert errors.startswith('digits: 1,294 images to train on, 144 held out, 359 to test')
+    result = json.loads(output)
     assert (result['train'], result['validation'], result['test']) == (1294, 144, 359)
     assert result['path'] is None
 

@@ -13,7 +13,7 @@ def write_metrics(workdir, points):
     for step in range(1, points + 1):
         where = {'step': step, 'epoch': float(step)}
         values = {'cross_entropy': 2 / step, 'd_own': 0.4, 'd_teacher': 0.6}
-        rows.append(where | {'kind': 'train', 'networks': [{'name': 'a'} | values] * 2})
+        rows.append(where | {'kind': 'epoch', 'networks': [{'name': 'a'} | values] * 2})
         for split in ('validation', 'test'):
             networks = [{'name': name, 'accuracy': 50 + step} for name in ('a', 'a', 'ensemble')]
             rows.append(where | {'kind': 'evaluation', 'split': split, 'networks': networks})
@@ -34,3 +34,39 @@ def test_few_points_are_marked(points, marked, tmp_path, monkeypatch):
     figures.draw(tmp_path)
     assert [len(lines) for lines in drawn] == [6, 2, 4]  # accuracies, cross-entropy, outputs
     assert {line.get_marker() for lines in drawn for line in lines} == {'o' if marked else ''}
+
+
+def epoch(number, values):
+    """Returns the line of an epoch of two networks with these values."""
+    networks = [{'name': 'a', **values}, {'name': 'b', **values}]
+    return {'kind': 'epoch', 'step': number, 'epoch': number, 'networks': networks}
+
+
+def test_every_value_that_is_reported_has_a_panel(tmp_path, monkeypatch):
+    # Of a method with discriminators, and of one that this package does not know.
+    values = {'cross_entropy': 2.0, 'accuracy': 9.0, 'adversarial': 0.1, 'discriminator': 0.2}
+    values |= {'d_own': 0.4, 'd_teacher': 0.6, 'my loss': 3.0, 'grad_norm_logit': 1.0}
+    scores = [{'name': name, 'accuracy': 50.0} for name in ('a', 'b', 'ensemble')]
+    evaluation = {'kind': 'evaluation', 'step': 1, 'epoch': 1, 'split': 'test', 'networks': scores}
+    lines = [epoch(1, values), evaluation]
+    (tmp_path / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    drawn = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, 'savefig', lambda f, *a, **k: [drawn.append(f), save(f, *a, **k)])
+    assert figures.draw(tmp_path) == tmp_path / 'curves.png'
+    panels = {axis.get_title(): axis for axis in drawn[0].axes}
+    assert list(panels) == [
+        'Accuracy',
+        'Training cross-entropy',
+        'Adversarial losses',
+        'Discriminator outputs',
+        'my loss',
+    ]
+    assert [line.get_ydata().tolist() for line in panels['my loss'].lines] == [[3.0], [3.0]]
+    assert all(line.get_marker() == 'o' for line in panels['my loss'].lines)  # one epoch is seen
+
+
+def test_a_value_that_all_steps_of_an_epoch_lack_is_a_gap(tmp_path):
+    lines = [epoch(1, {'cross_entropy': 1.0}), epoch(2, {}), epoch(3, {'cross_entropy': 0.5})]
+    (tmp_path / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    assert figures.draw(tmp_path).read_bytes().startswith(b'\x89PNG')

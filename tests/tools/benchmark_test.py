@@ -106,19 +106,19 @@ def test_sweep_is_an_option_of_benchmark_only(forked):
     assert '--sweep: k=2 is only for --mode benchmark' in errors
 
 
-def test_launch_prints_json_last_and_appends_the_results_of_a_sweep(tmp_path):
+def test_launch_prints_json_and_appends_the_results_of_a_sweep(tmp_path):
     # In a folder of its own, where runs/benchmark.csv is made, and on one device.
     root = pathlib.Path(__file__).parents[2]
     command = [sys.executable, root / 'launch.py', '--config', root / 'tests/tiny.py']
     done = subprocess.run(
-        [*command, '--mode', 'benchmark', '--sweep', 'method=vanilla'],
+        [*command, '--mode', 'benchmark', '--sweep', 'method=vanilla', '--json'],
         cwd=tmp_path,
         env=forks.environment(),
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+    result = json.loads(done.stdout)
     with (tmp_path / 'runs/benchmark.csv').open(newline='') as lines:
         (row,) = csv.DictReader(lines)
     assert float(row['step_s']) == result['step_s']

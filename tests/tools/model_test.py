@@ -25,6 +25,7 @@ from afkd_jax.data import dataset
 from afkd_jax.devices import mesh
 from afkd_jax.devices.signals import Interrupt
 from afkd_jax.errors import UserError
+from afkd_jax.report.console import console
 from afkd_jax.tools import export, model, predict
 from afkd_jax.training import evaluate, loop
 from afkd_jax.training import run as run_lib
@@ -197,7 +198,7 @@ def test_the_first_step_can_be_exported_and_predicted(stacked, tmp_path, capsys)
     write_images(tmp_path, *(part[:3] for part in images_of(config, 'test')))
     given = {'images': (str(tmp_path),), 'output': str(tmp_path / 'out.csv'), 'step': '0'}
     assert predict.main(options('predict', workdir, **given), None) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])['step'] == 0
+    assert '1 tiny-8-2 of step 0: 3 images; written to' in capsys.readouterr().out
 
 
 def test_another_config_beside_the_run_is_refused(stacked, tmp_path):
@@ -282,7 +283,10 @@ def options(mode, workdir, **fields):
     return Command(artefact.read_config(workdir), Options(**values), workdir)
 
 
-def test_files_are_predicted_as_arrays_are_and_the_csv_holds_them(stacked, tmp_path, capsys):
+def test_files_are_predicted_as_arrays_are_and_the_csv_holds_them(
+    stacked, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(console, 'stderr', True)  # as --json does
     config, workdir, _ = stacked
     pixels, labels = images_of(config, 'validation')
     write_images(tmp_path / 'images', pixels, labels)
@@ -291,10 +295,10 @@ def test_files_are_predicted_as_arrays_are_and_the_csv_holds_them(stacked, tmp_p
     output = tmp_path / 'out.csv'
     images, given = (str(tmp_path / 'images'),), {'network': '2', 'output': str(output)}
     assert predict.main(options('predict', workdir, images=images, **given), None) == 0
-    printed = capsys.readouterr().out
-    assert 'broken.png: cannot be read as an image' in printed
-    assert '1 files could not be read' in printed
-    result = json.loads(printed.splitlines()[-1])
+    printed, words = capsys.readouterr()
+    assert 'broken.png: cannot be read as an image' in words
+    assert '1 files could not be read' in words
+    result = json.loads(printed)
     with output.open(newline='') as file:
         rows = list(csv.DictReader(file))
     assert result['images'] == len(rows) == len(pixels)

@@ -187,11 +187,11 @@ def test_a_tpu_that_is_not_attached():
     assert np.isfinite(result['flops_per_step'])
 
 
-def test_the_command_ends_with_one_json_line(forked):
-    command = ['--config=tests/tiny.py', '--config.method=vanilla', '--mode=plan']
+def test_the_command_prints_tables_and_json(forked):
+    command = ['--config=tests/tiny.py', '--config.method=vanilla', '--mode=plan', '--json']
     code, output, errors = forked(command, forks.environment(2))
-    assert (code, errors) == (0, '')
-    result = json.loads(output.splitlines()[-1])
+    assert code == 0
+    result = json.loads(output)
     assert result['device'].startswith('2 x cpu')
     for words in ('optimizer states', 'all-reduce', 'it fits', 'per image, 2 tiny-8-2'):
-        assert words in output
+        assert words in errors

@@ -9,6 +9,7 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from conftest import tiny_config
 
@@ -20,7 +21,9 @@ from afkd_jax.devices import mesh
 from afkd_jax.devices.signals import Interrupt
 from afkd_jax.errors import UserError
 from afkd_jax.method import step as step_lib
+from afkd_jax.registry import register_tracker
 from afkd_jax.report import figures
+from afkd_jax.report.trackers import Tracker, TrainValues
 from afkd_jax.training import epochs, evaluate, health
 from afkd_jax.training import loop as train
 from afkd_jax.training import run as run_lib
@@ -52,7 +55,7 @@ def uninterrupted(tmp_path_factory):
     workdir = tmp_path_factory.mktemp('uninterrupted')
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mesh, 'available', lambda: jax.devices()[:1])
-        return workdir, fit(short_config(), workdir)
+        return workdir, fit(short_config(trackers=('tensorboard',)), workdir)
 
 
 def lines(workdir, kind):
@@ -94,7 +97,10 @@ def test_the_summary_has_what_it_promises(uninterrupted):
     assert summary['steps'] == 10
     assert summary['epochs'] == 2
     assert summary['images_per_s'] > 0
-    assert 0 < summary['compile_s'] < summary['wall_s']
+    spent = summary['seconds']
+    assert list(spent) == ['data', 'compile', 'train', 'evaluate', 'save', 'other']
+    assert all(seconds > 0 for seconds in spent.values())
+    assert sum(spent.values()) == summary['wall_s']
     assert len(summary['fingerprint']) == 64
     assert 'cpu' in summary['device']
 
@@ -117,6 +123,16 @@ def test_the_metrics_name_their_step_and_epoch(uninterrupted):
         assert [set(network) for network in row['networks']] == [per_network] * 2
         assert {'images_per_s', 'learning_rate_logit', 'learning_rate_feature'} <= set(row)
         assert 0 < row['networks'][0]['d_own'] < 1
+    # The line of an epoch has the means over all its steps: 1 to 5 and 6 to 10.
+    ends = lines(workdir, 'epoch')
+    assert [(row['step'], row['epoch']) for row in ends] == [(5, 1), (10, 2)]
+    for row, parts in zip(ends, (rows[:3], rows[3:]), strict=True):
+        assert row.keys() == rows[0].keys()
+        assert row['images_per_s'] > 0
+        weights = np.array([2, 2, 1] if row['step'] == 5 else [1, 2, 2])
+        for k, name in [(0, 'cross_entropy'), (1, 'cross_entropy'), (1, 'd_own')]:
+            values = [part['networks'][k][name] for part in parts]
+            assert row['networks'][k][name] == pytest.approx(np.dot(weights, values) / 5, rel=1e-6)
     scores = lines(workdir, 'evaluation')
     assert [(row['step'], row['split']) for row in scores] == [
         (5, 'test'),
@@ -133,16 +149,34 @@ def test_the_workdir_is_complete(uninterrupted):
     workdir, _ = uninterrupted
     assert {path.name for path in workdir.iterdir()} == {
         'config.json', 'images.json', 'metrics.jsonl', 'checkpoints', 'summary.json', 'curves.png',
-        'classes.json',
+        'classes.json', 'tensorboard',
     }  # fmt: skip
     steps = {path.name for path in (workdir / 'checkpoints').iterdir()}
     assert steps == {'0', '5', '10'}
-    assert (workdir / 'curves.png').read_bytes().startswith(b'\x89PNG')
+    curves = (workdir / 'curves.png').read_bytes()
+    assert curves.startswith(b'\x89PNG')
+    (events,) = (workdir / 'tensorboard').glob('events.*')
+    assert curves in events.read_bytes()
 
 
-def test_same_seed_same_bits(uninterrupted, tmp_path):
-    again = fit(short_config(), tmp_path)
-    assert again['fingerprint'] == uninterrupted[1]['fingerprint']
+@register_tracker('failing')
+class Failing(Tracker):
+    """Fails at the second log line."""
+
+    def __init__(self, config, workdir):
+        super().__init__()
+
+    def handle(self, event):
+        if isinstance(event, TrainValues) and event.step == 4:
+            raise OSError(28, 'No space left on device')
+
+
+def test_same_seed_same_bits_whatever_a_tracker_does(uninterrupted, tmp_path):
+    again = fit(short_config(trackers=('failing',)), tmp_path)
+    assert_same_run(tmp_path, again, uninterrupted)
+    (warning,) = lines(tmp_path, 'warning')
+    text = 'tracker "failing" failed (OSError: [Errno 28] No space left on device)'
+    assert (warning['step'], warning['text']) == (4, f'{text}; the run continues without it')
 
 
 def test_another_seed_another_run(uninterrupted, tmp_path):
@@ -177,7 +211,7 @@ def test_a_signal_is_answered_by_what_it_waits_for(tmp_path, monkeypatch):
 
 def values(workdir):
     """Returns the lines of metrics.jsonl about the run itself, without times."""
-    rows = lines(workdir, 'train') + lines(workdir, 'evaluation')
+    rows = [row for kind in ('train', 'evaluation', 'epoch') for row in lines(workdir, kind)]
     return [{key: row[key] for key in row if key != 'images_per_s'} for row in rows]
 
 
@@ -214,7 +248,8 @@ def test_stopped_and_resumed_is_the_uninterrupted_run(
     assert str(stop_at) in {path.name for path in (tmp_path / 'checkpoints').iterdir()}
     left = '{"kind": "train", "st'  # as a killed process may leave it, here and below
     if stop_at != 7:  # one that went on from here, evaluated, and did not come to its save
-        left = f'{{"kind": "evaluation", "step": {stop_at}}}\n{left}'
+        late = (f'{{"kind": "{kind}", "step": {stop_at}}}\n' for kind in ('evaluation', 'epoch'))
+        left = ''.join(late) + left
     with (tmp_path / 'metrics.jsonl').open('a') as file:
         file.write(left)
     resumed = fit(short_config(), tmp_path)
@@ -322,18 +357,21 @@ def test_a_damaged_line_is_told_and_set_aside(every_step, tmp_path, capsys):
     assert '{"ki\n' in aside
 
 
-def test_a_run_is_finished_only_when_all_is_written(every_step, tmp_path, monkeypatch):
+def test_curves_that_cannot_be_drawn_hold_back_no_result(every_step, tmp_path, monkeypatch, capsys):
     config, workdir = every_step
     shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
-    (tmp_path / 'curves.png').unlink()
-    with monkeypatch.context() as patch:
+    for name in ('curves.png', 'classes.json'):
+        (tmp_path / name).unlink()
 
-        def full(_):
-            raise OSError(28, 'No space left on device')
+    def full(_):
+        assert (tmp_path / 'summary.json').exists()
+        assert (tmp_path / 'classes.json').exists()
+        raise OSError(28, 'No space left on device')
 
-        patch.setattr(figures, 'draw', full)
-        with pytest.raises(OSError, match='No space'):
-            fit(config, tmp_path, 10)
+    monkeypatch.setattr(figures, 'draw', full)
+    assert fit(config, tmp_path, 10)['finished']
+    output = capsys.readouterr().out
+    assert 'curves.png cannot be drawn (OSError: [Errno 28] No space left on device)' in output
     monkeypatch.setattr(figures, 'draw', DRAW)
     assert fit(config, tmp_path)['steps'] == 10
     assert (tmp_path / 'curves.png').read_bytes().startswith(b'\x89PNG')

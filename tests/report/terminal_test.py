@@ -1,0 +1,100 @@
+"""The terminal: every line fits, a bar that moves, and no control codes in a file."""
+
+import io
+import re
+import time
+
+import pytest
+import rich.console
+from conftest import tiny_config
+
+from afkd_jax.method.metrics import Evaluation
+from afkd_jax.report import console as console_lib
+from afkd_jax.report import terminal
+from afkd_jax.report.trackers import EpochEnd, EvaluationValues, Start, TrainValues
+
+CONTROL = re.compile(r'\x1b\[[?\d;]*[A-Za-z]')
+
+
+@pytest.fixture(params=[True, False], ids=['terminal', 'file'])
+def screen(request, monkeypatch):
+    """Returns (whether it is a terminal, what was printed so far)."""
+    file = io.StringIO()
+    console = rich.console.Console(
+        file=file, width=80, force_terminal=request.param, soft_wrap=True, highlight=False
+    )
+    monkeypatch.setattr(console_lib, 'console', console)
+    monkeypatch.setattr(terminal, 'console', console)
+    return request.param, file.getvalue
+
+
+def show(networks, end=True):
+    """Shows the last epoch of a long run of so many networks."""
+    config = tiny_config(('tiny-8-2',) * networks, epochs=300)
+    losses = {'cross_entropy': [1.25 + k for k in range(networks)]}
+    start = Start(1_234_000, 1_234_567, config.networks, config, '1 x cpu', True)
+    with terminal.Terminal() as shown:
+        shown.handle(start)
+        shown.handle(TrainValues(1_234_500, 299.9, losses, 123456.0, 0))
+        if end:
+            scores = Evaluation([100.0] * (networks + 1), [0.1] * (networks + 1), None)
+            shown.handle(EvaluationValues(1_234_567, 300, 'validation', scores))
+            shown.handle(EpochEnd(1_234_567, 300, losses, 98765.4, 0))
+
+
+@pytest.mark.parametrize('networks', [2, 8, 16])
+def test_the_terminal_fits_80_columns_with_any_number_of_networks(networks, screen):
+    is_terminal, printed = screen
+    show(networks)
+    text = CONTROL.sub('', printed())
+    lines = [line for line in re.split('[\r\n]+', text) if line.strip()]
+    accuracies = 'val % ' + '100.00 ' * networks + 'ensemble 100.00'
+    losses = 'loss ' + ' '.join(f'{1.25 + k:.3f}' for k in range(networks))
+    if not is_terminal:
+        assert text == printed()  # no control code
+        assert '\r' not in text
+        assert lines == [f'epoch 300/300  0 s  98765 img/s  {losses}  {accuracies}']
+        return
+    assert max(map(len, lines)) <= 80
+    bars = [line for line in lines if 'left' in line]
+    mean = 1.25 + (networks - 1) / 2
+    bar = rf'epoch 299.9/300 [━╸╺]+ *1234500/1234567 +123456 img/s loss {mean:.3f} \S+ left'
+    assert re.search(bar, bars[-1]), bars
+    words = ' '.join(' '.join(line for line in lines if 'left' not in line).split())
+    assert f'epoch 300/300 0 s 98765 img/s {losses} {accuracies}' in words
+
+
+def test_without_a_terminal_a_long_epoch_prints_a_line_a_minute(screen, monkeypatch):
+    is_terminal, printed = screen
+    monkeypatch.setattr(terminal, '_QUIET_S', 0.0)
+    show(2, end=False)
+    if not is_terminal:
+        assert printed() == (
+            'epoch 299.90/300  step 1234500/1234567  123456 img/s  loss 1.250 2.250\n'
+        )
+
+
+def test_long_work_shows_a_sign_of_life(screen, monkeypatch):
+    is_terminal, printed = screen
+    with console_lib.working('thinking'):
+        if is_terminal:
+            time.sleep(0.3)  # three pictures
+    if is_terminal:
+        pictures = set(re.findall('[⠀-⣿] thinking 0 s', CONTROL.sub('', printed())))
+        assert len(pictures) > 1
+        assert printed().endswith('\x1b[?25h\r\x1b[1A\x1b[2K')  # the cursor is back, the line away
+        return
+    assert printed() == ''
+    monkeypatch.setattr(console_lib, '_SILENT_S', 0.0)
+    with console_lib.working('thinking'):
+        deadline = time.monotonic() + 10
+        while not printed() and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert printed() == 'thinking ...\n'
+
+
+def test_a_line_ends_between_two_parts():
+    parts = ['epoch 1/2', '', 'loss 1 2', 'val % 3 4']
+    assert terminal.lines(parts, None) == ['epoch 1/2  loss 1 2  val % 3 4']
+    assert terminal.lines(parts, 19) == ['epoch 1/2  loss 1 2', '  val % 3 4']
+    assert terminal.lines(parts, 9) == ['epoch 1/2', '  loss 1', '    2', '  val % 3', '    4']
