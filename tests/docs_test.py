@@ -86,7 +86,12 @@ LAUNCHED = {command: launched(command) for _, command in COMMANDS if launched(co
 @pytest.fixture
 def own_registries(monkeypatch):
     """Forgets afterwards what a config file has registered."""
-    for parts in (registry.NETWORKS, registry.MAP_LOSSES, registry.SOURCES):
+    for parts in (
+        registry.NETWORKS,
+        registry.LOGIT_TEACHERS,
+        registry.MAP_LOSSES,
+        registry.SOURCES,
+    ):
         parts.names()  # loads the built-in parts, which stay
         for field in ('_parts', '_patterns'):
             monkeypatch.setattr(parts, field, copy.copy(getattr(parts, field)))
@@ -218,4 +223,5 @@ def test_the_example_trains(tmp_path):
     lines = map(json.loads, (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines())
     trained = [line for line in lines if line['kind'] == 'train']
     assert trained
-    assert all('cosine' in network for line in trained for network in line['networks'])
+    for name in ('mimicry_kl', 'cosine'):
+        assert all(name in network for line in trained for network in line['networks'])
