@@ -1,10 +1,10 @@
 """afkd_jax: online distillation by adversarial feature maps (AFD) in JAX.
 
-For config files: `default_config`, and the decorators `register_network`, `register_map_loss`,
-`register_source` and `register_tracker` (docs/extending.md), with `Images` and `Source` for one's
-own images. `Config` is the checked config, `build_network` makes a network by its name, `load`
-loads a trained one from its run, and every error that a user can correct is a `UserError`.
-Importing the package imports no JAX.
+For config files: `default_config`, and the decorators `register_network`, `register_logit_teacher`,
+`register_map_loss`, `register_source` and `register_tracker` (docs/extending.md), with `Images` and
+`Source` for one's own images. `Config` is the checked config, `build_network` makes a network by
+its name, `load` loads a trained one from its run, and every error that a user can correct is a
+`UserError`. Importing the package imports no JAX.
 """
 
 import importlib
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from afkd_jax.config import Config, default_config
 from afkd_jax.errors import UserError
 from afkd_jax.registry import (
+    register_logit_teacher,
     register_map_loss,
     register_network,
     register_source,
@@ -34,6 +35,7 @@ __all__ = [
     'build_network',
     'default_config',
     'load',
+    'register_logit_teacher',
     'register_map_loss',
     'register_network',
     'register_source',

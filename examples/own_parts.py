@@ -1,4 +1,4 @@
-"""A network, a loss between maps, a set of images and a tracker of your own, in one config file.
+"""A network, a logit teacher, a loss between maps, images and a tracker of your own, in one config.
 
 Command: python launch.py --config examples/own_parts.py
 
@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 import afkd_jax
 from afkd_jax import Config, Images, Source, default_config
+from afkd_jax.method.ring import Ring
 from afkd_jax.models.layers import Layers
 from afkd_jax.report.trackers import EpochEnd, Event, Start, Tracker
 
@@ -39,6 +40,12 @@ class Plain(nn.Module):
 def plain(name: str, layers: Layers, large: bool) -> nn.Module:
     """Returns the trunk; `large` is whether the images have sides of at least 96 pixels."""
     return Plain(layers)
+
+
+@afkd_jax.register_logit_teacher('mean')
+def mean(ring: Ring, logits: jax.Array, labels: jax.Array) -> list[jax.Array]:
+    """Returns one teacher for all networks, their mean: [K, B, C], [B] -> list of [K, B, C]."""
+    return [jnp.broadcast_to(logits.mean(0, keepdims=True), logits.shape)]
 
 
 @afkd_jax.register_map_loss('cosine')
@@ -92,7 +99,7 @@ def get_config(networks: str = 'plain,resnet8') -> ConfigDict:
     """Returns the config of the example."""
     config = default_config(networks)
     config.dataset = 'stripes:16'
-    config.method = 'ring+cosine'
+    config.method = 'mean+cosine'
     config.loss.map_weight = 0.1
     config.epochs = 5
     config.batch_size = 50

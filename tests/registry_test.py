@@ -15,7 +15,7 @@ from conftest import initial_state, mapped_update, random_batch, take_devices, t
 from afkd_jax import registry
 from afkd_jax.errors import UserError, nearest
 from afkd_jax.models.layers import Layers
-from afkd_jax.registry import MAP_LOSSES, NETWORKS, SOURCES, Registry
+from afkd_jax.registry import LOGIT_TEACHERS, MAP_LOSSES, NETWORKS, SOURCES, Registry
 from afkd_jax.tools import describe
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -110,8 +110,8 @@ class Own(nn.Module):
 
 @pytest.fixture
 def own_parts(monkeypatch):
-    """A network 'own' and a loss between maps 'cubed', until the end of the test."""
-    for parts in (NETWORKS, MAP_LOSSES):
+    """A network 'own', a logit teacher 'first' and a loss between maps 'cubed', in a test."""
+    for parts in (NETWORKS, LOGIT_TEACHERS, MAP_LOSSES):
         parts.names()  # registers the built-in ones first
         monkeypatch.setattr(parts, '_parts', dict(parts._parts))
         monkeypatch.setattr(parts, '_patterns', list(parts._patterns))
@@ -119,6 +119,10 @@ def own_parts(monkeypatch):
     @registry.register_network('own')
     def own(name, layers, large):
         return Own(layers)
+
+    @registry.register_logit_teacher('first')
+    def first(ring, logits, labels):
+        return [jnp.broadcast_to(logits[:1], logits.shape)]
 
     @registry.register_map_loss('cubed')
     def cubed(maps, teacher_maps):
@@ -134,6 +138,21 @@ def test_own_parts_are_described(own_parts):
     assert [own['map_teacher'], tiny['map_teacher']] == [2, 1]
     assert facts['loss']['map_weight'] == 1.0
     json.dumps(facts)
+
+
+def test_an_own_logit_teacher_is_described_by_its_name(own_parts):
+    facts = describe.describe(tiny_config(method='first+l1'))
+    assert [row['logit_teachers'] for row in facts['networks']] == [['first']] * 2
+    assert facts['loss']['kl_weight'] == 1.0
+    line = (
+        'network 1 (tiny-8-2) learns from the logits of "first", and from the maps of 2 (tiny-8-2)'
+    )
+    assert line in describe.text(facts)
+
+
+def test_an_own_logit_teacher_needs_all_networks(own_parts):
+    with pytest.raises(UserError, match=r'config.mesh.peer: must be 1 with the .* "first".*is 2'):
+        describe.describe(tiny_config(method='first+nothing', mesh__peer=2))
 
 
 def test_own_parts_are_trained(own_parts):
@@ -156,9 +175,13 @@ def test_own_parts_are_trained(own_parts):
 
 
 def test_without_a_registration_own_parts_are_rejected():
-    for fields in ({'networks': ('own', 'tiny-8-2')}, {'method': 'ring+cubed'}):
+    for fields in (
+        {'networks': ('own', 'tiny-8-2')},
+        {'method': 'ring+cubed'},
+        {'method': 'first+l1'},
+    ):
         with pytest.raises(
-            UserError, match=r'config\.(networks: .* "own"|method: .* "ring\+cubed)'
+            UserError, match=r'config\.(networks: .* "own"|method: .* "(ring\+cubed|first\+l1))'
         ):
             describe.describe(tiny_config(**fields))
 

@@ -90,6 +90,19 @@ def _map_shape(network: Any, image_shape: Shape) -> Shape:
     return maps.shape[1:]
 
 
+def method_of(config: Config) -> presets.Method:
+    """Returns the method.
+
+    Raises:
+      UserError: there is none of this name, or the networks that it needs are sharded.
+    """
+    method = presets.named(config.method)
+    if config.mesh.peer > 1 and method.hops(len(config.networks)) is None:
+        rule = f'1 with the logit teacher "{method.logits}", which needs the logits of all networks'
+        raise field_error('mesh.peer', rule, config.mesh.peer)
+    return method
+
+
 def ring_of(config: Config, peers: int = 1) -> Ring:
     """Returns the ring of config.ring_order, which counts networks from 1; () is as listed.
 
@@ -155,7 +168,7 @@ def assemble(
       UserError: an unknown method or network, a wrong ring, or images too small for a network;
         see also frozen_of.
     """
-    method, ring, names = presets.named(config.method), ring_of(config, peers), config.networks
+    method, ring, names = method_of(config), ring_of(config, peers), config.networks
     frozen = frozen_of(config)
     local = config.batch_statistics == 'local'
     parts = layers.layers(axis_name, dtype=config.dtype, local_statistics=local)

@@ -16,6 +16,7 @@ import numpy as np
 
 from afkd_jax.config import Loss
 from afkd_jax.data.augment import Mixed
+from afkd_jax.errors import UserError
 from afkd_jax.method import losses
 from afkd_jax.method.presets import Method
 from afkd_jax.method.ring import Ring
@@ -57,6 +58,22 @@ class Objective:
     def _of_learners(self, loss_K: jax.Array) -> jax.Array:
         return loss_K.at[np.array(self.frozen)].set(0.0) if self.frozen else loss_K
 
+    def _logit_teachers(self, logits_KxBxC: jax.Array, labels_B: jax.Array) -> list[jax.Array]:
+        """Returns the teachers' logits, each [K, B, C], gradient stopped.
+
+        Raises:
+          UserError: a logit teacher of one's own returns something else.
+        """
+        teachers = list(self.method.logit_teacher(self.ring, logits_KxBxC, labels_B))
+        shapes = [jnp.shape(teacher) for teacher in teachers]
+        none = not shapes and self.method.logits != 'nobody'
+        if none or any(shape != logits_KxBxC.shape for shape in shapes):
+            raise UserError(
+                f'config.method: the logit teacher "{self.method.logits}" must return a list of '
+                f'arrays {logits_KxBxC.shape}, the shape of the logits, but returns {shapes}'
+            )
+        return jax.lax.stop_gradient(teachers)
+
     def of_logits(
         self,
         logits_KxBxC: jax.Array,
@@ -79,8 +96,7 @@ class Objective:
             entropy_K = entropy_KxB.mean(1)
             total_K, parts = entropy_K, {'cross_entropy': entropy_K}
             kls = []
-            for hops in self.method.hops(len(self.ring.order)):
-                teachers = self.ring.teachers(logits_KxBxC, hops)
+            for teachers in self._logit_teachers(logits_KxBxC, labels_B):
                 kls.append(losses.mimicry_kl(logits_KxBxC, teachers, self.loss.temperature).mean(1))
             if kls:
                 parts['mimicry_kl'] = self._of_learners(sum(kls[1:], kls[0]) / len(kls))

@@ -4,12 +4,32 @@ Nothing else in the package knows a preset's name.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from afkd_jax.errors import UserError, nearest
-from afkd_jax.registry import MAP_LOSSES
+from afkd_jax.registry import LOGIT_TEACHERS, MAP_LOSSES, register_logit_teacher
 
-LOGITS = ('nobody', 'ring', 'all')
+# ring, logits [K, B, C], labels [B] -> teachers' logits, each [K, B, C]
+LogitTeacher = Callable[[Any, Any, Any], Sequence[Any]]
+
+# Number of networks -> how many hops along the ring each teacher of a network's logits is away.
+_HOPS: dict[str, Callable[[int], range]] = {
+    'nobody': lambda networks: range(0),
+    'ring': lambda networks: range(1, 2),
+    'all': lambda networks: range(1, networks),
+}
+
+
+def _along_the_ring(hops: Callable[[int], range]) -> LogitTeacher:
+    def teachers(ring: Any, logits_KxBxC: Any, labels_B: Any) -> list[Any]:
+        return [ring.teachers(logits_KxBxC, hop) for hop in hops(len(ring.order))]
+
+    return teachers
+
+
+for _name, _hops in _HOPS.items():
+    register_logit_teacher(_name)(_along_the_ring(_hops))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,8 +37,9 @@ class Method:
     """A method of online distillation.
 
     Attributes:
-      logits: 'nobody' (cross-entropy only), 'ring' (plus the KL to the predecessor's logits) or
-        'all' (plus the mean of the KLs to the logits of all other networks).
+      logits: 'nobody' (cross-entropy only), 'ring' (plus the KL to the predecessor's logits), 'all'
+        (plus the mean of the KLs to the logits of all other networks), or a registered one (plus
+        the mean of the KLs to what it returns).
       maps: 'nothing', 'adversarial' (discriminators) or the name of a loss to the predecessor's map
         that is part of the logit loss ('l1', or a registered one).
     """
@@ -41,9 +62,17 @@ class Method:
         """The loss between maps; None if there is none."""
         return MAP_LOSSES.get(self.maps) if self.uses_maps and not self.adversarial else None
 
-    def hops(self, networks: int) -> range:
-        """Returns how many hops along the ring each teacher of a network's logits is away."""
-        return {'nobody': range(0), 'ring': range(1, 2), 'all': range(1, networks)}[self.logits]
+    @property
+    def logit_teacher(self) -> LogitTeacher:
+        """What the logits learn from."""
+        return LOGIT_TEACHERS.get(self.logits)
+
+    def hops(self, networks: int) -> range | None:
+        """Returns how many hops along the ring each teacher of a network's logits is away.
+
+        None if the teachers are not networks, but what a registered logit teacher returns.
+        """
+        return _HOPS[self.logits](networks) if self.logits in _HOPS else None
 
 
 PRESETS = {
@@ -65,11 +94,11 @@ def named(name: str) -> Method:
     """
     if name in PRESETS:
         return PRESETS[name]
-    maps = ('nothing', 'adversarial', *MAP_LOSSES.names())
+    logits, maps = LOGIT_TEACHERS.names(), ('nothing', 'adversarial', *MAP_LOSSES.names())
     choice = Method(*name.split('+', 1)) if '+' in name else None
-    if choice and choice.logits in LOGITS and choice.maps in maps:
+    if choice and choice.logits in logits and choice.maps in maps:
         return choice
     raise UserError(
         f'config.method: there is no method "{name}"{nearest(name, PRESETS)} '
-        f'(or LOGITS+MAPS, of {", ".join(LOGITS)} and {", ".join(maps)})'
+        f'(or LOGITS+MAPS, of {", ".join(logits)} and {", ".join(maps)})'
     )

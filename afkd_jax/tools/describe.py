@@ -32,11 +32,13 @@ def describe(config: Config) -> dict[str, Any]:
     for k, entry in enumerate(networks):
         module, own = cohort.networks[k], state.networks[k]
         learns = cohort.learns(k)
-        hops = cohort.method.hops(len(networks)) if learns else ()
+        hops = cohort.method.hops(len(networks)) if learns else range(0)
+        own_teacher = [cohort.method.logits] if hops is None else []
         entry |= {
             'stem': getattr(module.trunk, 'stem', ''),
             'multiply_adds': _forward_cost(module, own.variables(), cohort.image_shape),
-            'logit_teachers': [ring.teacher_of(k, hop) + 1 for hop in hops],
+            # Networks, or the name of a registered logit teacher.
+            'logit_teachers': own_teacher or [ring.teacher_of(k, hop) + 1 for hop in hops or ()],
             'map_teacher': ring.teacher_of(k) + 1 if cohort.shared_map and learns else None,
             'transfer': None,
             'discriminator': None,
@@ -129,18 +131,17 @@ def text(facts: dict[str, Any]) -> str:
 
 
 def _ring_lines(rows: list[dict[str, Any]]) -> list[str]:
-    def name(k: int) -> str:
-        return f'{k} ({rows[k - 1]["name"]})'
-
+    names: dict[Any, str] = {k: f'{k} ({row["name"]})' for k, row in enumerate(rows, start=1)}
     lines = []
     for k, row in enumerate(rows, start=1):
         sources = []
         if row['logit_teachers']:
-            sources.append('logits of ' + ', '.join(map(name, row['logit_teachers'])))
+            teachers = [names.get(teacher, f'"{teacher}"') for teacher in row['logit_teachers']]
+            sources.append('logits of ' + ', '.join(teachers))
         if row['map_teacher']:
-            sources.append(f'maps of {name(row["map_teacher"])}')
+            sources.append(f'maps of {names[row["map_teacher"]]}')
         if sources:
-            lines.append(f'network {name(k)} learns from the ' + ', and from the '.join(sources))
+            lines.append(f'network {names[k]} learns from the ' + ', and from the '.join(sources))
     return lines or ['no network teaches another']
 
 

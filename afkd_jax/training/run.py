@@ -21,7 +21,7 @@ from afkd_jax.devices import arrays, mesh
 from afkd_jax.devices.mesh import BATCH_SHARDED, PEER_SHARDED, REPLICATED
 from afkd_jax.devices.spmd import DATA
 from afkd_jax.method import cohort as cohort_lib
-from afkd_jax.method import metrics, presets
+from afkd_jax.method import metrics
 from afkd_jax.method import state as state_lib
 from afkd_jax.method import step as step_lib
 from afkd_jax.method.state import StackedState, State, TrainState
@@ -219,7 +219,7 @@ def prepare(config: Config, log: Callable[[str], None] = lambda line: None) -> R
       UserError: method, networks, devices or images do not fit the config, or each other.
     """
     # Names and devices first: the images may be a long download away.
-    presets.named(config.method)
+    cohort_lib.method_of(config)
     cohort_lib.ring_of(config)
     cohort_lib.frozen_of(config)
     for name in config.networks:

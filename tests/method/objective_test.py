@@ -8,9 +8,11 @@ from conftest import softmax
 
 from afkd_jax.config import Loss
 from afkd_jax.data.augment import Mixed
+from afkd_jax.errors import UserError
 from afkd_jax.method.objective import Objective
 from afkd_jax.method.presets import Method
 from afkd_jax.method.ring import Ring
+from afkd_jax.registry import LOGIT_TEACHERS
 
 
 def objective(logits='nobody', maps='nothing', order=(0, 1, 2), kl_ramp_steps=0, **fields):
@@ -53,6 +55,50 @@ def test_of_mixed_images_both_labels_count_by_their_weights(logits, x64):
         entropy = -(labels * np.log(p)).sum(1).mean()
         np.testing.assert_allclose(values['cross_entropy'][k], entropy, rtol=1e-10)
         np.testing.assert_allclose(to_logits[k], (p - labels) / 5, rtol=1e-9, atol=1e-12)
+
+
+@pytest.fixture
+def register(monkeypatch):
+    """Registers a logit teacher 'own' until the end of the test."""
+    LOGIT_TEACHERS.names()
+    monkeypatch.setattr(LOGIT_TEACHERS, '_parts', dict(LOGIT_TEACHERS._parts))
+    return LOGIT_TEACHERS.register('own')
+
+
+def test_a_logit_teacher_that_returns_the_rings_logits_is_the_ring(logits, register):
+    order, predecessors = (1, 0, 2), np.array([1, 2, 0])
+    register(lambda ring, logits, labels: [logits[predecessors]])
+    logits = jnp.array(logits, jnp.float32)
+    for own, built_in in zip(
+        jax.tree.leaves(objective('own', order=order).of_logits(logits, LABELS, 0)),
+        jax.tree.leaves(objective('ring', order=order).of_logits(logits, LABELS, 0)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(own, built_in)
+
+
+def test_the_gradient_into_a_logit_teacher_is_stopped(logits, register, x64):
+    # It depends on the student's own logits and on the labels; the KL is the mean over the list.
+    def own(ring, logits, labels):
+        return [2 * logits, logits + 3 * jax.nn.one_hot(labels, 4)[None]]
+
+    register(own)
+    to_logits, values = objective('own').of_logits(jnp.array(logits), LABELS, 0)
+    p, p_T = softmax(logits), softmax(logits / 2.0)
+    q_T = [softmax(logits), softmax((logits + 3 * np.eye(4)[LABELS]) / 2.0)]
+    gradient = (p - np.eye(4)[LABELS] + 2.0 * np.mean([p_T - q for q in q_T], axis=0)) / 5
+    np.testing.assert_allclose(to_logits, gradient, rtol=1e-9, atol=1e-12)
+    kl = np.mean([4 * (q * np.log(q / p_T)).sum(-1).mean(-1) for q in q_T], axis=0)
+    np.testing.assert_allclose(values['mimicry_kl'], kl, rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ('teachers', 'shapes'), [([], r'\[\]'), (np.zeros((3, 5, 4)), r'\[\(5, 4\), .*')]
+)
+def test_what_a_logit_teacher_returns_is_checked(teachers, shapes, logits, register):
+    register(lambda *_: teachers)
+    with pytest.raises(UserError, match=rf'"own" must return .* \(3, 5, 4\), .*returns {shapes}'):
+        objective('own').of_logits(jnp.array(logits), LABELS, 0)
 
 
 def test_the_ramp_weights_the_kl_only(logits, x64):

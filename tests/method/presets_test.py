@@ -27,7 +27,7 @@ def test_methods(name, logits, maps):
 def test_hops_to_the_teachers_of_the_logits():
     hops = {
         logits: [list(presets.Method(logits, 'nothing').hops(networks)) for networks in (2, 4)]
-        for logits in presets.LOGITS
+        for logits in ('nobody', 'ring', 'all')
     }
     assert hops == {'nobody': [[], []], 'ring': [[1], [1]], 'all': [[1], [1, 2, 3]]}
 
@@ -36,6 +36,7 @@ def test_hops_to_the_teachers_of_the_logits():
     ('name', 'message'),
     [
         ('vanila', '"vanila"; did you mean "vanilla"'),
+        ('rings+l1', r'"rings\+l1".*of nobody, ring, all and nothing, adversarial, l1'),
         ('ring+l2', r'"ring\+l2".*LOGITS\+MAPS'),
         ('l1+ring', r'"l1\+ring"'),
         ('all+', r'"all\+"'),

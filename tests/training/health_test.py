@@ -29,7 +29,7 @@ def checking(folder, **fields):
     """Returns (health, progress, its warnings) of a session without devices."""
     run = types.SimpleNamespace(
         config=tiny_config(**fields),
-        cohort=types.SimpleNamespace(names=('a', 'b')),
+        cohort=types.SimpleNamespace(names=('a', 'b'), learns=lambda k: True),
         order=batches.Order(seed=0, examples=64, batch_size=16),
     )
     progress, tracker = Progress.start(2), Warnings()
