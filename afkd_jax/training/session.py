@@ -84,9 +84,8 @@ def opened(
         checkpoints = stack.enter_context(
             Checkpoints(workdir, run.origin(), metadata, config.checkpoint.keep, check_held)
         )
-        with spent.on('save'), working('initialising'):
-            snapshot = resume.restore_or_init(run, workdir, checkpoints, metadata, step)
-        spent.resume(snapshot.progress)
+        with working('initialising'):
+            snapshot = resume.restore_or_init(run, workdir, checkpoints, metadata, step, spent)
         if primary:  # only now that the images are known to be those of the run
             ImageFacts.of(config, run.info, run.pipeline.mean_std).write(workdir)
         first_step, progress = int(snapshot.state.step), snapshot.progress

@@ -74,11 +74,13 @@ def test_without_a_terminal_a_long_epoch_prints_a_line_a_minute(screen, monkeypa
         )
 
 
-def test_long_work_shows_a_sign_of_life(screen, monkeypatch):
+def test_long_work_shows_a_sign_of_life(screen, monkeypatch, capsys):
     is_terminal, printed = screen
     with console_lib.working('thinking'):
+        print('{}')  # JSON, where the console writes to stderr
         if is_terminal:
             time.sleep(0.3)  # three pictures
+    assert capsys.readouterr().out == '{}\n'
     if is_terminal:
         pictures = set(re.findall('[⠀-⣿] thinking 0 s', CONTROL.sub('', printed())))
         assert len(pictures) > 1
