@@ -57,8 +57,10 @@ class Interrupt:
                     continue
             message = _MESSAGES[count]
             count += 1
-            if os.isatty(2):  # with a progress bar, which hides the cursor
-                message = (_SHOW_CURSOR if count == len(_MESSAGES) else _CLEAR_LINE) + message
+            if os.isatty(2):
+                # A progress bar hides the cursor, and erases up to two lines where it moves on.
+                last = count == len(_MESSAGES)
+                message = _SHOW_CURSOR + message if last else _CLEAR_LINE + message + b'\n'
             with contextlib.suppress(OSError):  # e.g. a pipe whose reader is gone
                 os.write(2, message)
             if count == len(_MESSAGES):
