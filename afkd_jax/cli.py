@@ -178,9 +178,10 @@ def _run(config_flag: flags.FlagHolder, options: Options) -> int:
         _set_platform('cpu')
     if mode.cached:
         compile_cache.enable()
-    from afkd_jax.report.console import console, working
+    from afkd_jax.report.console import console, keep_stdout_for_json, working
 
-    console.stderr = options.json
+    if options.json:
+        keep_stdout_for_json()
     # In training a signal is a request from here on, even while JAX is imported.
     with Interrupt() if options.mode == 'train' else Cancel() as interrupt:
         if not mode.distributed:

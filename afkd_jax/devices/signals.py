@@ -72,8 +72,9 @@ class Interrupt:
             os._exit(EXIT_KILLED)
 
     def _announce(self, number: int) -> None:
-        clear = _CLEAR_LINE if os.isatty(2) else ''  # of a progress bar
-        _write(f'{clear}{signal.Signals(number).name}: {self.effect}; once more ends at once\n')
+        message = f'{signal.Signals(number).name}: {self.effect}; once more ends at once\n'
+        # A progress bar erases up to two lines where it moves on.
+        _write(f'{_CLEAR_LINE}{message}\n' if os.isatty(2) else message)
 
     def __exit__(self, *_: object) -> None:
         if not self._active:

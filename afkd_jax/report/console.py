@@ -24,7 +24,7 @@ class _Console(rich.console.Console):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-# Quiet unless primary. With --json it writes to stderr, so that stdout has the result alone.
+# Quiet unless primary.
 console = _Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
@@ -44,8 +44,14 @@ def log_from_any(line: str) -> None:
         console.print(line)
 
 
+def keep_stdout_for_json() -> None:
+    """Makes the console print on stderr, and print_json on stdout: --json."""
+    console.stderr = True
+    console.is_interactive = console.is_terminal and not console.is_dumb_terminal
+
+
 def print_json(result: Any) -> None:
-    """Prints the result of a mode as one line of JSON on stdout, if --json is given."""
+    """Prints the result of a mode as one line of JSON on stdout, with --json only."""
     if console.stderr and not console.quiet:
         print(json.dumps(result), flush=True)
 
@@ -73,7 +79,7 @@ def working(on: str) -> Iterator[None]:
     Args:
       on: e.g. 'compiling'.
     """
-    if console.is_terminal:
+    if console.is_interactive:
         with bar(rich.progress.TextColumn('{task.description} {task.elapsed:.0f} s')) as line:
             line.add_task(on, total=None)
             yield

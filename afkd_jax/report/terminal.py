@@ -51,7 +51,7 @@ class Terminal(Tracker):
         self._epochs, self._steps = start.config.epochs, start.last_step
         self._started = self._printed = time.monotonic()
         self._accuracies, self._bar = '', None
-        if console.is_terminal:
+        if console.is_interactive:
             text = rich.progress.TextColumn
             self._bar = bar(
                 text('epoch {task.fields[epoch]}/' + str(self._epochs)),
@@ -78,7 +78,7 @@ class Terminal(Tracker):
             self._print([epoch, f'step {step}/{self._steps}', speed, f'loss {loss}'])
 
     def _print(self, parts: list[str]) -> None:
-        width = console.width if console.is_terminal else None
+        width = console.width if console.is_interactive else None
         console.print('\n'.join(lines(parts, width)))
         self._printed = time.monotonic()
 

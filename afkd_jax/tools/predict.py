@@ -71,7 +71,7 @@ def main(command: Command, _: object) -> int:
     name = f'predictions-{model.name.replace(" ", "-")}-step{model.step}.csv'
     output = new_file(pathlib.Path(options.output or command.workdir / name))
     unfinished = output.with_name(output.name + '.unfinished')
-    bar: dict[str, Any] = {'console': console, 'disable': not console.is_terminal}
+    bar: dict[str, Any] = {'console': console, 'disable': not console.is_interactive}
     images, labelled, correct = 0, 0, 0
     with unfinished.open('w', newline='') as file:
         writer = csv.writer(file)

@@ -33,8 +33,8 @@ class Clock:
 class Spent:
     """The seconds since this was made, by what they are spent on; each second counts once.
 
-    data: reading images, and waiting for batches. compile. train. evaluate. save: checkpoints, with
-    the initial or restored state. other: the rest.
+    data: reading images, and waiting for batches. compile: the initial state and the steps. train.
+    evaluate. save: writing checkpoints, and restoring one. other: the rest.
     """
 
     KINDS = ('data', 'compile', 'train', 'evaluate', 'save', 'other')

@@ -11,6 +11,7 @@ from afkd_jax.checkpoints.store import Checkpoints, Restored, Snapshot
 from afkd_jax.devices import processes
 from afkd_jax.errors import UserError
 from afkd_jax.report.console import log
+from afkd_jax.training.clock import Spent
 from afkd_jax.training.run import Run
 
 
@@ -20,6 +21,7 @@ def restore_or_init(
     checkpoints: Checkpoints,
     metadata: dict[str, Any],
     step: int | None,
+    spent: Spent,
 ) -> Snapshot:
     """Returns the restored snapshot, or the initial one, which is written as a checkpoint.
 
@@ -32,11 +34,13 @@ def restore_or_init(
       checkpoints: of the workdir.
       metadata: 'versions' and 'devices' of this process.
       step: of the checkpoint to resume from; None for the newest that is whole.
+      spent: continued where the restored run's stopped.
 
     Raises:
       UserError: there is no such checkpoint, or all there were are gone, damaged or another run's.
     """
-    restored = checkpoints.restore(run.abstract(), step)
+    with spent.on('save'):
+        restored = checkpoints.restore(run.abstract(), step)
     if restored is None:
         if processes.broadcast((workdir / 'metrics.jsonl').exists()):
             raise UserError(
@@ -44,10 +48,13 @@ def restore_or_init(
                 'put one back, or name another --workdir to start anew'
             )
         progress = Progress.start(len(run.cohort.names))
-        snapshot = Snapshot(run.initial_state(), run.zero_sums(), progress)
-        checkpoints.save(0, snapshot)
-        checkpoints.wait()
+        with spent.on('compile'):
+            snapshot = Snapshot(run.initial_state(), run.zero_sums(), progress)
+        with spent.on('save'):
+            checkpoints.save(0, snapshot)
+            checkpoints.wait()
         return snapshot
+    spent.resume(restored.snapshot.progress)
     if processes.is_primary():
         _set_aside(workdir, restored)
     processes.raise_on_all(lambda: None)  # from here on all see the same checkpoints

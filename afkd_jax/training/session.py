@@ -85,9 +85,8 @@ def opened(
         checkpoints = stack.enter_context(
             Checkpoints(workdir, run.origin(), metadata, config.checkpoint.keep, check_held)
         )
-        with spent.on('save'), working('initialising'):
-            snapshot = resume.restore_or_init(run, workdir, checkpoints, metadata, step)
-        spent.resume(snapshot.progress)
+        with working('initialising'):
+            snapshot = resume.restore_or_init(run, workdir, checkpoints, metadata, step, spent)
         if primary:  # only now that images and checkpoints are known to be those of the run
             workdir_lib.write_config(workdir, config)
             run.image_facts.write(workdir)

@@ -21,7 +21,12 @@ def screen(request, monkeypatch):
     """Returns (whether it is a terminal, what was printed so far)."""
     file = io.StringIO()
     console = rich.console.Console(
-        file=file, width=80, force_terminal=request.param, soft_wrap=True, highlight=False
+        file=file,
+        width=80,
+        force_terminal=request.param,
+        force_interactive=request.param,
+        soft_wrap=True,
+        highlight=False,
     )
     monkeypatch.setattr(console_lib, 'console', console)
     monkeypatch.setattr(terminal, 'console', console)
@@ -74,11 +79,13 @@ def test_without_a_terminal_a_long_epoch_prints_a_line_a_minute(screen, monkeypa
         )
 
 
-def test_long_work_shows_a_sign_of_life(screen, monkeypatch):
+def test_long_work_shows_a_sign_of_life(screen, monkeypatch, capsys):
     is_terminal, printed = screen
     with console_lib.working('thinking'):
+        print('{}')  # JSON, where the console writes to stderr
         if is_terminal:
             time.sleep(0.3)  # three pictures
+    assert capsys.readouterr().out == '{}\n'
     if is_terminal:
         pictures = set(re.findall('[⠀-⣿] thinking 0 s', CONTROL.sub('', printed())))
         assert len(pictures) > 1
@@ -91,6 +98,26 @@ def test_long_work_shows_a_sign_of_life(screen, monkeypatch):
         while not printed() and time.monotonic() < deadline:
             time.sleep(0.01)
     assert printed() == 'thinking ...\n'
+
+
+class Screen(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_with_json_the_sign_of_life_is_on_stderr(monkeypatch, capsys):
+    monkeypatch.setenv('TERM', 'xterm')
+    monkeypatch.setattr(console_lib, 'console', console_lib._Console())
+    screen = Screen()
+    monkeypatch.setattr('sys.stderr', screen)
+    with console_lib.working('thinking'):
+        console_lib.print_json({})
+    assert screen.getvalue() == ''
+    console_lib.keep_stdout_for_json()
+    with console_lib.working('thinking'):
+        console_lib.print_json({})
+    assert '⠋ thinking 0 s' in CONTROL.sub('', screen.getvalue())
+    assert capsys.readouterr().out == '{}\n'
 
 
 def test_a_line_ends_between_two_parts():
