@@ -145,19 +145,29 @@ def nonfinite(parts: Mapping[int, Any]) -> str | None:
 
 def create(cohort: Cohort, key: jax.Array) -> TrainState:
     """Returns the state before the first step; every network starts from a key of its own."""
-    networks, discriminators = [], []
-    for k in range(len(cohort.networks)):
-        own = jax.random.fold_in(key, k)
-        networks.append(_create_network(cohort, k, own))
-        if cohort.discriminators:
-            discriminators.append(_create_discriminator(cohort, k, own))
-    return TrainState(jnp.int32(0), tuple(networks), tuple(discriminators))
+    parts = [_create_parts(cohort, k, key) for k in range(len(cohort.networks))]
+    networks, discriminators = zip(*parts, strict=True)
+    return TrainState(jnp.int32(0), networks, discriminators if cohort.discriminators else ())
 
 
 @functools.lru_cache(maxsize=1)
 def abstract(cohort: Cohort) -> TrainState:
     """Returns the state's shapes and dtypes; makes no array."""
-    return jax.eval_shape(lambda: create(cohort, jax.random.key(0)))
+    places = dict(zip(cohort.names, range(len(cohort.names)), strict=True))
+    parts = {  # those of networks of one name are equal
+        name: jax.eval_shape(lambda k=k: _create_parts(cohort, k, jax.random.key(0)))
+        for name, k in places.items()
+    }
+    networks, discriminators = zip(*(parts[name] for name in cohort.names), strict=True)
+    step = jax.eval_shape(lambda: jnp.int32(0))
+    return TrainState(step, networks, discriminators if cohort.discriminators else ())
+
+
+def _create_parts(cohort: Cohort, index: int, key: jax.Array) -> tuple[NetworkState, Any]:
+    """Returns a network and its discriminator, () if the method has none."""
+    own = jax.random.fold_in(key, index)
+    network = _create_network(cohort, index, own)
+    return network, _create_discriminator(cohort, index, own) if cohort.discriminators else ()
 
 
 def _create_network(cohort: Cohort, index: int, key: jax.Array) -> NetworkState:
