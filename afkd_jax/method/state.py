@@ -156,20 +156,35 @@ def create(
       starts: network, counted from 0 -> the params and batch_stats that it starts from instead;
         without params of 'head', the classifier is random.
     """
-    networks, discriminators = [], []
-    for k in range(len(cohort.networks)):
-        own = jax.random.fold_in(key, k)
-        networks.append(_create_network(cohort, k, own, (starts or {}).get(k, {})))
-        if cohort.discriminators:
-            learns = cohort.learns(k)
-            discriminators.append(_create_discriminator(cohort, k, own) if learns else None)
-    return TrainState(jnp.int32(0), tuple(networks), tuple(discriminators))
+    count = range(len(cohort.networks))
+    parts = [_create_parts(cohort, k, key, (starts or {}).get(k, {})) for k in count]
+    networks, discriminators = zip(*parts, strict=True)
+    return TrainState(jnp.int32(0), networks, discriminators if cohort.discriminators else ())
 
 
 @functools.lru_cache(maxsize=1)
 def abstract(cohort: Cohort) -> TrainState:
     """Returns the state's shapes and dtypes; makes no array."""
-    return jax.eval_shape(lambda: create(cohort, jax.random.key(0)))
+    kinds = [(name, cohort.learns(k)) for k, name in enumerate(cohort.names)]
+    parts = {  # those of networks of one name are equal, but for the frozen
+        kind: jax.eval_shape(lambda k=k: _create_parts(cohort, k, jax.random.key(0), {}))
+        for k, kind in enumerate(kinds)
+        if kind not in kinds[:k]
+    }
+    networks, discriminators = zip(*(parts[kind] for kind in kinds), strict=True)
+    step = jax.eval_shape(lambda: jnp.int32(0))
+    return TrainState(step, networks, discriminators if cohort.discriminators else ())
+
+
+def _create_parts(
+    cohort: Cohort, index: int, key: jax.Array, start: dict[str, Any]
+) -> tuple[NetworkState, DiscriminatorState | None]:
+    """Returns a network and its discriminator, None if it has none."""
+    own = jax.random.fold_in(key, index)
+    discriminator = None
+    if cohort.discriminators and cohort.learns(index):
+        discriminator = _create_discriminator(cohort, index, own)
+    return _create_network(cohort, index, own, start), discriminator
 
 
 def _create_network(

@@ -29,6 +29,11 @@ def describe(config: Config) -> dict[str, Any]:
     cohort = cohort_lib.assemble(config, info.image_shape, info.num_classes, info.train)
     state, ring = state_lib.abstract(cohort), cohort.ring
     networks, ensemble = summary.entries(cohort)
+    places = dict(zip(cohort.names, range(len(cohort.names)), strict=True))
+    costs = {
+        name: _forward_cost(cohort.networks[k], state.networks[k].variables(), cohort.image_shape)
+        for name, k in places.items()
+    }
     for k, entry in enumerate(networks):
         module, own = cohort.networks[k], state.networks[k]
         learns = cohort.learns(k)
@@ -36,7 +41,7 @@ def describe(config: Config) -> dict[str, Any]:
         own_teacher = [cohort.method.logits] if hops is None else []
         entry |= {
             'stem': getattr(module.trunk, 'stem', ''),
-            'multiply_adds': _forward_cost(module, own.variables(), cohort.image_shape),
+            'multiply_adds': costs[entry['name']],
             # Networks, or the name of a registered logit teacher.
             'logit_teachers': own_teacher or [ring.teacher_of(k, hop) + 1 for hop in hops or ()],
             'map_teacher': ring.teacher_of(k) + 1 if cohort.shared_map and learns else None,

@@ -82,7 +82,13 @@ def check_each_device_has_its_own_networks(state, count):
 
 
 @pytest.mark.parametrize(
-    ('mapping', 'count'), [('shard_map', 2), ('shard_map', 8), ('pmap', 1), ('pmap', 2)]
+    ('mapping', 'count'),
+    [
+        pytest.param('shard_map', 2, marks=pytest.mark.slow),
+        ('shard_map', 8),
+        pytest.param('pmap', 1, marks=pytest.mark.slow),
+        ('pmap', 2),
+    ],
 )
 def test_devices_and_mapping_change_nothing(mapping, count, x64):
     # In float32 rounding alone would differ by 2e-5 after one step, and grow from there.
@@ -95,9 +101,9 @@ def test_devices_and_mapping_change_nothing(mapping, count, x64):
 @pytest.mark.parametrize(
     ('peers', 'count', 'method'),
     [
-        (2, 2, 'afd'),  # two networks a device
-        (4, 4, 'afd'),
-        (2, 8, 'afd'),  # 2 x 4
+        pytest.param(2, 2, 'afd', marks=pytest.mark.slow),
+        pytest.param(4, 4, 'afd', marks=pytest.mark.slow),
+        (2, 8, 'afd'),  # 2 x 4, two networks a device
         (4, 8, 'l1_kd'),  # 4 x 2
         (2, 4, 'dml'),  # one, two and three hops
     ],

@@ -133,16 +133,29 @@ def test_a_signal_to_any_process_stops_all_and_they_continue_to_the_bit(two, tmp
     assert kills.logged(tmp_path) == kills.logged(two[0])
 
 
+@pytest.fixture(scope='module')
+def lost(tmp_path_factory):
+    """Returns victim -> (workdir, what the processes end with, after how long).
+
+    Of two processes, with one network each, this one was killed; both groups wait at once.
+    """
+    soon, groups = {'LOST_AFTER_S': str(LOST_S)}, {}
+    for victim in (1, 0):
+        workdir = tmp_path_factory.mktemp('lost')
+        group = Group(2, 2, workdir, '--config.mesh.peer=2', variables=soon)
+        group.wait_for((workdir / 'checkpoints/3').exists)
+        group.processes[victim].send_signal(signal.SIGKILL)
+        groups[victim] = workdir, group, time.monotonic()
+    return {
+        victim: (workdir, group.end(), time.monotonic() - killed_at)
+        for victim, (workdir, group, killed_at) in groups.items()
+    }
+
+
 @pytest.mark.parametrize('victim', [1, 0])
-def test_a_lost_process_ends_the_others_and_the_run_continues_with_more(victim, one, tmp_path):
-    # One network in each process.
-    soon = {'LOST_AFTER_S': str(LOST_S)}
-    group = Group(2, 2, tmp_path, '--config.mesh.peer=2', variables=soon)
-    group.wait_for((tmp_path / 'checkpoints/3').exists)
-    group.processes[victim].send_signal(signal.SIGKILL)
-    killed_at = time.monotonic()
-    ended = group.end()
-    assert time.monotonic() - killed_at < LOST_S + 15
+def test_a_lost_process_ends_the_others_and_the_run_continues_with_more(victim, one, lost):
+    tmp_path, ended, seconds = lost[victim]
+    assert seconds < LOST_S + 15
     code, _, errors = ended[1 - victim]
     assert code == 75, ended
     last = errors.splitlines()[-1]
@@ -159,25 +172,57 @@ def test_a_lost_process_ends_the_others_and_the_run_continues_with_more(victim, 
     assert resume['step'] >= 3
 
 
-def test_processes_with_different_commands_are_rejected(tmp_path):
+UNREACHABLE = """
+from afkd_jax.devices import processes
+processes._CONNECT_S = 3
+processes.start('localhost:{port}', 2, 1)
+"""
+
+
+@pytest.fixture(scope='module')
+def rejected(tmp_path_factory):
+    """Returns a folder and processes that are rejected: they wait for seconds, all at once."""
+    folder = tmp_path_factory.mktemp('rejected')
+    for name in ('one', 'other'):
+        (folder / name).mkdir()
     run = [argument for argument in RUN if 'log_every' not in argument]
     # log_every changes no bit of the run, but when processes wait for each other.
     own = [['--config.log_every=2'], ['--config.log_every=7', '--config.seed=1']]
-    for code, _, errors in Group(2, 1, tmp_path / 'run', own=own, run=run).end():
+    other = [f'--workdir={folder / "other/run"}']
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        alone = UNREACHABLE.format(port=free.getsockname()[1])
+    return folder, {
+        'commands': Group(2, 1, folder / 'run', own=own, run=run),
+        'disk': Group(2, 1, folder / 'one/run', own=[[], other]),
+        'alone': subprocess.Popen(
+            [sys.executable, '-c', alone], cwd=ROOT, stderr=subprocess.PIPE, text=True
+        ),
+    }
+
+
+def test_processes_with_different_commands_are_rejected(rejected):
+    folder, groups = rejected
+    for code, _, errors in groups['commands'].end():
         assert code == 1, errors
         words = 'it differs from process 0 (seed: 0 -> 1; log_every: 2 -> 7)'
         assert words in errors.splitlines()[-1]
-    assert not (tmp_path / 'run').exists()
+    assert not (folder / 'run').exists()
 
 
-def test_a_process_that_sees_another_disk_is_rejected(tmp_path):
-    for name in ('one', 'other'):
-        (tmp_path / name).mkdir()
-    other = [f'--workdir={tmp_path / "other/run"}']
-    ended = Group(2, 1, tmp_path / 'one/run', own=[[], other]).end()
+def test_a_process_that_sees_another_disk_is_rejected(rejected):
+    ended = rejected[1]['disk'].end()
     for code, _, errors in ended:
         assert code == 1, ended
         assert 'is not seen by every process' in errors
+
+
+def test_processes_that_do_not_start_are_reported_after_a_while(rejected):
+    process = rejected[1]['alone']
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    words = 'error: --coordinator_address: the other processes cannot be reached'
+    assert words in ' '.join(errors.splitlines())
 
 
 def test_a_port_that_is_in_use_is_rejected(tmp_path):
@@ -191,29 +236,6 @@ def test_a_port_that_is_in_use_is_rejected(tmp_path):
     assert re.fullmatch(
         f'error: --coordinator_address: port {port} of this machine cannot be used .*\n', errors
     )
-
-
-UNREACHABLE = """
-from afkd_jax.devices import processes
-processes._CONNECT_S = 3
-processes.start('localhost:{port}', 2, 1)
-"""
-
-
-def test_processes_that_do_not_start_are_reported_after_a_while():
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    process = subprocess.run(
-        [sys.executable, '-c', UNREACHABLE.format(port=port)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert process.returncode == 1
-    lines = process.stderr.splitlines()
-    assert 'error: --coordinator_address: the other processes cannot be reached' in ' '.join(lines)
 
 
 def test_a_single_process_gathers_its_own_values():

@@ -328,7 +328,7 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize('networks', [MIXED, TRIPLE])
+@pytest.mark.parametrize('networks', [MIXED, pytest.param(TRIPLE, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('method', presets.PRESETS)
 def test_unused_parts_are_not_built(method, networks):
     optimizers, has_transfers, discriminators, losses = PARTS[method]
@@ -356,6 +356,7 @@ def test_unused_parts_are_not_built(method, networks):
         assert moved(state.networks[k].params['head'], network.params['head'])
 
 
+@pytest.mark.slow
 def test_eight_networks_take_a_step():
     networks = tuple(f'tiny-{4 + k % 3}-2' for k in range(8))
     config = tiny_config(networks, ring_order=(8, 1, 3, 2, 4, 5, 7, 6), batch_size=BATCH)

@@ -155,7 +155,14 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize('name', SHAPES)
+# As deep or wide as they are elsewhere; the others show the family's rule.
+LARGE = ('resnet50-B', 'densenet-40-12', 'mobilenet_v2x1.4', 'shufflenet_v2x2.0')
+
+
+@pytest.mark.parametrize(
+    'name',
+    [pytest.param(name, marks=[pytest.mark.slow] if name in LARGE else []) for name in SHAPES],
+)
 def test_shapes(name):
     channels, heights = SHAPES[name]
     for size, height in zip((8, 28, 32, 64, 224), heights, strict=True):

@@ -1,5 +1,7 @@
 """--mode describe: facts by hand, without data, training or a device."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -77,7 +79,17 @@ def test_dml_learns_from_all_the_others():
     assert 'network 1 (tiny-4-2) learns from the logits of 3 (tiny-4-2), 2 (tiny-4-2)\n' in text
 
 
-@pytest.mark.parametrize('name', NETWORKS.names())
+# Deeper or wider than another one that is described.
+LARGE = r'resnet(38|44|56|101|110|152)|wrn-(28|40)-.*|densenet-100-12|\w+_v2x[1-9.]*|vgg1[136]'
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if re.fullmatch(LARGE, name) else [])
+        for name in NETWORKS.names()
+    ],
+)
 def test_every_registered_network_is_described(name, tmp_path):
     config = Config().replace(networks=(name, 'resnet8'), **{'data.data_dir': str(tmp_path)})
     first, second = describe.describe(config)['networks']
