@@ -87,6 +87,32 @@ def test_the_first_test_folder_with_classes_is_taken(tmp_path):
     assert found(tmp_path)[1] == {str(tmp_path / 'test/b/3.png'): 1}
 
 
+def test_val_beside_test_is_the_validation_split(tmp_path):
+    names = ('train/a/0.png', 'train/b/1.png', 'test/a/2.png', 'test/b/3.png', 'validation/b/4.png')
+    write(tmp_path, *names)
+    (tmp_path / 'val').mkdir()  # without class folders
+    dataset = dataset_lib.dataset(folder_config(tmp_path))
+    assert dataset.info == dataset_lib.Info((4, 6, 1), ('a', 'b'), 2, 1, 2)
+    images, indices = dataset.load(), dataset.info.indices
+    for split, value, label in (('validation', [4], [1]), ('test', [2, 3], [0, 1])):
+        part, names_of = images.take(np.array(indices(split))), map(dataset.name, indices(split))
+        assert part.pixels.max((1, 2, 3)).tolist() == value
+        assert part.labels.tolist() == label
+        assert [*names_of] == [str(tmp_path / names[v]) for v in value]
+        assert [dataset[i][1] for i in indices(split)] == label
+    message = r'validation_fraction: must be 0, as folder:.* validation split .* of 1 im.* 0.5'
+    with pytest.raises(UserError, match=message):
+        dataset_lib.info(folder_config(tmp_path, data__validation_fraction=0.5))
+    fingerprint = dataset.fingerprint()
+    write(tmp_path, 'val/a/0.png')  # comes before validation
+    dataset = dataset_lib.dataset(folder_config(tmp_path))
+    assert dataset.name(2) == str(tmp_path / 'val/a/0.png')
+    assert dataset.fingerprint() != fingerprint
+    write(tmp_path, 'val/c/0.png')
+    with pytest.raises(UserError, match=r"val has the class 'c'"):
+        dataset_lib.dataset(folder_config(tmp_path))
+
+
 def test_size_channels_and_sizes_of_the_splits(tmp_path):
     write(tmp_path, 'train/a/0.png', 'train/b/1.png', 'val/a/2.png')
     assert source(tmp_path).train.image_shape == (4, 6, 1)
