@@ -105,7 +105,7 @@ class Dataset:
     def load(self) -> Images:
         """Returns all in memory; UserError: one cannot be decoded, or differs in size."""
         try:
-            loaded = [(part.examples.load(), part.indices) for part in self.parts]
+            parts = [examples.load(indices) for examples, indices in self.parts]
         except decode.DecodeError as error:
             raise UserError(
                 f'config.dataset: {error}; repair or remove it, let config.data.placement=stream '
@@ -113,8 +113,8 @@ class Dataset:
                 'by config.data.image_size'
             ) from None
         images = Images(
-            np.concatenate([images.pixels[indices] for images, indices in loaded]),
-            np.concatenate([images.labels[indices] for images, indices in loaded]),
+            np.concatenate([part.pixels for part in parts]),
+            np.concatenate([part.labels for part in parts]),
         )
         self._check_labels(0, images.labels)
         return images
@@ -132,19 +132,27 @@ class Dataset:
         )
 
 
-def stratified_split(examples: Examples, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+def fixed_permutation(count: int) -> np.ndarray:
+    """Returns a permutation of 0 .. count - 1 that is the same in every run."""
+    return np.random.RandomState(_SPLIT_SEED).permutation(count)
+
+
+def stratified_split(
+    examples: Examples, fraction: float, used: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """Returns (remaining, held out) indices, both in the order of one fixed permutation.
 
-    round(fraction * N) images are held out, of every class nearly the same fraction.
+    Of the first `used` images of the permutation (0: all), round(fraction * used) are held out, of
+    every class nearly the same fraction. The other images are in neither part.
     """
-    order = np.random.RandomState(_SPLIT_SEED).permutation(len(examples))
+    order = fixed_permutation(len(examples))[: used or None]
     if not fraction:  # reading the labels may be slow
         return order, order[:0]
-    labels = examples.read_labels()
+    labels = examples.read_labels()[order]
     # The position of each image in its class, in (0, 1): the first ones are held out.
     position = np.empty(len(labels))
     for label in np.unique(labels):
-        members = np.flatnonzero(labels[order] == label)
+        members = np.flatnonzero(labels == label)
         position[members] = (np.arange(len(members)) + 0.5) / len(members)
     held = np.zeros(len(labels), bool)
     held[np.argsort(position, kind='stable')[: round(fraction * len(labels))]] = True
@@ -166,22 +174,22 @@ def _info(
     shape = input_shape(config, image_shape)
     _check_view(config, shape[2])
     data, name, side = config.data, config.dataset, min(shape[:2])
-    held = round(data.validation_fraction * available)
     if data.pad >= side:
         raise field_error('data.pad', f'below {side}, the side of the images of {name}', data.pad)
     if data.validation_fraction and validation:
         rule = f'0, as {name} has a validation split of its own, of {validation} images'
         raise field_error('data.validation_fraction', rule, data.validation_fraction)
+    if data.train_examples > available:
+        rule = f'at most {available}, the number of training images of {name}'
+        raise field_error('data.train_examples', rule, data.train_examples)
+    used = data.train_examples or available
+    held = round(data.validation_fraction * used)
     if data.validation_fraction and not held:
         raise UserError(
-            f'config.data.validation_fraction: {data.validation_fraction} of {available} '
+            f'config.data.validation_fraction: {data.validation_fraction} of {used} '
             f'training images of {name} is no image; use 0, or a larger fraction'
         )
-    left = available - held
-    if data.train_examples > left:
-        rule = f'at most {left}, the training images of {name} without the validation split'
-        raise field_error('data.train_examples', rule, data.train_examples)
-    train = data.train_examples or left
+    train = used - held
     if config.batch_size > train:
         rule = f'at most {train}, the number of training images'
         raise field_error('batch_size', rule, config.batch_size)
@@ -237,9 +245,9 @@ def _source(config: Config) -> Source:
 def dataset(config: Config) -> Dataset:
     """Returns the images of a config's data set, by random access.
 
-    Unless the source has a validation split, it is held out of the training images by a fixed
-    permutation, the same fraction of every class. The training images stay in the order of the
-    permutation, so that the first n of them are a random sample.
+    The first config.data.train_examples training images of a fixed permutation are used. Unless
+    the source has a validation split, it is held out of them, the same fraction of every class. All
+    stay in the order of the permutation.
 
     Raises:
       UserError: the set is unknown, unavailable, broken, or too small for the config.
@@ -247,14 +255,16 @@ def dataset(config: Config) -> Dataset:
     source = _source(config)
     sizes = len(source.train), len(source.test), len(source.validation or ())
     info = _info(config, source.train.image_shape, source.classes, *sizes)
-    rest, held = stratified_split(source.train, config.data.validation_fraction)
+    train, held = stratified_split(
+        source.train, config.data.validation_fraction, config.data.train_examples
+    )
     validation = Part(source.train, held)
     if source.validation is not None:
         validation = Part(source.validation, np.arange(len(source.validation)))
     return Dataset(
         info,
         decode.View(config.data),
-        Part(source.train, rest[: info.train]),
+        Part(source.train, train),
         validation,
         Part(source.test, np.arange(len(source.test))),
     )

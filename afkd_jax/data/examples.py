@@ -60,17 +60,18 @@ class Examples(abc.ABC):
     def fingerprint(self) -> str:
         """Returns a hash, as hex, that differs for other images; need not read the images."""
 
-    def load(self) -> 'Images':
-        """Returns all in memory; one that cannot be decoded, or differs in size: DecodeError."""
+    def load(self, indices: np.ndarray) -> 'Images':
+        """Returns these in memory; one that cannot be decoded, or differs in size: DecodeError."""
         shape: Any = self.image_shape  # without None, as images of many sizes are streamed
-        pixels = np.empty((len(self), *shape), np.uint8)
-        labels = np.empty(len(self), np.int32)
-        for i in range(len(self)):
-            image, labels[i] = self[i]
+        pixels = np.empty((len(indices), *shape), np.uint8)
+        labels = np.empty(len(indices), np.int32)
+        for row in np.argsort(indices).tolist():  # in the order in which they are stored
+            index = int(indices[row])
+            image, labels[row] = self[index]
             try:
-                pixels[i] = decode.of_shape(decode.pixels(image, shape[2]), shape)
+                pixels[row] = decode.of_shape(decode.pixels(image, shape[2]), shape)
             except decode.DecodeError as error:
-                raise decode.DecodeError(f'{self.name(i)}: {error}') from error
+                raise decode.DecodeError(f'{self.name(index)}: {error}') from error
         return Images(pixels, labels)
 
 
@@ -104,9 +105,9 @@ class Images(Examples):
         """Returns a hash of all pixels and labels."""
         return digest((self.pixels.shape, self.pixels.dtype.str), self.pixels, self.labels)
 
-    def load(self) -> 'Images':
-        """Returns itself."""
-        return self
+    def load(self, indices: np.ndarray) -> 'Images':
+        """Returns take(indices)."""
+        return self.take(indices)
 
     def take(self, index: np.ndarray) -> 'Images':
         """Returns the images of these indices, in this order."""

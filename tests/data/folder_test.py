@@ -201,6 +201,22 @@ def test_other_folders_are_rejected(names, message, tmp_path):
         source(tmp_path)
 
 
+def test_only_the_images_that_are_used_are_decoded(tmp_path):
+    write(tmp_path, *(f'train/{"ab"[n % 2]}/{n}.png' for n in range(8)), 'test/a/8.png')
+    fields = {'data__train_examples': 6, 'data__validation_fraction': 0.4}
+    dataset = dataset_lib.dataset(folder_config(tmp_path, **fields))
+    used = {dataset.name(index) for index in range(dataset.info.examples)}
+    unused = [path for path in tmp_path.rglob('*.png') if str(path) not in used]
+    assert (dataset.info.train, dataset.info.validation, len(unused)) == (4, 2, 2)
+    for path in unused:
+        path.write_bytes(b'')
+    loaded = dataset.load()
+    for index, pixels, label in zip(range(7), loaded.pixels, loaded.labels, strict=True):
+        number = int(dataset.name(index)[-5])
+        assert (pixels == number).all()
+        assert label == number % 2
+
+
 def test_where_no_image_can_be_read_the_first_is_named(tmp_path):
     for name in ('train/a/0.png', 'train/b/1.png', 'val/a/2.png'):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
