@@ -104,18 +104,21 @@ class Dataset:
 
     def load(self) -> Images:
         """Returns all in memory; UserError: one cannot be decoded, or differs in size."""
-        try:
-            parts = [examples.load(indices) for examples, indices in self.parts]
-        except decode.DecodeError as error:
-            raise UserError(
-                f'config.dataset: {error}; repair or remove it, let config.data.placement=stream '
-                'skip up to config.data.max_corrupt such images, or resize images of many sizes '
-                'by config.data.image_size'
-            ) from None
+        count, start = self.info.examples, 0
         images = Images(
-            np.concatenate([part.pixels for part in parts]),
-            np.concatenate([part.labels for part in parts]),
+            np.empty((count, *self.info.image_shape), np.uint8), np.empty(count, np.int32)
         )
+        for examples, indices in self.parts:
+            rows = slice(start, start + len(indices))
+            try:
+                examples.load(indices, images.pixels[rows], images.labels[rows])
+            except decode.DecodeError as error:
+                raise UserError(
+                    f'config.dataset: {error}; repair or remove it, let config.data.placement='
+                    'stream skip up to config.data.max_corrupt such images, or resize images of '
+                    'many sizes by config.data.image_size'
+                ) from None
+            start = rows.stop
         self._check_labels(0, images.labels)
         return images
 

@@ -1,6 +1,8 @@
 """Image files in folders."""
 
 import os
+import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from conftest import take_devices, tiny_config
 from PIL import Image
 
 from afkd_jax.data import dataset as dataset_lib
-from afkd_jax.data import pipelines
+from afkd_jax.data import decode, pipelines
 from afkd_jax.data.sources import folder
 from afkd_jax.errors import UserError
 
@@ -215,6 +217,22 @@ def test_only_the_images_that_are_used_are_decoded(tmp_path):
         number = int(dataset.name(index)[-5])
         assert (pixels == number).all()
         assert label == number % 2
+
+
+def test_threads_decode_every_image_to_its_row(tmp_path):
+    write(tmp_path, *(f'train/{"ab"[n % 2]}/{n:03}.png' for n in range(140)), 'val/a/x.png')
+    files = source(tmp_path).train
+    indices = np.random.default_rng(0).permutation(140)[:135]  # more than two chunks
+    pixels, labels = np.empty((135, 4, 6, 1), np.uint8), np.empty(135, np.int32)
+    files.load(indices, pixels, labels)
+    for index, image, label in zip(indices, pixels, labels, strict=True):
+        number = int(files.name(index)[-7:-4])
+        assert (image == number).all()
+        assert label == number % 2
+    for index in (100, 20, 60):  # the first in the order of names is reported
+        pathlib.Path(files.name(index)).write_bytes(b'')
+    with pytest.raises(decode.DecodeError, match=re.escape(files.name(20))):
+        files.load(np.arange(140)[::-1], np.empty((140, 4, 6, 1), np.uint8), np.empty(140))
 
 
 def test_where_no_image_can_be_read_the_first_is_named(tmp_path):

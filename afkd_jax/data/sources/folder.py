@@ -49,8 +49,9 @@ class _Files(Examples):
     """The image files below the class folders (name -> label) of one split."""
 
     def __init__(self, root: pathlib.Path, labels: dict[bytes, int]):
-        self._root, self._folders = os.fsencode(root), list(labels)
-        files = [image_files(os.path.join(self._root, name)) for name in labels]
+        self._folders = list(labels)
+        self._paths = [os.path.join(os.fsencode(root), name) for name in labels]
+        files = [image_files(path) for path in self._paths]
         self._folder = np.repeat(np.arange(len(files)), [len(names) for names in files])
         self._labels = np.array([*labels.values()], np.int32)[self._folder]
         # An array instead of a list: a million names are 50 MB, sent to every worker process.
@@ -60,11 +61,10 @@ class _Files(Examples):
         return len(self._labels)
 
     def _path(self, index: int) -> bytes:
-        folder = self._folders[self._folder[index]]
-        return os.path.join(self._root, folder, bytes(self._files[index]))
+        return b'%b/%b' % (self._paths[self._folder[index]], self._files[index])
 
     def __getitem__(self, index: int) -> tuple[bytes, int]:
-        with open(self._path(index), 'rb') as file:
+        with open(self._path(index), 'rb', buffering=0) as file:
             return file.read(), int(self._labels[index])
 
     def read_labels(self) -> np.ndarray:
