@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 RUN = [
     '--config=configs/digits.py',
     '--config.epochs=6',
-    '--config.data.train_examples=256',
+    '--config.data.train_examples=284',
     '--config.log_every=2',
     '--config.method=kd_ring',
 ]

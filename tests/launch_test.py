@@ -598,7 +598,7 @@ BAD_COMMANDS = {
     ),
     'too many images': (
         ['--config=configs/digits.py', '--config.data.train_examples=2000'],
-        'config.data.train_examples: must be at most 1294',
+        'config.data.train_examples: must be at most 1438',
     ),
     'no kind of data set': (
         [*SHORT, '--config.dataset=cifar10'],

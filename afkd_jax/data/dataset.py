@@ -4,7 +4,7 @@ Where the images come from is data/sources. Imports no JAX.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,7 +29,7 @@ class Info:
     image_shape: tuple[int, int, int]  # (H, W, C)
     classes: tuple[str, ...]
     train: int  # without the validation split
-    validation: int  # held out of the training images; may be 0
+    validation: int  # may be 0
     test: int
 
     @property
@@ -57,25 +57,34 @@ class Info:
         return {'num_classes': len(fields.pop('classes')), **fields}
 
 
+class Part(NamedTuple):
+    """A split: some images of a source, in this order."""
+
+    examples: Examples
+    indices: np.ndarray  # int [N]
+
+
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """The images of a run by random access, numbered: train, validation, test.
-
-    Attributes:
-      order: int [train + validation], indices of the source's training images: those to train on,
-        then those that are held out.
-    """
+    """The images of a run by random access, numbered: train, validation, test."""
 
     info: Info
     view: decode.View
-    train: Examples  # of the source
-    test: Examples
-    order: np.ndarray
+    train: Part
+    validation: Part
+    test: Part
+
+    @property
+    def parts(self) -> tuple[Part, Part, Part]:
+        """The splits, in the order in which their images are numbered."""
+        return self.train, self.validation, self.test
 
     def _locate(self, index: int) -> tuple[Examples, int]:
-        if index < len(self.order):
-            return self.train, int(self.order[index])
-        return self.test, index - len(self.order)
+        for examples, indices in self.parts:
+            if index < len(indices):
+                return examples, int(indices[index])
+            index -= len(indices)
+        raise IndexError(index)
 
     def __getitem__(self, index: int) -> tuple[decode.Stored, int]:
         """Returns (image as it is stored, label); a label out of range is a UserError."""
@@ -91,22 +100,25 @@ class Dataset:
 
     def fingerprint(self) -> str:
         """Returns a hash that differs for other images, without reading them, as hex."""
-        return digest((self.train.fingerprint(), self.test.fingerprint(), self.order.tolist()))
+        return digest([(part.examples.fingerprint(), part.indices.tolist()) for part in self.parts])
 
     def load(self) -> Images:
         """Returns all in memory; UserError: one cannot be decoded, or differs in size."""
-        try:
-            train, test = self.train.load(), self.test.load()
-        except decode.DecodeError as error:
-            raise UserError(
-                f'config.dataset: {error}; repair or remove it, let config.data.placement=stream '
-                'skip up to config.data.max_corrupt such images, or resize images of many sizes '
-                'by config.data.image_size'
-            ) from None
+        count, start = self.info.examples, 0
         images = Images(
-            np.concatenate([train.pixels[self.order], test.pixels]),
-            np.concatenate([train.labels[self.order], test.labels]),
+            np.empty((count, *self.info.image_shape), np.uint8), np.empty(count, np.int32)
         )
+        for examples, indices in self.parts:
+            rows = slice(start, start + len(indices))
+            try:
+                examples.load(indices, images.pixels[rows], images.labels[rows])
+            except decode.DecodeError as error:
+                raise UserError(
+                    f'config.dataset: {error}; repair or remove it, let config.data.placement='
+                    'stream skip up to config.data.max_corrupt such images, or resize images of '
+                    'many sizes by config.data.image_size'
+                ) from None
+            start = rows.stop
         self._check_labels(0, images.labels)
         return images
 
@@ -123,19 +135,27 @@ class Dataset:
         )
 
 
-def stratified_split(examples: Examples, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+def fixed_permutation(count: int) -> np.ndarray:
+    """Returns a permutation of 0 .. count - 1 that is the same in every run."""
+    return np.random.RandomState(_SPLIT_SEED).permutation(count)
+
+
+def stratified_split(
+    examples: Examples, fraction: float, used: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """Returns (remaining, held out) indices, both in the order of one fixed permutation.
 
-    round(fraction * N) images are held out, of every class nearly the same fraction.
+    Of the first `used` images of the permutation (0: all), round(fraction * used) are held out, of
+    every class nearly the same fraction. The other images are in neither part.
     """
-    order = np.random.RandomState(_SPLIT_SEED).permutation(len(examples))
+    order = fixed_permutation(len(examples))[: used or None]
     if not fraction:  # reading the labels may be slow
         return order, order[:0]
-    labels = examples.read_labels()
+    labels = examples.read_labels()[order]
     # The position of each image in its class, in (0, 1): the first ones are held out.
     position = np.empty(len(labels))
     for label in np.unique(labels):
-        members = np.flatnonzero(labels[order] == label)
+        members = np.flatnonzero(labels == label)
         position[members] = (np.arange(len(members)) + 0.5) / len(members)
     held = np.zeros(len(labels), bool)
     held[np.argsort(position, kind='stable')[: round(fraction * len(labels))]] = True
@@ -143,25 +163,36 @@ def stratified_split(examples: Examples, fraction: float) -> tuple[np.ndarray, n
 
 
 def _info(
-    config: Config, image_shape: Shape, classes: tuple[str, ...], available: int, test: int
+    config: Config,
+    image_shape: Shape,
+    classes: tuple[str, ...],
+    available: int,
+    test: int,
+    validation: int = 0,
 ) -> Info:
-    """Returns the info of a set of this stored shape and these sizes, if the config fits it."""
+    """Returns the info of a set of this stored shape and these sizes, if the config fits it.
+
+    `validation` is the size of the set's own validation split, 0 if it has none.
+    """
     shape = input_shape(config, image_shape)
     _check_view(config, shape[2])
     data, name, side = config.data, config.dataset, min(shape[:2])
-    validation = round(data.validation_fraction * available)
     if data.pad >= side:
         raise field_error('data.pad', f'below {side}, the side of the images of {name}', data.pad)
-    if data.validation_fraction and not validation:
+    if data.validation_fraction and validation:
+        rule = f'0, as {name} has a validation split of its own, of {validation} images'
+        raise field_error('data.validation_fraction', rule, data.validation_fraction)
+    if data.train_examples > available:
+        rule = f'at most {available}, the number of training images of {name}'
+        raise field_error('data.train_examples', rule, data.train_examples)
+    used = data.train_examples or available
+    held = round(data.validation_fraction * used)
+    if data.validation_fraction and not held:
         raise UserError(
-            f'config.data.validation_fraction: {data.validation_fraction} of {available} '
+            f'config.data.validation_fraction: {data.validation_fraction} of {used} '
             f'training images of {name} is no image; use 0, or a larger fraction'
         )
-    left = available - validation
-    if data.train_examples > left:
-        rule = f'at most {left}, the training images of {name} without the validation split'
-        raise field_error('data.train_examples', rule, data.train_examples)
-    train = data.train_examples or left
+    train = used - held
     if config.batch_size > train:
         rule = f'at most {train}, the number of training images'
         raise field_error('batch_size', rule, config.batch_size)
@@ -171,7 +202,7 @@ def _info(
             f'config.epochs: {config.epochs} epochs of {train} images are {steps} steps, but at '
             f'most {_MOST_STEPS} can be counted; lower it'
         )
-    return Info(shape, classes, train, validation, test)
+    return Info(shape, classes, train, validation or held, test)
 
 
 def _check_view(config: Config, channels: int) -> None:
@@ -217,19 +248,29 @@ def _source(config: Config) -> Source:
 def dataset(config: Config) -> Dataset:
     """Returns the images of a config's data set, by random access.
 
-    The validation split is held out of the training images by a fixed permutation, the same
-    fraction of every class. The training images stay in the order of the permutation, so that the
-    first n of them are a random sample.
+    The first config.data.train_examples training images of a fixed permutation are used. Unless
+    the source has a validation split, it is held out of them, the same fraction of every class. All
+    stay in the order of the permutation.
 
     Raises:
       UserError: the set is unknown, unavailable, broken, or too small for the config.
     """
     source = _source(config)
-    sizes = len(source.train), len(source.test)
+    sizes = len(source.train), len(source.test), len(source.validation or ())
     info = _info(config, source.train.image_shape, source.classes, *sizes)
-    rest, held = stratified_split(source.train, config.data.validation_fraction)
-    order = np.concatenate([rest[: info.train], held])
-    return Dataset(info, decode.View(config.data), source.train, source.test, order)
+    train, held = stratified_split(
+        source.train, config.data.validation_fraction, config.data.train_examples
+    )
+    validation = Part(source.train, held)
+    if source.validation is not None:
+        validation = Part(source.validation, np.arange(len(source.validation)))
+    return Dataset(
+        info,
+        decode.View(config.data),
+        Part(source.train, train),
+        validation,
+        Part(source.test, np.arange(len(source.test))),
+    )
 
 
 def info(config: Config) -> Info:

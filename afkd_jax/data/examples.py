@@ -1,8 +1,11 @@
 """Examples: the labelled images of one split on the host, by random access."""
 
 import abc
+import collections
 import dataclasses
 import hashlib
+import os
+from concurrent import futures
 from typing import Any
 
 import numpy as np
@@ -10,6 +13,9 @@ import numpy as np
 from afkd_jax.config import Config
 from afkd_jax.data import decode
 from afkd_jax.errors import UserError
+
+_MOST_THREADS = 16
+_CHUNK = 64  # images that a thread decodes at a time
 
 Shape = tuple[int | None, int | None, int]  # (H, W, C); H, W are None where sizes differ
 
@@ -60,18 +66,38 @@ class Examples(abc.ABC):
     def fingerprint(self) -> str:
         """Returns a hash, as hex, that differs for other images; need not read the images."""
 
-    def load(self) -> 'Images':
-        """Returns all in memory; one that cannot be decoded, or differs in size: DecodeError."""
-        shape: Any = self.image_shape  # without None, as images of many sizes are streamed
-        pixels = np.empty((len(self), *shape), np.uint8)
-        labels = np.empty(len(self), np.int32)
-        for i in range(len(self)):
-            image, labels[i] = self[i]
-            try:
-                pixels[i] = decode.of_shape(decode.pixels(image, shape[2]), shape)
-            except decode.DecodeError as error:
-                raise decode.DecodeError(f'{self.name(i)}: {error}') from error
-        return Images(pixels, labels)
+    def load(self, indices: np.ndarray, pixels: np.ndarray, labels: np.ndarray) -> None:
+        """Copies these images into pixels uint8 [n, H, W, C], and their labels into int32 [n].
+
+        This thread reads the images, in the order in which they are stored; others decode them,
+        because simplejpeg and Pillow release Python's lock.
+
+        Raises:
+          DecodeError: an image cannot be decoded, or differs in size.
+        """
+        shape = pixels.shape[1:]
+
+        def decode_all(rows: list[int], images: list[decode.Stored]) -> None:
+            for row, image in zip(rows, images, strict=True):
+                try:
+                    pixels[row] = decode.of_shape(decode.pixels(image, shape[2]), shape)
+                except decode.DecodeError as error:
+                    raise decode.DecodeError(f'{self.name(int(indices[row]))}: {error}') from error
+
+        threads = min(_MOST_THREADS, os.cpu_count() or 1)
+        by_place, waiting = np.argsort(indices), collections.deque()
+        with futures.ThreadPoolExecutor(threads) as pool:
+            for start in range(0, len(by_place), _CHUNK):
+                rows = by_place[start : start + _CHUNK].tolist()
+                images = []
+                for row in rows:
+                    image, labels[row] = self[int(indices[row])]
+                    images.append(image)
+                waiting.append(pool.submit(decode_all, rows, images))
+                if len(waiting) > 2 * threads:  # so that few encoded images are in memory
+                    waiting.popleft().result()
+            for job in waiting:
+                job.result()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,9 +130,9 @@ class Images(Examples):
         """Returns a hash of all pixels and labels."""
         return digest((self.pixels.shape, self.pixels.dtype.str), self.pixels, self.labels)
 
-    def load(self) -> 'Images':
-        """Returns itself."""
-        return self
+    def load(self, indices: np.ndarray, pixels: np.ndarray, labels: np.ndarray) -> None:
+        """See Examples."""
+        pixels[:], labels[:] = self.pixels[indices], self.labels[indices]
 
     def take(self, index: np.ndarray) -> 'Images':
         """Returns the images of these indices, in this order."""

@@ -53,11 +53,19 @@ def test_the_splits_do_not_depend_on_the_seed():
 
 
 def test_the_first_n_are_the_beginning_of_the_first_m():
-    some, more = (load(tiny_config(data__train_examples=n)) for n in (100, 300))
+    fields = {'data__validation_fraction': 0.0, 'batch_size': 32}
+    some, more = (load(tiny_config(data__train_examples=n, **fields)) for n in (100, 300))
     assert len(some[0]) == 100
     np.testing.assert_array_equal(some[0].pixels, more[0].pixels[:100])
-    np.testing.assert_array_equal(some[1].pixels, more[1].pixels)
     assert set(some[0].labels) == set(range(10))
+
+
+def test_the_validation_split_is_held_out_of_the_first_n():
+    used = load(tiny_config(data__train_examples=200, data__validation_fraction=0.0))[0]
+    train, validation, _ = load(tiny_config(data__train_examples=200))
+    assert [len(train), len(validation)] == [180, 20]
+    assert as_set(train) | as_set(validation) == as_set(used)
+    assert set(validation.labels) == set(range(10))
 
 
 def test_the_indices_of_the_splits_follow_each_other():
@@ -70,7 +78,7 @@ def test_the_indices_of_the_splits_follow_each_other():
 @pytest.mark.parametrize(
     ('field', 'value', 'message'),
     [
-        ('data__train_examples', 1296, 'at most 1294.*but is 1296'),
+        ('data__train_examples', 1439, 'at most 1438, .* training images of digits, but is 1439'),
         ('batch_size', 2000, 'at most 1294.*but is 2000'),
         ('data__pad', 8, 'must be below 8.*but is 8'),
         ('data__validation_fraction', 1e-4, '0.0001 of 1438 training images .* is no image'),

@@ -1,6 +1,8 @@
 """Image files in folders."""
 
 import os
+import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from conftest import take_devices, tiny_config
 from PIL import Image
 
 from afkd_jax.data import dataset as dataset_lib
-from afkd_jax.data import pipelines
+from afkd_jax.data import decode, pipelines
 from afkd_jax.data.sources import folder
 from afkd_jax.errors import UserError
 
@@ -85,6 +87,32 @@ def test_the_first_test_folder_with_classes_is_taken(tmp_path):
     assert found(tmp_path)[1] == {str(tmp_path / 'val/a/2.png'): 0}
     write(tmp_path, 'test/b/3.png')
     assert found(tmp_path)[1] == {str(tmp_path / 'test/b/3.png'): 1}
+
+
+def test_val_beside_test_is_the_validation_split(tmp_path):
+    names = ('train/a/0.png', 'train/b/1.png', 'test/a/2.png', 'test/b/3.png', 'validation/b/4.png')
+    write(tmp_path, *names)
+    (tmp_path / 'val').mkdir()  # without class folders
+    dataset = dataset_lib.dataset(folder_config(tmp_path))
+    assert dataset.info == dataset_lib.Info((4, 6, 1), ('a', 'b'), 2, 1, 2)
+    images, indices = dataset.load(), dataset.info.indices
+    for split, value, label in (('validation', [4], [1]), ('test', [2, 3], [0, 1])):
+        part, names_of = images.take(np.array(indices(split))), map(dataset.name, indices(split))
+        assert part.pixels.max((1, 2, 3)).tolist() == value
+        assert part.labels.tolist() == label
+        assert [*names_of] == [str(tmp_path / names[v]) for v in value]
+        assert [dataset[i][1] for i in indices(split)] == label
+    message = r'validation_fraction: must be 0, as folder:.* validation split .* of 1 im.* 0.5'
+    with pytest.raises(UserError, match=message):
+        dataset_lib.info(folder_config(tmp_path, data__validation_fraction=0.5))
+    fingerprint = dataset.fingerprint()
+    write(tmp_path, 'val/a/0.png')  # comes before validation
+    dataset = dataset_lib.dataset(folder_config(tmp_path))
+    assert dataset.name(2) == str(tmp_path / 'val/a/0.png')
+    assert dataset.fingerprint() != fingerprint
+    write(tmp_path, 'val/c/0.png')
+    with pytest.raises(UserError, match=r"val has the class 'c'"):
+        dataset_lib.dataset(folder_config(tmp_path))
 
 
 def test_size_channels_and_sizes_of_the_splits(tmp_path):
@@ -173,6 +201,38 @@ def test_other_folders_are_rejected(names, message, tmp_path):
     write(tmp_path, *names)
     with pytest.raises(UserError, match=f'^config.dataset: .*{message}'):
         source(tmp_path)
+
+
+def test_only_the_images_that_are_used_are_decoded(tmp_path):
+    write(tmp_path, *(f'train/{"ab"[n % 2]}/{n}.png' for n in range(8)), 'test/a/8.png')
+    fields = {'data__train_examples': 6, 'data__validation_fraction': 0.4}
+    dataset = dataset_lib.dataset(folder_config(tmp_path, **fields))
+    used = {dataset.name(index) for index in range(dataset.info.examples)}
+    unused = [path for path in tmp_path.rglob('*.png') if str(path) not in used]
+    assert (dataset.info.train, dataset.info.validation, len(unused)) == (4, 2, 2)
+    for path in unused:
+        path.write_bytes(b'')
+    loaded = dataset.load()
+    for index, pixels, label in zip(range(7), loaded.pixels, loaded.labels, strict=True):
+        number = int(dataset.name(index)[-5])
+        assert (pixels == number).all()
+        assert label == number % 2
+
+
+def test_threads_decode_every_image_to_its_row(tmp_path):
+    write(tmp_path, *(f'train/{"ab"[n % 2]}/{n:03}.png' for n in range(140)), 'val/a/x.png')
+    files = source(tmp_path).train
+    indices = np.random.default_rng(0).permutation(140)[:135]  # more than two chunks
+    pixels, labels = np.empty((135, 4, 6, 1), np.uint8), np.empty(135, np.int32)
+    files.load(indices, pixels, labels)
+    for index, image, label in zip(indices, pixels, labels, strict=True):
+        number = int(files.name(index)[-7:-4])
+        assert (image == number).all()
+        assert label == number % 2
+    for index in (100, 20, 60):  # the first in the order of names is reported
+        pathlib.Path(files.name(index)).write_bytes(b'')
+    with pytest.raises(decode.DecodeError, match=re.escape(files.name(20))):
+        files.load(np.arange(140)[::-1], np.empty((140, 4, 6, 1), np.uint8), np.empty(140))
 
 
 def test_where_no_image_can_be_read_the_first_is_named(tmp_path):

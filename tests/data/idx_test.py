@@ -49,8 +49,8 @@ def test_idx_files_are_read(idx):
     dataset = load_idx(idx)
     digits = datasets.load_digits()
     assert dataset.info == dataset_lib.Info((8, 8, 1), tuple('0123456789'), 70, 0, 20)
-    np.testing.assert_array_equal(dataset.test.pixels[..., 0], digits.images[70:90] * 15)
-    np.testing.assert_array_equal(dataset.test.labels, digits.target[70:90])
+    np.testing.assert_array_equal(dataset.test.examples.pixels[..., 0], digits.images[70:90] * 15)
+    np.testing.assert_array_equal(dataset.test.examples.labels, digits.target[70:90])
     assert sorted(dataset.load().labels[:70]) == sorted(digits.target[:70])
 
 

@@ -114,10 +114,10 @@ def test_parts_of_splits_are_taken(epoch, data_dir):
     info = dataset.info
     assert (info.train, info.validation, info.test) == (TRAIN // 2, 0, 10)
     whole = dataset_lib.dataset(shrunken(data_dir))
-    train = {whole.train[i] for i in range(24, 72)}
+    train = {whole.train.examples[i] for i in range(24, 72)}
     assert {dataset[index] for index in range(48)} == train
     assert dataset.fingerprint() != whole.fingerprint()
-    where = dict(zip(dataset.order.tolist(), range(48), strict=True))
+    where = dict(zip(dataset.train.indices.tolist(), range(48), strict=True))
     assert dataset.name(where[0]).startswith('record 24 of ')
     with pytest.raises(
         UserError, match=r'config.data.test_split: .* no split "dev", but train, val'

@@ -93,6 +93,17 @@ def test_ones_own_source_is_used(register):
     np.testing.assert_array_equal(dataset.load().pixels[40:], images(5).pixels)
 
 
+def test_ones_own_validation_split_is_used(register):
+    def own(config, argument):
+        return Source(images(40), images(5), ('a', 'b', 'c'), validation=images(7))
+
+    register('own', own)
+    fields = {'dataset': 'own', 'batch_size': 8}
+    dataset = dataset_lib.dataset(tiny_config(**fields, data__validation_fraction=0.0))
+    assert dataset.info == dataset_lib.Info((8, 8, 1), ('a', 'b', 'c'), 40, 7, 5)
+    np.testing.assert_array_equal(dataset.load().pixels[40:47], images(7).pixels)
+
+
 class Lazy(Examples):
     """Images that are not in memory, all of them with label 3."""
 
@@ -131,14 +142,13 @@ WRONG = {
 
 
 @pytest.mark.parametrize('name', WRONG)
-@pytest.mark.parametrize('split', ['train', 'test'])
+@pytest.mark.parametrize('split', ['train', 'test', 'validation'])
 def test_wrong_images_of_a_source_are_rejected(name, split, register):
     fields, message = WRONG[name]
 
     def own(config, argument):
-        wrong, right = images(20, **fields), images(20)
-        pair = (wrong, right) if split == 'train' else (right, wrong)
-        return Source(*pair, ('a', 'b', 'c'))
+        right = {name: images(20) for name in ('train', 'test', 'validation')}
+        return Source(**right | {split: images(20, **fields)}, classes=('a', 'b', 'c'))
 
     register('own', own)
     with pytest.raises(UserError, match=f'^config.dataset: the {split} images .*{message}'):

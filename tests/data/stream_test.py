@@ -370,7 +370,9 @@ def test_a_label_that_is_no_class_is_rejected(monkeypatch):
 
     config = digits()
     dataset = dataset_lib.dataset(config)
-    bad = dataclasses.replace(dataset, test=Wrong(dataset.test.pixels, dataset.test.labels - 20))
+    right = dataset.test.examples
+    wrong = Wrong(right.pixels, right.labels - 20)
+    bad = dataclasses.replace(dataset, test=dataset.test._replace(examples=wrong))
     with pytest.raises(
         UserError, match=r'image 0 has the label -\d+, but there are 10 classes; ch'
     ):

@@ -34,7 +34,7 @@ MIXED = ('tiny-8-2', 'tiny-4-1', 'tiny-8-2')
 
 
 def trained(tmp_path_factory, devices, **fields):
-    fields = {'epochs': 2, 'batch_size': 32, 'data__train_examples': 160} | fields
+    fields = {'epochs': 2, 'batch_size': 32, 'data__train_examples': 178} | fields
     config, workdir = tiny_config(**fields), tmp_path_factory.mktemp('run')
     with pytest.MonkeyPatch.context() as patch, Interrupt() as interrupt:
         patch.setattr(mesh, 'available', lambda: jax.devices()[:devices])

@@ -44,8 +44,8 @@ def one_device(monkeypatch):
 
 
 def short_config(**fields):
-    """Two epochs of 5 steps; 150 images in batches of 32 do not divide evenly."""
-    fields = {'epochs': 2, 'batch_size': 32, 'log_every': 2, 'data__train_examples': 150} | fields
+    """Two epochs of 5 steps; 150 of 167 images in batches of 32 do not divide evenly."""
+    fields = {'epochs': 2, 'batch_size': 32, 'log_every': 2, 'data__train_examples': 167} | fields
     return tiny_config(**fields)
 
 
@@ -410,7 +410,7 @@ def test_other_images_are_another_run(every_step, tmp_path, monkeypatch):
 
     def altered(config):
         images = dataset(config)
-        images.test.pixels[0, 0, 0] += 1
+        images.test.examples.pixels[0, 0, 0] += 1
         return images
 
     monkeypatch.setattr(sources, 'dataset', altered)

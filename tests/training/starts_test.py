@@ -21,7 +21,7 @@ from afkd_jax.training import run as run_lib
 
 def config_of(**fields):
     fields = {'epochs': 1, 'method': 'vanilla', 'logit__schedule': 'constant'} | fields
-    return tiny_config(batch_size=32, data__train_examples=96, **fields)
+    return tiny_config(batch_size=32, data__train_examples=107, **fields)
 
 
 def trained(workdir, *, extend=False, **fields):

@@ -2,7 +2,7 @@
 
 digits      scikit-learn's 1,797 images; 20 % are the test split.
 idx:DIR     the four gzip IDX files of the MNIST family in one directory.
-folder:DIR  image files in DIR/train/CLASS/... and DIR/val/CLASS/...
+folder:DIR  image files in DIR/train/CLASS/..., DIR/val/CLASS/... and DIR/test/CLASS/...
 tfds:NAME   an image-classification set of TensorFlow Datasets.
 
 Register your own with `register_source`: a function (config, argument) -> Source.
@@ -26,20 +26,24 @@ class Source:
     train: Examples
     test: Examples
     classes: tuple[str, ...]
+    validation: Examples | None = None  # None: config.data.validation_fraction of `train`
 
     def __post_init__(self):
         if len(self.classes) < 2:
             raise UserError(
                 f'config.dataset: two classes are needed, but there are {len(self.classes)}'
             )
-        for split in ('train', 'test'):
-            if fault := _fault(getattr(self, split), len(self.classes)):
+        splits = {'train': self.train, 'test': self.test}
+        if self.validation is not None:
+            splits['validation'] = self.validation
+        for split, examples in splits.items():
+            if fault := _fault(examples, len(self.classes)):
                 raise UserError(f'config.dataset: the {split} images {fault}')
-        if self.train.image_shape != self.test.image_shape:
-            raise UserError(
-                f'config.dataset: the train images are {self.train.image_shape} but the test '
-                f'images {self.test.image_shape}; they must have the same shape'
-            )
+            if examples.image_shape != self.train.image_shape:
+                raise UserError(
+                    f'config.dataset: the train images are {self.train.image_shape} but the '
+                    f'{split} images {examples.image_shape}; they must have the same shape'
+                )
 
 
 def _fault(examples: Examples, num_classes: int) -> str | None:

@@ -1,9 +1,10 @@
 """Image files in folders, as ImageNet is commonly unpacked.
 
-DIR/train/<class>/... and the first of DIR/test, DIR/val, DIR/validation that has class folders.
-Every file below a class folder, at any depth, with the extension of an image counts. Hidden files
-and folders are skipped, and links to folders below a class folder. Classes and images are numbered
-in the order of their names, compared as bytes.
+DIR/train/<class>/... and, as the test split, the first of DIR/test, DIR/val, DIR/validation that
+has class folders. Beside DIR/test, the first of the other two is the validation split. Every file
+below a class folder, at any depth, with the extension of an image counts. Hidden files and folders
+are skipped, and links to folders below a class folder. Classes and images are numbered in the order
+of their names, compared as bytes.
 """
 
 import os
@@ -19,7 +20,7 @@ from afkd_jax.data.sources import Source
 from afkd_jax.errors import UserError
 
 _ENDINGS = (b'.jpg', b'.jpeg', b'.png', b'.webp', b'.bmp', b'.gif', b'.tif', b'.tiff')
-_TEST_NAMES = ('test', 'val', 'validation')
+_HELD_OUT_NAMES = ('test', 'val', 'validation')
 
 
 def _folders(folder: pathlib.Path) -> list[bytes]:
@@ -48,8 +49,9 @@ class _Files(Examples):
     """The image files below the class folders (name -> label) of one split."""
 
     def __init__(self, root: pathlib.Path, labels: dict[bytes, int]):
-        self._root, self._folders = os.fsencode(root), list(labels)
-        files = [image_files(os.path.join(self._root, name)) for name in labels]
+        self._folders = list(labels)
+        self._paths = [os.path.join(os.fsencode(root), name) for name in labels]
+        files = [image_files(path) for path in self._paths]
         self._folder = np.repeat(np.arange(len(files)), [len(names) for names in files])
         self._labels = np.array([*labels.values()], np.int32)[self._folder]
         # An array instead of a list: a million names are 50 MB, sent to every worker process.
@@ -59,11 +61,10 @@ class _Files(Examples):
         return len(self._labels)
 
     def _path(self, index: int) -> bytes:
-        folder = self._folders[self._folder[index]]
-        return os.path.join(self._root, folder, bytes(self._files[index]))
+        return b'%b/%b' % (self._paths[self._folder[index]], self._files[index])
 
     def __getitem__(self, index: int) -> tuple[bytes, int]:
-        with open(self._path(index), 'rb') as file:
+        with open(self._path(index), 'rb', buffering=0) as file:
             return file.read(), int(self._labels[index])
 
     def read_labels(self) -> np.ndarray:
@@ -120,34 +121,40 @@ def source(config: Config, argument: str) -> Source:
             f'config.dataset: two class folders are needed in {train_root}, but there are '
             f'{len(classes)}; {expected}'
         )
-    for name in _TEST_NAMES:
-        if (root / name).is_dir() and (tested := _folders(root / name)):
-            break
-    else:
+    held_out = {
+        name: folders
+        for name in _HELD_OUT_NAMES
+        if (root / name).is_dir() and (folders := _folders(root / name))
+    }
+    if not held_out:
         raise UserError(
-            f'config.dataset: none of {", ".join(_TEST_NAMES)} in {root} has class folders; '
+            f'config.dataset: none of {", ".join(_HELD_OUT_NAMES)} in {root} has class folders; '
             f'{expected}'
         )
-    if unknown := [os.fsdecode(folder) for folder in tested if folder not in {*classes}]:
-        raise UserError(
-            f'config.dataset: {root / name} has the class {unknown[0]!r}, which is not in '
-            f'{train_root}; the classes must be the same'
-        )
     labels = {folder: label for label, folder in enumerate(classes)}
-    train = _Files(train_root, labels)
-    test = _Files(root / name, {folder: labels[folder] for folder in tested})
-    for split, folder in ((train, 'train'), (test, name)):
-        if not len(split):
+    splits, used = [], [*held_out][: 2 if 'test' in held_out else 1]
+    for name in ('train', *used):
+        folders = held_out.get(name, classes)
+        if unknown := [os.fsdecode(folder) for folder in folders if folder not in labels]:
             raise UserError(
-                f'config.dataset: there are no image files below {root / folder}; remove that '
-                f'folder if another is meant: {expected}'
+                f'config.dataset: {root / name} has the class {unknown[0]!r}, which is not in '
+                f'{train_root}; the classes must be the same'
             )
+        splits.append(_Files(root / name, {folder: labels[folder] for folder in folders}))
+        if not len(splits[-1]):
+            raise UserError(
+                f'config.dataset: there are no image files below {root / name}; remove that folder '
+                f'if another is meant: {expected}'
+            )
+    train, test, *validation = splits
     if empty := set(range(len(classes))) - set(train.read_labels().tolist()):
         folder = os.fsdecode(classes[min(empty)])
         raise UserError(
             f'config.dataset: there are no image files below {train_root / folder}; every class '
             'needs some'
         )
-    shape = (None, None, 3) if config.data.image_size else _stored_shape((train, test))
-    train.image_shape = test.image_shape = shape
-    return Source(train, test, tuple(name.decode(errors='backslashreplace') for name in classes))
+    shape = (None, None, 3) if config.data.image_size else _stored_shape(splits)
+    for split in splits:
+        split.image_shape = shape
+    names = tuple(name.decode(errors='backslashreplace') for name in classes)
+    return Source(train, test, names, *validation)
