@@ -48,14 +48,8 @@ def test_train_prints_a_table_and_writes_the_workdir(trained):
     workdir, process = trained
     assert process.returncode == 0, process.stderr
     assert process.stderr == ''
-<<<<<<< HEAD
     assert re.search(r'^epoch 1/6 .* img/s  loss .*  val % .* ensemble', process.stdout, re.M)
-    assert process.stdout.count('1 resnet8') == 1
-=======
-    assert 'epoch 1/6' in process.stdout
-    assert 'validation %' in process.stdout
     assert process.stdout.count('1 tiny-8-2') == 1
->>>>>>> 7c49d4454a2f587b161eb2c22eea62796c7608df
     assert 'ensemble' in process.stdout
     summary = json.loads((workdir / 'summary.json').read_text())
     assert summary['fingerprint'][:16] in process.stdout
@@ -71,11 +65,7 @@ def test_train_prints_a_table_and_writes_the_workdir(trained):
 
 
 def test_a_finished_run_says_so(trained):
-<<<<<<< HEAD
-    process = launch(*SHORT, f'--workdir={trained[0]}', '--json')
-=======
-    process = launch(*TINY, f'--workdir={trained[0]}')
->>>>>>> 7c49d4454a2f587b161eb2c22eea62796c7608df
+    process = launch(*TINY, f'--workdir={trained[0]}', '--json')
     assert process.returncode == 0
     assert 'this run is finished' in process.stderr
     assert json.loads(process.stdout) == json.loads((trained[0] / 'summary.json').read_text())
@@ -83,14 +73,10 @@ def test_a_finished_run_says_so(trained):
 
 def test_eval_repeats_the_summary(trained):
     workdir, _ = trained
-<<<<<<< HEAD
-    process = launch(*SHORT, f'--workdir={workdir}', '--mode=eval', '--json')
-=======
-    process = launch(*TINY, f'--workdir={workdir}', '--mode=eval')
->>>>>>> 7c49d4454a2f587b161eb2c22eea62796c7608df
+    process = launch(*TINY, f'--workdir={workdir}', '--mode=eval', '--json')
     assert process.returncode == 0, process.stderr
     assert process.stdout.count('\n') == 1
-    assert '1 resnet8' in process.stderr  # the tables
+    assert '1 tiny-8-2' in process.stderr  # the tables
     result = json.loads(process.stdout)
     summary = json.loads((workdir / 'summary.json').read_text())
     assert result['networks'] == summary['networks']
@@ -110,37 +96,21 @@ def test_the_run_directory_alone_is_enough(tmp_path):
     assert process.returncode == 0, process.stderr
     pixels = (datasets.load_digits().images[:3] * 15).astype('uint8')
     for i, image in enumerate(pixels):  # of the classes 0, 1 and 2
-<<<<<<< HEAD
-        (tmp_path / str(i)).mkdir()
-        Image.fromarray(image).save(tmp_path / str(i) / 'image.png')
-    given = [f'--workdir={workdir}', '--step=20', '--network=2', f'--output={tmp_path}/out']
-    process = launch('--mode=predict', f'--images={tmp_path}', '--json', *given)
-    assert process.returncode == 0, process.stderr
-    result = json.loads(process.stdout)
-    assert (result['network'], result['step'], result['labelled']) == ('2 resnet8', 20, 3)
-=======
         (tmp_path / 'images' / str(i)).mkdir(parents=True)
         Image.fromarray(image).save(tmp_path / 'images' / str(i) / 'image.png')
     given = [f'--workdir={workdir}', '--step=1', '--network=2', f'--output={tmp_path}/out']
-    process = launch('--mode=predict', f'--images={tmp_path}/images', *given)
+    process = launch('--mode=predict', f'--images={tmp_path}/images', '--json', *given)
     assert process.returncode == 0, process.stderr
-    result = json.loads(process.stdout.splitlines()[-1])
+    result = json.loads(process.stdout)
     assert (result['network'], result['step'], result['labelled']) == ('2 densenet-10-4', 1, 3)
->>>>>>> 7c49d4454a2f587b161eb2c22eea62796c7608df
     assert (tmp_path / 'out').read_text().startswith('file,class,probability,class_2,')
     process = launch('--mode=export', '--format=safetensors', *given)
     assert (process.returncode, 'out exists; delete it' in process.stderr) == (1, True)
     process = launch('--mode=export', '--format=safetensors', *given[:-1], f'--output={tmp_path}/w')
     assert process.returncode == 0, process.stderr
-<<<<<<< HEAD
-    assert json.loads((tmp_path / 'w.json').read_text())['architecture'] == ['resnet8']
+    assert json.loads((tmp_path / 'w.json').read_text())['architecture'] == ['densenet-10-4']
     process = launch('--mode=describe', f'--workdir={workdir}', '--json')
     assert json.loads(process.stdout)['method'] == 'kd_ring'
-=======
-    assert json.loads((tmp_path / 'w.json').read_text())['architecture'] == ['densenet-10-4']
-    process = launch('--mode=describe', f'--workdir={workdir}')
-    assert json.loads(process.stdout.splitlines()[-1])['method'] == 'kd_ring'
->>>>>>> 7c49d4454a2f587b161eb2c22eea62796c7608df
     process = launch('--mode=eval', f'--workdir={workdir}', '--config.seed=1')
     assert (process.returncode, 'name it too, by --config FILE' in process.stderr) == (1, True)
 
@@ -157,16 +127,11 @@ def wait_for(process, condition):
 def test_stopped_by_signals_and_started_again_is_the_same_run(trained, tmp_path):
     config, metrics = tmp_path / 'config.json', tmp_path / 'metrics.jsonl'
     # While it compiles, and among the steps.
-<<<<<<< HEAD
     for condition, when in (
         (config.exists, '(before the first step|after the compilation)'),
         (lambda: '"train"' in metrics.read_text(), 'after this step, with a checkpoint'),
     ):
-        process = forks.Launch([*SHORT, f'--workdir={tmp_path}'], ENVIRONMENT)
-=======
-    for condition in (config.exists, lambda: '"train"' in metrics.read_text()):
         process = forks.Launch([*TINY, f'--workdir={tmp_path}'], ENVIRONMENT)
->>>>>>> 7c49d4454a2f587b161eb2c22eea62796c7608df
         wait_for(process, condition)
         process.send_signal(signal.SIGINT)
         code, output, errors = process.end()
