@@ -102,6 +102,7 @@ class Data:
 
     train_examples: int = _not_negative(0, 'all')  # the first n of a fixed permutation
     validation_fraction: float = _fraction(0.0)  # of these training images, held out; 0: none
+    test_examples: int = _not_negative(0, 'all')  # the first n of a fixed permutation
     # 'device': all images on every device; 'host': in memory, a batch at a time on the devices;
     # 'stream': on disk, read and decoded when needed; 'auto': 'device' where the images take at
     # most a quarter of its memory and are used as stored, else 'stream'.

@@ -182,9 +182,13 @@ def _info(
     if data.validation_fraction and validation:
         rule = f'0, as {name} has a validation split of its own, of {validation} images'
         raise field_error('data.validation_fraction', rule, data.validation_fraction)
-    if data.train_examples > available:
-        rule = f'at most {available}, the number of training images of {name}'
-        raise field_error('data.train_examples', rule, data.train_examples)
+    for field, wanted, most, noun in (
+        ('train_examples', data.train_examples, available, 'training'),
+        ('test_examples', data.test_examples, test, 'test'),
+    ):
+        if wanted > most:
+            rule = f'at most {most}, the number of {noun} images of {name}'
+            raise field_error(f'data.{field}', rule, wanted)
     used = data.train_examples or available
     held = round(data.validation_fraction * used)
     if data.validation_fraction and not held:
@@ -193,8 +197,16 @@ def _info(
             f'training images of {name} is no image; use 0, or a larger fraction'
         )
     train = used - held
+    if not train or train < config.batch_size <= used:
+        raise UserError(
+            f'config.data.validation_fraction: {data.validation_fraction} of {used} training '
+            f'images of {name} leaves {train} to train on, fewer than '
+            f'config.batch_size={config.batch_size}; lower the fraction or the batch size'
+        )
     if config.batch_size > train:
         rule = f'at most {train}, the number of training images'
+        if held:
+            rule += f' with config.data.validation_fraction={data.validation_fraction}'
         raise field_error('batch_size', rule, config.batch_size)
     steps = config_lib.steps_in(config.epochs, train, config.batch_size)
     if steps > _MOST_STEPS:
@@ -202,7 +214,7 @@ def _info(
             f'config.epochs: {config.epochs} epochs of {train} images are {steps} steps, but at '
             f'most {_MOST_STEPS} can be counted; lower it'
         )
-    return Info(shape, classes, train, validation or held, test)
+    return Info(shape, classes, train, validation or held, data.test_examples or test)
 
 
 def _check_view(config: Config, channels: int) -> None:
@@ -250,7 +262,8 @@ def dataset(config: Config) -> Dataset:
 
     The first config.data.train_examples training images of a fixed permutation are used. Unless
     the source has a validation split, it is held out of them, the same fraction of every class. All
-    stay in the order of the permutation.
+    stay in the order of the permutation. The first config.data.test_examples test images of another
+    are used, in the order in which they are stored.
 
     Raises:
       UserError: the set is unknown, unavailable, broken, or too small for the config.
@@ -269,7 +282,7 @@ def dataset(config: Config) -> Dataset:
         decode.View(config.data),
         Part(source.train, train),
         validation,
-        Part(source.test, np.arange(len(source.test))),
+        Part(source.test, np.sort(fixed_permutation(len(source.test))[: info.test])),
     )
 
 

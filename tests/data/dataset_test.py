@@ -5,6 +5,7 @@ import pytest
 from conftest import tiny_config
 from sklearn import datasets
 
+from afkd_jax import config as config_lib
 from afkd_jax.data import dataset as dataset_lib
 from afkd_jax.errors import UserError
 
@@ -68,6 +69,20 @@ def test_the_validation_split_is_held_out_of_the_first_n():
     assert set(validation.labels) == set(range(10))
 
 
+def test_the_first_n_test_images_are_among_the_first_m():
+    some, more, every, default = (
+        load(tiny_config(data__test_examples=n))[2] for n in (50, 100, 359, 0)
+    )
+    assert [len(some), len(more)] == [50, 100]
+    assert as_set(some) < as_set(more) < as_set(every)
+    assert set(some.labels) == set(range(10))
+    np.testing.assert_array_equal(every.pixels, default.pixels)
+    config = tiny_config(data__test_examples=50)
+    info = dataset_lib.info(config)
+    assert (info.train, info.validation, info.test) == (1294, 144, 50)
+    assert 'data.test_examples' in config_lib.run_fields(config)
+
+
 def test_the_indices_of_the_splits_follow_each_other():
     info = dataset_lib.Info((8, 8, 1), ('a', 'b'), 5, 3, 4)
     indices = [info.indices(split) for split in ('train', 'validation', 'test')]
@@ -76,10 +91,24 @@ def test_the_indices_of_the_splits_follow_each_other():
 
 
 @pytest.mark.parametrize(
+    ('used', 'fraction', 'batch', 'left'), [(20, 0.99, 8, 0), (20, 0.7, 8, 6), (5, 0.99, 8, 0)]
+)
+def test_a_validation_fraction_that_leaves_too_few_images_is_named(used, fraction, batch, left):
+    fields = {'data__train_examples': used, 'data__validation_fraction': fraction}
+    message = (
+        f'config.data.validation_fraction: {fraction} of {used} training images of digits leaves '
+        f'{left} to train on, fewer than config.batch_size={batch}; lower the fraction'
+    )
+    with pytest.raises(UserError, match=f'^{message}'):
+        dataset_lib.dataset(tiny_config(batch_size=batch, **fields))
+
+
+@pytest.mark.parametrize(
     ('field', 'value', 'message'),
     [
         ('data__train_examples', 1439, 'at most 1438, .* training images of digits, but is 1439'),
-        ('batch_size', 2000, 'at most 1294.*but is 2000'),
+        ('data__test_examples', 360, 'at most 359, .* test images of digits, but is 360'),
+        ('batch_size', 2000, 'at most 1294, .*validation_fraction=0.1, but is 2000'),
         ('data__pad', 8, 'must be below 8.*but is 8'),
         ('data__validation_fraction', 1e-4, '0.0001 of 1438 training images .* is no image'),
     ],
