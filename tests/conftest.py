@@ -6,6 +6,7 @@ import forks
 
 os.environ |= forks.environment(devices=8)  # several, to test mapping
 
+import dataclasses
 import functools
 import shutil
 import subprocess
@@ -23,6 +24,8 @@ from afkd_jax.devices.spmd import DATA
 from afkd_jax.method import cohort as cohort_lib
 from afkd_jax.method import state as state_lib
 from afkd_jax.method import step as step_lib
+from afkd_jax.training import evaluate
+from afkd_jax.training import run as run_lib
 from configs import digits
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
@@ -131,6 +134,29 @@ def as_float64(tree):
         return leaf.astype(np.float64) if np.asarray(leaf).dtype == np.float32 else leaf
 
     return jax.tree.map(convert, tree)
+
+
+@pytest.fixture(scope='module')
+def compiled_once():
+    """Equal runs of a module share their compiled steps: tracing takes half of a short run."""
+
+    def remember(method):
+        kept = {}
+
+        def cached(self, *arguments):
+            run = getattr(self, '_run', self)
+            config = dataclasses.replace(run.config, checkpoint=None)
+            key = (config, run.devices, step_lib.update, *arguments)
+            if key not in kept:
+                kept[key] = method(self, *arguments)
+            return kept[key]
+
+        return cached
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in ((run_lib.Run, 'compiled_step'), (evaluate.Evaluator, '_compiled')):
+            patch.setattr(owner, name, remember(getattr(owner, name)))
+        yield
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from afkd_jax.errors import UserError
 from afkd_jax.training import loop as train
 from configs import imagenet
 
+pytestmark = pytest.mark.usefixtures('compiled_once')
 CLASSES, TRAIN, TEST = 1000, 96, 40
 
 

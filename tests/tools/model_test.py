@@ -30,6 +30,7 @@ from afkd_jax.tools import export, model, predict
 from afkd_jax.training import evaluate, loop
 from afkd_jax.training import run as run_lib
 
+pytestmark = pytest.mark.usefixtures('compiled_once')
 MIXED = ('tiny-8-2', 'tiny-4-1', 'tiny-8-2')
 
 

@@ -28,6 +28,7 @@ from afkd_jax.training import epochs, evaluate, health
 from afkd_jax.training import loop as train
 from afkd_jax.training import run as run_lib
 
+pytestmark = pytest.mark.usefixtures('compiled_once')
 DRAW = figures.draw
 
 
