@@ -77,7 +77,7 @@ def test_the_summary_has_what_it_promises(uninterrupted):
         'best_validation_step',
     }
     for entry in [*summary['networks'], summary['ensemble']]:
-        assert entry.keys() - keys == {'test_top5_accuracy'}  # of ten classes there is none
+        assert entry.keys() - keys - {'frozen'} == {'test_top5_accuracy'}  # None of ten classes
         assert all(0 <= entry[key] <= 100 for key in keys if 'accuracy' in key)
         # What was selected can be found in metrics.jsonl.
         (chosen,) = [
@@ -528,7 +528,7 @@ def test_epochs_without_an_evaluation_are_saved_all_the_same(uninterrupted, tmp_
     whole = fit(config, workdir)
     assert whole['fingerprint'] == uninterrupted[1]['fingerprint']
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith('epoch')]
-    assert ['validation %' in line for line in printed] == [False, True]
+    assert ['val %' in line for line in printed] == [False, True]
     assert {path.name for path in (workdir / 'checkpoints').iterdir()} == {'0', '5', '10'}
     assert {row['step'] for row in lines(workdir, 'evaluation')} == {10}
     assert whole['ensemble']['best_validation_step'] == 10
