@@ -44,13 +44,16 @@ jax.config.update('jax_persistent_cache_min_compile_time_secs', float(_LEAST_S))
 _LONGEST = (
     'processes',
     'launch',
-    'step',
     'loop',
     'mesh',
-    'describe',
     'dtype',
-    'plan',
     'models',
+    'step',
+    'store',
+    'describe',
+    'similarity',
+    'model',
+    'experiments',
 )
 
 

@@ -102,14 +102,18 @@ def augmented(recipe, count=1, key=0, channels=3):
         np.ones(channels, np.float32),
     )
     devices = take_devices(count)
-    batch = devices.map(
+    index = devices.split(np.arange(4, dtype=np.int32))
+    images, key = devices.replicate((images, jax.random.key(key)))
+    return jax.device_get(mapped_batch(recipe, devices)(images, index, key))
+
+
+@functools.cache
+def mapped_batch(recipe, devices):
+    return devices.map(
         lambda images, index, key: augment.training_batch(images, index, key, recipe),
         (REPLICATED, BATCH_SHARDED, REPLICATED),
         BATCH_SHARDED,
     )
-    index = devices.split(np.arange(4, dtype=np.int32))
-    images, key = devices.replicate((images, jax.random.key(key)))
-    return jax.device_get(batch(images, index, key))
 
 
 @pytest.mark.parametrize(

@@ -161,7 +161,7 @@ def test_devices_exchange_gradients_and_the_rings_hops_only(method, hops, maps):
 
 
 def test_replicated_networks_exchange_their_gradients_only():
-    found, cohort = sent(batch_statistics='local')
+    found, cohort = sent(networks=PAIR, batch_statistics='local')
     assert found.keys() == {('all-reduce', 'data')}
     assert found['all-reduce', 'data'].bytes >= gradient_bytes(cohort, 1)
     assert found['all-reduce', 'data'].bytes < 1.1 * gradient_bytes(cohort, 1) + 1000
@@ -201,7 +201,7 @@ def test_local_statistics_are_those_of_each_shard():
 
 @pytest.mark.parametrize('mapping', ['shard_map', 'pmap'])
 def test_a_run_traces_its_step_once(mapping):
-    config = tiny_config(batch_size=BATCH)
+    config = tiny_config(method='kd_ring', batch_size=BATCH)
     devices = take_devices(2, mapping)
     cohort = tiny_cohort(config, DATA)
 

@@ -1,17 +1,15 @@
 """--mode benchmark."""
 
 import csv
+import dataclasses
 import json
-import pathlib
 import re
-import subprocess
-import sys
 
-import forks
 import jax
 import pytest
 from conftest import PAIR, tiny_config
 
+from afkd_jax.command import Command, Options
 from afkd_jax.devices import mesh
 from afkd_jax.errors import UserError
 from afkd_jax.tools import benchmark, sweep
@@ -104,21 +102,18 @@ def test_sweep_is_an_option_of_benchmark_only(forked):
     code, _, errors = forked(['--config', 'configs/digits.py', '--mode', 'train', '--sweep', 'k=2'])
     assert code == 1
     assert '--sweep: k=2 is only for --mode benchmark' in errors
+    code, _, errors = forked(['--config', 'tests/tiny.py', '--mode', 'benchmark', '--sweep', 'k=1'])
+    assert (code, 'config.networks: must' in errors) == (1, True)
 
 
-def test_launch_prints_json_and_appends_the_results_of_a_sweep(tmp_path):
-    # In a folder of its own, where runs/benchmark.csv is made, and on one device.
-    root = pathlib.Path(__file__).parents[2]
-    command = [sys.executable, root / 'launch.py', '--config', root / 'tests/tiny.py']
-    done = subprocess.run(
-        [*command, '--mode', 'benchmark', '--sweep', 'method=vanilla', '--json'],
-        cwd=tmp_path,
-        env=forks.environment(),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+def test_it_gives_json_and_appends_the_results_of_a_sweep(quick, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where runs/benchmark.csv is made
+    printed = []
+    monkeypatch.setattr(benchmark, 'print_json', printed.append)
+    given = dict.fromkeys(field.name for field in dataclasses.fields(Options))
+    options = Options(**given | {'mode': 'benchmark', 'sweep': 'method=vanilla'})
+    assert benchmark.main(Command(tiny_config(batch_size=16), options, tmp_path), None) == 0
+    (result,) = json.loads(json.dumps(printed))
     with (tmp_path / 'runs/benchmark.csv').open(newline='') as lines:
         (row,) = csv.DictReader(lines)
     assert float(row['step_s']) == result['step_s']

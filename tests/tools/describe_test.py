@@ -51,6 +51,8 @@ def test_a_mixed_ring_of_three():
     assert [entry['logit_teachers'] for entry in facts['networks']] == [[2], [3], [1]]
     transfer = {'parameters': 64 * 128 + 256, 'feature_map': [2, 2, 128]}
     assert [entry['transfer'] for entry in facts['networks']] == [transfer, None, transfer]
+    first, wide, other = (entry['multiply_adds'] for entry in facts['networks'])
+    assert other < first < wide / 2  # twice the channels; shortcuts without convolutions
 
 
 def test_alone_there_is_no_ring_and_no_adversary():
