@@ -92,6 +92,7 @@ def test_the_run_directory_alone_is_enough(tmp_path):
     workdir = tmp_path / 'run'  # of networks that are not registered by a config file
     config = '--config=configs/digits.py:densenet-10-4,densenet-10-4'
     one_step = ['--config.epochs=1', '--config.data.train_examples=64', '--config.method=kd_ring']
+    one_step.append('--config.data.validation_fraction=0.0')
     process = launch(config, *one_step, f'--workdir={workdir}')
     assert process.returncode == 0, process.stderr
     pixels = (datasets.load_digits().images[:3] * 15).astype('uint8')
@@ -554,7 +555,8 @@ BAD_COMMANDS = {
     ),
     'too large a batch': (
         [*SHORT, '--config.batch_size=5000'],
-        'config.batch_size: must be at most 256, the number of training images, but is 5000',
+        'config.batch_size: must be at most 256, the number of training images with '
+        'config.data.validation_fraction=0.1, but is 5000',
     ),
     'too wide a crop': ([*SHORT, '--config.data.pad=8'], 'config.data.pad: must be below 8'),
     'too small a split': (

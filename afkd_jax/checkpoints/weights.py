@@ -60,8 +60,9 @@ def read_run(workdir: pathlib.Path, networks: Sequence[int] | None, step: int | 
     config, images = artefact.read_config(workdir), artefact.read_images(workdir)
     count = len(config.networks)
     wanted = [number - 1 for number in networks or range(1, count + 1)]
-    if not all(0 <= k < count for k in wanted):
-        raise UserError(f'network: {workdir} has the networks 1 .. {count}, not {networks}')
+    for k in wanted:
+        if not 0 <= k < count:
+            raise UserError(f"network: must be in 1 .. {count}, or 'ensemble', but is {k + 1}")
     info = images.info
     cohort = cohort_lib.assemble(config, info.image_shape, info.num_classes, info.train)
     path, rejected = partial.find(workdir, config, step, wanted[0] if networks else None)
@@ -153,7 +154,7 @@ def _architecture(source: str) -> str:
     workdir, number = _split(source)
     names = artefact.read_config(workdir).networks
     if not 1 <= number <= len(names):
-        raise UserError(f'config.networks: {workdir} has the networks 1 .. {len(names)}: {source}')
+        raise UserError(f'{source}: {workdir} has the networks 1 .. {len(names)}')
     return names[number - 1]
 
 
@@ -198,12 +199,12 @@ def read(source: str) -> Weights:
             )
         except (KeyError, TypeError) as error:
             raise UserError(f'{source}: has no description of its network ({error})') from None
-    workdir, number = _split(source)
+    architecture, (workdir, number) = _architecture(source), _split(source)
     trained = read_run(workdir, [number], 'last')
     info = trained.images.info
     return Weights(
         source,
-        trained.config.networks[number - 1],
+        architecture,
         jax.device_get(trained.variables[0]),
         info.classes,
         info.image_shape,

@@ -69,7 +69,7 @@ def crops(folder, **fields):
 
 def digits(**fields):
     defaults = {'batch_size': 8, 'data__placement': 'stream', 'data__train_examples': 100}
-    return tiny_config(**defaults | fields)
+    return tiny_config(**{'data__validation_fraction': 0.0} | defaults | fields)
 
 
 def read(config, first, last, workers):

@@ -30,8 +30,8 @@ CANCEL = """
 import hashlib
 from afkd_jax.devices.signals import Cancel
 with Cancel():
-    print('ready', flush=True)
     try:
+        print('ready', flush=True)
         {call}
     except KeyboardInterrupt:
         print('interrupted')

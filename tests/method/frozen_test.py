@@ -80,7 +80,7 @@ class Bare(nn.Module):
         return nn.relu(self.layers.conv(4, (3, 3), 2, padding=1)(images))
 
 
-@register_network('bare')
+@register_network(pattern='bare')
 def bare(name, layers, large):
     return Bare(layers)
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 import afkd_jax
 from afkd_jax import cli
-from afkd_jax.checkpoints import artefact
+from afkd_jax.checkpoints import artefact, weights
 from afkd_jax.checkpoints.store import Checkpoints
 from afkd_jax.command import Command, Options
 from afkd_jax.data import dataset
@@ -122,14 +122,14 @@ def test_predictions_of_files_are_those_of_the_evaluation_also_cropped_and_in_bf
 def test_it_needs_neither_the_images_nor_the_other_networks(mixed, monkeypatch):
     workdir = mixed[1]
     read = []
-    real = model.partial.ocp.Checkpointer.restore
+    real = weights.partial.ocp.Checkpointer.restore
 
     def restore(self, *args, **kwargs):
         found = real(self, *args, **kwargs)
         read.append(found[0]['networks'])
         return found
 
-    monkeypatch.setattr(model.partial.ocp.Checkpointer, 'restore', restore)
+    monkeypatch.setattr(weights.partial.ocp.Checkpointer, 'restore', restore)
     monkeypatch.setattr(dataset, 'dataset', lambda config: pytest.fail('the images were read'))
     loaded = afkd_jax.load(workdir, network=2)
     assert loaded.name == '2 tiny-4-1'
@@ -227,7 +227,8 @@ def test_a_refused_resume_leaves_the_description_of_the_images(stacked, tmp_path
 
     def other(config):
         found = real(config)
-        test = dataclasses.replace(found.test, pixels=found.test.pixels // 2)
+        images = dataclasses.replace(found.test.examples, pixels=found.test.examples.pixels // 2)
+        test = found.test._replace(examples=images)
         return dataclasses.replace(found, test=test)
 
     monkeypatch.setattr(dataset, 'dataset', other)
