@@ -160,7 +160,13 @@ def _architecture(source: str) -> str:
 
 def _described(source: str) -> dict[str, Any]:
     """Returns the description in a safetensors file."""
-    return _open(source, lambda file: {k: json.loads(v) for k, v in file.metadata().items()})
+
+    def facts(file: Any) -> dict[str, Any]:
+        found = {key: json.loads(value) for key, value in file.metadata().items()}
+        found['architecture'][0]
+        return found
+
+    return _open(source, facts)
 
 
 def _open(source: str, read: Callable[[Any], Any]) -> Any:
@@ -171,7 +177,7 @@ def _open(source: str, read: Callable[[Any], Any]) -> Any:
     try:
         with safe_open(pathlib.Path(source).expanduser(), framework='numpy') as file:
             return read(file)
-    except (OSError, SafetensorError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, SafetensorError, ValueError, LookupError, AttributeError, TypeError) as error:
         raise UserError(
             f'{source}: cannot be read as an exported network ({first_line(error)})'
         ) from None
@@ -246,6 +252,7 @@ def starts(
         expected = abstract.networks[k].variables()
         expected['params'] = {part: expected['params'][part] for part in variables['params']}
         _check_shapes(weights, cohort.names[k], expected, variables)
+        variables = jax.tree.map(lambda own, like: np.asarray(own, like.dtype), variables, expected)
         log(line)
         found[k] = variables
     return found

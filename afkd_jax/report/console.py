@@ -21,7 +21,7 @@ class _Console(rich.console.Console):
         """Discards the output from here on, or raises the BrokenPipeError that is handled."""
         if self.needs_reader:
             raise  # rich calls this where it has caught the error
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
 # Quiet unless primary.

@@ -42,6 +42,7 @@ def configs(config: Config, words: str) -> list[Config]:
         fields: dict[str, Any] = dict(zip(axes, values, strict=True))
         if 'k' in fields:
             fields['networks'] = (config.networks[0],) * int(fields.pop('k'))
+            fields |= {'init_from': (), 'frozen': ()}
         if 'batch_size' in fields:
             fields['batch_size'] = int(fields['batch_size'])
         one = config.replace(**fields)

@@ -10,7 +10,7 @@ from afkd_jax.checkpoints.progress import EpochSums
 from afkd_jax.checkpoints.store import Snapshot, checkpoint_paths
 from afkd_jax.command import Command, number_or
 from afkd_jax.config import Config
-from afkd_jax.devices import processes
+from afkd_jax.devices import arrays, processes
 from afkd_jax.devices.signals import Interrupt
 from afkd_jax.errors import EXIT_RESUMABLE, first_line
 from afkd_jax.report import figures, summary
@@ -69,8 +69,9 @@ def train(
     with spent.on('data'):
         run = processes.primary_first(lambda: run_lib.prepare(config, log_from_any))
     processes.assert_equal({'images': run.pipeline.fingerprint})
-    if not checkpoint_paths(workdir):
-        processes.raise_on_all(lambda: run.starts)  # before the workdir is claimed
+    if not processes.broadcast(bool(checkpoint_paths(workdir))):  # before the workdir is claimed
+        processes.raise_on_all(lambda: run.starts)
+        processes.assert_equal({'config.init_from': arrays.fingerprint(run.starts)})
     if any(processes.all_gather(interrupt.requested)):
         log(f'{workdir}: stopped by a signal before it began; the same command continues')
         return None
@@ -163,9 +164,12 @@ class Loop:
         """Evaluates where that is due, and saves, if an epoch ends here that has not ended yet."""
         epoch = self._epoch()
         due = self.evaluation.due(epoch)
-        if not epoch or (self._progress.evaluated if due else self._saved_step) == self.step:
+        if not epoch:
             return
         self._lines.write()
+        ended = self._progress.evaluated == self.step if due else self._progress.epoch.empty
+        if ended:
+            return
         ended = True
         if due:
             with self._session.spent.on('evaluate'):

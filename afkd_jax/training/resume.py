@@ -22,6 +22,7 @@ def restore_or_init(
     metadata: dict[str, Any],
     step: int | None,
     spent: Spent,
+    extend: bool,
 ) -> Snapshot:
     """Returns the restored snapshot, or the initial one, which is written as a checkpoint.
 
@@ -35,6 +36,7 @@ def restore_or_init(
       metadata: 'versions' and 'devices' of this process.
       step: of the checkpoint to resume from; None for the newest that is whole.
       spent: continued where the restored run's stopped.
+      extend: whether the checkpoints may be of fewer epochs.
 
     Raises:
       UserError: there is no such checkpoint, or all there were are gone, damaged or another run's.
@@ -54,6 +56,11 @@ def restore_or_init(
             checkpoints.save(0, snapshot)
             checkpoints.wait()
         return snapshot
+    if restored.epochs < run.config.epochs and not extend:
+        raise UserError(
+            f'{workdir}: its checkpoints are of a run of {restored.epochs} epochs, not of '
+            f'{run.config.epochs}; add --extend to train it longer'
+        )
     spent.resume(restored.snapshot.progress)
     if processes.is_primary():
         _set_aside(workdir, restored)
@@ -85,6 +92,8 @@ def _set_aside(workdir: pathlib.Path, restored: Restored) -> None:
         log(f'warning: {path}: this checkpoint {why}; it is set aside as {target}')
     # First the summary, because the run is no longer finished.
     if workdir_lib.finished_summary(workdir):
-        files.set_aside(workdir, workdir / 'summary.json')
+        for name in ('summary.json', 'classes.json', 'curves.png'):
+            if (workdir / name).exists():
+                files.set_aside(workdir, workdir / name)
     for path in restored.newer:
         files.set_aside(workdir.absolute(), path)

@@ -86,7 +86,9 @@ def opened(
             Checkpoints(workdir, run.origin(), metadata, config.checkpoint.keep, check_held)
         )
         with working('initialising'):
-            snapshot = resume.restore_or_init(run, workdir, checkpoints, metadata, step, spent)
+            snapshot = resume.restore_or_init(
+                run, workdir, checkpoints, metadata, step, spent, extend
+            )
         if primary:  # only now that images and checkpoints are known to be those of the run
             workdir_lib.write_config(workdir, config)
             run.image_facts.write(workdir)

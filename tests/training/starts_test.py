@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import tiny_config
+from safetensors.numpy import save_file
 
 import afkd_jax
 from afkd_jax.checkpoints import weights
@@ -102,10 +103,13 @@ def test_a_network_starts_from_the_weights_of_another_run(source, exported, monk
 
 
 def test_weights_that_do_not_fit(source, exported, monkeypatch, tmp_path):
+    other = str(tmp_path / 'other.safetensors')  # another program's
+    save_file({'weight': np.zeros(3, np.float32)}, other, {'format': '"np"'})
     for fields, words in [
         ({'networks': ('none/x:1', 'tiny-8-2')}, 'there is no directory none/x'),
         ({'networks': (f'{source}:3', 'tiny-8-2')}, r'has the networks 1 \.\. 2'),
         ({'networks': ('none.safetensors', 'tiny-8-2')}, 'none.safetensors: cannot be read as an'),
+        ({'networks': (other, 'tiny-8-2')}, 'other.safetensors: cannot be read as an'),
         ({'init_from': ('x', '')}, r"init_from: must name a network of a run, .* but is 'x'"),
         (
             {'init_from': (f'{source}:1', '')},
@@ -138,6 +142,13 @@ def test_a_run_that_is_extended_equals_one_that_was_longer_from_the_start(tmp_pa
     assert trained(workdir)['extensions'] == []
     with pytest.raises(UserError, match=r'epochs: 1 -> 2.*, or add --extend to train it longer'):
         trained(workdir, epochs=2)
+    texts = {name: (workdir / name).read_text() for name in ('config.json', 'summary.json')}
+    for name in texts:  # then the checkpoints say what the run is
+        (workdir / name).unlink()
+    with pytest.raises(UserError, match=r'are of a run of 1 epochs, not of 2; add --extend'):
+        trained(workdir, epochs=2)
+    for name, text in texts.items():
+        (workdir / name).write_text(text)
     with pytest.raises(UserError, match=r'seed: 0 -> 1\)'):
         trained(workdir, epochs=2, seed=1, extend=True)
     with pytest.raises(UserError, match='holds no run; train first'):
