@@ -233,15 +233,12 @@ def _command(config_flag: flags.FlagHolder, options: Options) -> Command:
         if not _equal(value, flags.FLAGS[f'config.{name}'].default)  # the file's own value
     }
     workdir = options.workdir or f'runs/{_run_name(path.stem, argument, overrides)}'
-    return Command(_resolved(Config.of(config)), options, pathlib.Path(workdir))
+    checked = Config.of(config)
+    if any(map(config_lib.names_weights, checked.networks)):  # the usual case imports nothing
+        from afkd_jax.checkpoints import starts
 
-
-def _resolved(config: Config) -> Config:
-    if not any(re.search(r':\d+$|\.safetensors$', name) for name in config.networks):
-        return config  # the usual case imports nothing
-    from afkd_jax.checkpoints import weights
-
-    return weights.resolved(config)
+        checked = starts.resolved(checked)
+    return Command(checked, options, pathlib.Path(workdir))
 
 
 def _check_options(options: Options) -> None:

@@ -23,6 +23,8 @@ Test = Callable[[Any], Any]
 # The range of single precision: a smaller number would be 0 there, a larger one infinite.
 _SMALLEST, _LARGEST = 1e-37, 1e38
 
+SAFETENSORS = '.safetensors'  # the ending of an exported network
+
 # Fields that may differ when a run resumes: no bit that it computes depends on them, except that
 # mesh.* changes the rounding, as the number of devices does.
 _MAY_CHANGE = re.compile(
@@ -326,6 +328,11 @@ def flatten(config: ConfigDict | Mapping[str, Any], prefix: str = '') -> dict[st
 
 
 DEFAULTS = flatten(Config().to_dict())  # dotted name -> default
+
+
+def names_weights(entry: str) -> bool:
+    """Returns whether an entry of config.networks names trained weights, not an architecture."""
+    return entry.endswith(SAFETENSORS) or re.fullmatch(r'.+:\d+', entry) is not None
 
 
 def wrong_type(name: str, value: Any) -> str:

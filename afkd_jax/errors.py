@@ -42,3 +42,9 @@ def first_line(error: BaseException, most: int = 300) -> str:
     """Returns the first line of an exception's text, cut to `most`, or else its type."""
     line = ' '.join((str(error).strip().splitlines() or [''])[0].split()) or type(error).__name__
     return line if len(line) <= most else f'{line[:most]} ...'
+
+
+def typed_line(error: BaseException) -> str:
+    """Returns 'Type: first line' of an exception, or its type alone where it has no text."""
+    name = type(error).__name__
+    return f'{name}: {first_line(error)}' if str(error) else name

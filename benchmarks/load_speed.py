@@ -6,10 +6,9 @@ The images are cut out of two photographs, quality 90, and grey, so that the hea
 read. Every figure is the median of five interleaved rounds. One JSON line each.
 """
 
-import json
+import functools
 import os
 import pathlib
-import statistics
 import sys
 import tempfile
 import time
@@ -22,8 +21,7 @@ from sklearn.datasets import load_sample_images
 from afkd_jax.config import Config, default_config
 from afkd_jax.data import decode
 from afkd_jax.data.dataset import dataset as open_dataset
-
-ROUNDS = 5
+from benchmarks import rounds
 
 
 def write(root, count, side):
@@ -37,6 +35,12 @@ def write(root, count, side):
         path.parent.mkdir(parents=True, exist_ok=True)
         pixels = photo[top : top + side, left : left + side]
         Image.fromarray(pixels).convert('L').save(path, quality=90)
+
+
+def seconds_of(way):
+    begin = time.perf_counter()
+    way()
+    return time.perf_counter() - begin
 
 
 def main(count, side):
@@ -69,23 +73,8 @@ def main(count, side):
             'decode alone, one core': lambda: [decode.pixels(file, 1) for file in files],
             'load': open_dataset(config).load,
         }
-        seconds = {name: [] for name in ways}
-        for _ in range(ROUNDS):
-            for name, way in ways.items():
-                begin = time.perf_counter()
-                way()
-                seconds[name].append(time.perf_counter() - begin)
-        for name, found in seconds.items():
-            print(
-                json.dumps(
-                    {
-                        'what': name,
-                        'seconds': round(statistics.median(found), 2),
-                        'least': round(min(found), 2),
-                        'most': round(max(found), 2),
-                    }
-                )
-            )
+        timed = {what: functools.partial(seconds_of, way) for what, way in ways.items()}
+        rounds.measure(timed, 2, 'seconds')
 
 
 if __name__ == '__main__':

@@ -25,9 +25,10 @@ from afkd_jax.config import Config
 from afkd_jax.data import decode, stream
 from afkd_jax.data.dataset import dataset as open_dataset
 from afkd_jax.data.order import Order
+from benchmarks import rounds
 from configs import imagenet
 
-COUNT, BATCH, ROUNDS = 400, 64, 5
+COUNT, BATCH = 400, 64
 
 
 def write(root):
@@ -118,21 +119,8 @@ def main(seconds):
             'pipeline, 1 process': lambda: piped(dataset, 1),
             'pipeline, 2 processes': lambda: piped(dataset, 2),
         }
-        rates = {name: [] for name in ways}
-        for _ in range(ROUNDS):
-            for name, way in ways.items():
-                rates[name].append(rate(way(), seconds))
-        for name, found in rates.items():
-            print(
-                json.dumps(
-                    {
-                        'what': name,
-                        'images_per_s': round(statistics.median(found), 1),
-                        'least': round(min(found), 1),
-                        'most': round(max(found), 1),
-                    }
-                )
-            )
+        rates = {what: lambda way=way: rate(way(), seconds) for what, way in ways.items()}
+        rounds.measure(rates, 1, 'images_per_s')
 
 
 if __name__ == '__main__':

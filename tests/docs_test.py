@@ -20,7 +20,6 @@ from ml_collections import config_flags
 import launch  # noqa: F401, it defines the flags
 from afkd_jax import cli, models, registry
 from afkd_jax import config as config_lib
-from afkd_jax.checkpoints import weights
 from afkd_jax.command import Options
 from afkd_jax.config import Config
 from afkd_jax.method import presets
@@ -139,7 +138,7 @@ def test_every_launch_command_is_valid(arguments, monkeypatch):
     cli._check_options(options)
     presets.named(config.method)
     side = config.data.image_size or 32
-    for name in itertools.filterfalse(weights.named, config.networks):
+    for name in itertools.filterfalse(config_lib.names_weights, config.networks):
         models.build(name, 10, (side, side, 3))
 
 

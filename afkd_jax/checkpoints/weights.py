@@ -1,4 +1,4 @@
-"""Trained weights: of a run's checkpoint, or in a safetensors file; and where networks start.
+"""Trained weights: of a run's checkpoint, or in a safetensors file.
 
 A safetensors file has parameters and batch statistics under their Flax names ('trunk/conv/kernel',
 ..., 'batch_stats/trunk/norm/mean', ...), and its metadata describe the network, each value as JSON.
@@ -18,13 +18,11 @@ from flax import traverse_util
 from afkd_jax.checkpoints import artefact, partial
 from afkd_jax.checkpoints.artefact import ImageFacts
 from afkd_jax.checkpoints.store import step_of
-from afkd_jax.config import Config
+from afkd_jax.config import SAFETENSORS, Config
 from afkd_jax.errors import UserError, first_line
 from afkd_jax.method import cohort as cohort_lib
 from afkd_jax.method import state as state_lib
 from afkd_jax.method.cohort import Cohort
-
-_SUFFIX = '.safetensors'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,53 +101,24 @@ class Weights:
     std: tuple[float, ...]
 
 
-def named(name: str) -> bool:
-    """Returns whether an entry of config.networks names weights and not an architecture."""
-    return name.endswith(_SUFFIX) or re.fullmatch(r'.+:\d+', name) is not None
-
-
 def _split(source: str) -> tuple[pathlib.Path, int]:
     """Returns the run directory and the number of the network of 'RUN:NUMBER'."""
     match = re.fullmatch(r'(.+):(\d{1,9})', source)
     if not match:
         raise UserError(
             "config.init_from: must name a network of a run, as in 'runs/a:1', or an exported "
-            f'file, as in net{_SUFFIX}, but is {source!r}'
+            f'file, as in net{SAFETENSORS}, but is {source!r}'
         )
     return pathlib.Path(match[1]).expanduser(), int(match[2])
 
 
-def resolved(config: Config) -> Config:
-    """Returns the config with each entry of config.networks that names weights resolved.
-
-    That is, to the name of its architecture, with init_from and frozen set.
+def architecture_of(source: str) -> str:
+    """Returns the architecture of the weights that are named, without reading them.
 
     Raises:
-      UserError: the run or file cannot be read.
+      UserError: there are none.
     """
-    if not any(map(named, config.networks)):
-        return config
-    names = list(config.networks)
-    sources = list(config.init_from or ('',) * len(names))
-    if len(sources) != len(names):
-        cohort_lib.frozen_of(config)  # raises
-    frozen = set(config.frozen)
-    for k, name in enumerate(names):
-        if not named(name):
-            continue
-        if sources[k] not in ('', name):
-            raise UserError(
-                f'config.init_from: network {k + 1} is the frozen network {name} and cannot start '
-                f'from {sources[k]}'
-            )
-        sources[k] = name
-        frozen.add(k + 1)
-        names[k] = _architecture(name)
-    return config.replace(networks=names, init_from=sources, frozen=sorted(frozen))
-
-
-def _architecture(source: str) -> str:
-    if source.endswith(_SUFFIX):
+    if source.endswith(SAFETENSORS):
         return _described(source)['architecture'][0]
     workdir, number = _split(source)
     names = artefact.read_config(workdir).networks
@@ -193,7 +162,7 @@ def read(source: str) -> Weights:
     Raises:
       UserError: they cannot be read.
     """
-    if source.endswith(_SUFFIX):
+    if source.endswith(SAFETENSORS):
         facts = _described(source)
         tensors = _open(source, _tensors)
         try:
@@ -205,7 +174,7 @@ def read(source: str) -> Weights:
             )
         except (KeyError, TypeError) as error:
             raise UserError(f'{source}: has no description of its network ({error})') from None
-    architecture, (workdir, number) = _architecture(source), _split(source)
+    architecture, (workdir, number) = architecture_of(source), _split(source)
     trained = read_run(workdir, [number], 'last')
     info = trained.images.info
     return Weights(
@@ -217,84 +186,3 @@ def read(source: str) -> Weights:
         trained.images.mean,
         trained.images.std,
     )
-
-
-def starts(
-    cohort: Cohort, config: Config, images: ImageFacts, log: Callable[[str], None]
-) -> dict[int, dict[str, Any]]:
-    """Returns network, counted from 0 -> the variables that it starts from, of config.init_from.
-
-    Of a network that learns, the classifier is left out where the classes are others.
-
-    Args:
-      cohort: of all networks.
-      config: of the run.
-      images: of the run.
-      log: takes a line about each.
-
-    Raises:
-      UserError: weights cannot be read, are of another architecture, or a frozen network was
-        trained on other classes, images of another shape, or otherwise standardised ones.
-    """
-    abstract, found = state_lib.abstract(cohort), {}
-    for k, source in enumerate(config.init_from):
-        if not source:
-            continue
-        weights = read(source)
-        variables = {**weights.variables, 'params': dict(weights.variables['params'])}
-        line = f'network {k + 1} ({cohort.names[k]}) starts from {source}'
-        if not cohort.learns(k):
-            _check_frozen(weights, images)
-            line += ' and is frozen'
-        elif weights.classes != images.info.classes:
-            del variables['params']['head']
-            line += ', with a new classifier: the classes are others'
-        expected = abstract.networks[k].variables()
-        expected['params'] = {part: expected['params'][part] for part in variables['params']}
-        _check_shapes(weights, cohort.names[k], expected, variables)
-        variables = jax.tree.map(lambda own, like: np.asarray(own, like.dtype), variables, expected)
-        log(line)
-        found[k] = variables
-    return found
-
-
-def _check_shapes(
-    weights: Weights, name: str, expected: dict[str, Any], variables: dict[str, Any]
-) -> None:
-    def shapes(tree: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-        flat: dict[str, Any] = traverse_util.flatten_dict(tree, sep='/')
-        return {key: tuple(leaf.shape) for key, leaf in flat.items()}
-
-    ours, theirs = shapes(expected), shapes(variables)
-    if ours != theirs:
-        where = next(key for key in [*ours, *theirs] if ours.get(key) != theirs.get(key))
-        raise UserError(
-            f'config.init_from: {weights.source} is a {weights.architecture} and does not fit '
-            f'"{name}": {where} is {theirs.get(where, "missing")}, not {ours.get(where, "there")}'
-        )
-
-
-def _check_frozen(weights: Weights, images: ImageFacts) -> None:
-    """Rejects a frozen network that would not see the images, or mean the labels, as trained."""
-    info = images.info
-    for what, theirs, ours in (
-        ('classes', weights.classes, info.classes),
-        ('image shape', weights.image_shape, info.image_shape),
-    ):
-        if tuple(theirs) != tuple(ours):
-            raise UserError(
-                f'config.frozen: {weights.source} was trained with the {what} {_short(theirs)}, '
-                f'but the images of this run have {_short(ours)}'
-            )
-    mean, std = (np.array(values) for values in (weights.mean, weights.std))
-    if not (np.allclose(mean, images.mean, 0, 1e-4) and np.allclose(std, images.std, 0, 1e-4)):
-        raise UserError(
-            f'config.frozen: {weights.source} was trained on images standardised by another mean '
-            f'and standard deviation; set config.data.mean={weights.mean} and '
-            f'config.data.std={weights.std}'
-        )
-
-
-def _short(values: Sequence[Any]) -> str:
-    words = ', '.join(map(str, values[:4]))
-    return f'{len(values)}: {words}, ...' if len(values) > 4 else words

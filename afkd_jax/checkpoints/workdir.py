@@ -49,11 +49,10 @@ def check(workdir: pathlib.Path, config: Config, extend: bool = False) -> None:
     longer = config_lib.extended(old, new)
     different = config_lib.differences(longer if extend else old, new)
     if different:
-        only_longer = longer == new and not extend
         raise UserError(
             f'--workdir: {workdir} holds a run with another config ({"; ".join(different)}); '
             'name another directory, or use the old config to continue that run'
-            + (', or add --extend to train it longer' if only_longer else '')
+            + (', or add --extend to train it longer' if longer == new else '')
         )
 
 

@@ -55,11 +55,8 @@ def result_tables(summary: dict[str, Any]) -> list[rich.table.Table]:
     }
     networks = table('network', ('params', 'map', *known))
     for i, row in enumerate(rows):
-        label = (
-            row['name']
-            if row is rows[-1]
-            else f'{i + 1} {row["name"]}' + (' (frozen)' if row['frozen'] else '')
-        )
+        label = row['name'] if row is rows[-1] else f'{i + 1} {row["name"]}'
+        label += ' (frozen)' if row.get('frozen') else ''
         values = (number(row[key], 2) for key in known.values())
         networks.add_row(label, f'{row["parameters"]:,}', shape(row['feature_map']), *values)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from afkd_jax.config import Config
-from afkd_jax.errors import UserError, first_line
+from afkd_jax.errors import UserError, typed_line
 from afkd_jax.method.metrics import Evaluation
 from afkd_jax.registry import TRACKERS
 
@@ -124,7 +124,7 @@ def create(config: Config, workdir: pathlib.Path) -> dict[str, Tracker]:
             raise
         except Exception as error:
             raise UserError(
-                f'config.trackers: "{name}" cannot be used ({_words(error)}); '
+                f'config.trackers: "{name}" cannot be used ({typed_line(error)}); '
                 'mend it, or leave it out'
             ) from error
     return made
@@ -166,9 +166,5 @@ class Trackers(Tracker):
             action()
         except Exception as error:
             del self._optional[name]
-            text = f'tracker "{name}" failed ({_words(error)}); the run continues without it'
+            text = f'tracker "{name}" failed ({typed_line(error)}); the run continues without it'
             self.handle(Warned(self._step, text))
-
-
-def _words(error: Exception) -> str:
-    return f'{type(error).__name__}: {first_line(error)}' if str(error) else type(error).__name__

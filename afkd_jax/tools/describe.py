@@ -37,13 +37,14 @@ def describe(config: Config) -> dict[str, Any]:
     for k, entry in enumerate(networks):
         module, own = cohort.networks[k], state.networks[k]
         learns = cohort.learns(k)
-        hops = cohort.method.hops(len(networks)) if learns else range(0)
-        own_teacher = [cohort.method.logits] if hops is None else []
+        hops = cohort.method.hops(len(networks))
+        teachers: list[Any] = [cohort.method.logits]  # a registered one, by its name
+        if hops is not None:
+            teachers = [ring.teacher_of(k, hop) + 1 for hop in hops]
         entry |= {
             'stem': getattr(module.trunk, 'stem', ''),
             'multiply_adds': costs[entry['name']],
-            # Networks, or the name of a registered logit teacher.
-            'logit_teachers': own_teacher or [ring.teacher_of(k, hop) + 1 for hop in hops or ()],
+            'logit_teachers': teachers if learns else [],
             'map_teacher': ring.teacher_of(k) + 1 if cohort.shared_map and learns else None,
             'transfer': None,
             'discriminator': None,

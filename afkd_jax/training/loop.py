@@ -12,7 +12,7 @@ from afkd_jax.command import Command, number_or
 from afkd_jax.config import Config
 from afkd_jax.devices import arrays, processes
 from afkd_jax.devices.signals import Interrupt
-from afkd_jax.errors import EXIT_RESUMABLE, first_line
+from afkd_jax.errors import EXIT_RESUMABLE, typed_line
 from afkd_jax.report import figures, summary
 from afkd_jax.report import trackers as trackers_lib
 from afkd_jax.report.console import log, log_from_any, print_json, working
@@ -162,22 +162,21 @@ class Loop:
 
     def _end_epoch(self) -> None:
         """Evaluates where that is due, and saves, if an epoch ends here that has not ended yet."""
-        epoch = self._epoch()
-        due = self.evaluation.due(epoch)
+        epoch, evaluated = self._epoch(), True
         if not epoch:
             return
         self._lines.write()
-        ended = self._progress.evaluated == self.step if due else self._progress.epoch.empty
-        if ended:
-            return
-        ended = True
-        if due:
+        if self.evaluation.due(epoch):
+            if self._progress.evaluated == self.step:
+                return
             with self._session.spent.on('evaluate'):
-                ended = self.evaluation(self.state.networks, self.step, epoch)
+                evaluated = self.evaluation(self.state.networks, self.step, epoch)
             self._clock.restart(self.step)
-        if ended:
+        elif self._progress.epoch.empty:
+            return
+        if evaluated:
             self._log_epoch(epoch)
-        if ended or self.step > self._saved_step:
+        if evaluated or self.step > self._saved_step:
             self._save()
 
     def _log_epoch(self, epoch: int) -> None:
@@ -255,8 +254,8 @@ def _draw(workdir: pathlib.Path) -> pathlib.Path | None:
         return figures.draw(workdir)
     except Exception as error:
         log(
-            f'warning: {workdir / "curves.png"} cannot be drawn ({type(error).__name__}: '
-            f'{first_line(error)}); the results are complete, the same command draws it again'
+            f'warning: {workdir / "curves.png"} cannot be drawn ({typed_line(error)}); '
+            'the results are complete, the same command draws it again'
         )
         return None
 

@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 
 from afkd_jax import config as config_lib
 from afkd_jax import models
-from afkd_jax.checkpoints import weights
+from afkd_jax.checkpoints import starts as starts_lib
 from afkd_jax.checkpoints.artefact import ImageFacts
 from afkd_jax.config import Config
 from afkd_jax.data import dataset, pipelines
@@ -103,7 +103,7 @@ class Run:
         """
         if not self.config.init_from:
             return {}
-        return weights.starts(self.cohort, self.config, self.image_facts, log)
+        return starts_lib.read(self.cohort, self.config, self.image_facts, log)
 
     def initial_state(self, random: bool = False) -> State:
         """Returns the state before the first step, on the devices.

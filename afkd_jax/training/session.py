@@ -90,7 +90,8 @@ def opened(
                 run, workdir, checkpoints, metadata, step, spent, extend
             )
         if primary:  # only now that images and checkpoints are known to be those of the run
-            workdir_lib.write_config(workdir, config)
+            if extend:
+                workdir_lib.write_config(workdir, config)
             run.image_facts.write(workdir)
         first_step, progress = int(snapshot.state.step), snapshot.progress
         log(

@@ -11,7 +11,7 @@ from conftest import tiny_config
 from safetensors.numpy import save_file
 
 import afkd_jax
-from afkd_jax.checkpoints import weights
+from afkd_jax.checkpoints import starts, weights
 from afkd_jax.devices import mesh
 from afkd_jax.devices.signals import Interrupt
 from afkd_jax.errors import UserError
@@ -28,7 +28,7 @@ def config_of(**fields):
 def trained(workdir, *, extend=False, **fields):
     with pytest.MonkeyPatch.context() as patch, Interrupt() as interrupt:
         patch.setattr(mesh, 'available', lambda: jax.devices()[:1])
-        config = weights.resolved(config_of(**fields))
+        config = starts.resolved(config_of(**fields))
         return loop.train(config, workdir, None, interrupt, extend)
 
 
@@ -54,11 +54,11 @@ def assert_equal(a, b):
 
 def test_an_entry_of_networks_that_names_weights_is_a_frozen_network(source, exported):
     config = config_of(networks=(f'{source}:2', 'tiny-8-2', exported))
-    found = weights.resolved(config)
+    found = starts.resolved(config)
     assert found.networks == ('tiny-8-2', 'tiny-8-2', 'tiny-4-1')
     assert found.frozen == (1, 3)
     assert found.init_from == (f'{source}:2', '', exported)
-    assert weights.resolved(found) == found
+    assert starts.resolved(found) == found
     assert_equal(weights.read(exported).variables, weights.read(f'{source}:1').variables)
 
 

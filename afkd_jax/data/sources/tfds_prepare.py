@@ -28,7 +28,7 @@ from PIL import Image
 
 from afkd_jax.config import Config
 from afkd_jax.data.sources import idx
-from afkd_jax.errors import UserError, first_line
+from afkd_jax.errors import UserError, typed_line
 
 _SHARD, _CHUNK = 10_000, 256  # examples in a file, and in memory
 
@@ -233,7 +233,7 @@ def _prepare(builder: Builder, config: Config, name: str) -> None:
     except Exception as error:  # TFDS raises whatever its builders and their libraries raise
         raise UserError(
             f'config.dataset: tfds:{name} could not be prepared in {builder.data_path} '
-            f'({type(error).__name__}: {first_line(error)}); {remedy}'
+            f'({typed_line(error)}); {remedy}'
         ) from error
 
 
