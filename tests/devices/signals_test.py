@@ -26,12 +26,13 @@ with Interrupt() as interrupt:
 """
 
 
+# Another thread says that it is ready, when the main thread is inside the call.
 CANCEL = """
-import hashlib
+import hashlib, threading
 from afkd_jax.devices.signals import Cancel
 with Cancel():
     try:
-        print('ready', flush=True)
+        threading.Timer(0.3, print, ['ready'], dict(flush=True)).start()
         {call}
     except KeyboardInterrupt:
         print('interrupted')
