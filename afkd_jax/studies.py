@@ -1,0 +1,211 @@
+"""A study: arms that are compared, each trained with several seeds. Imports no JAX.
+
+An arm is a set of config fields under a label; the runs of an arm differ in the seed alone, and the
+runs of one seed in the arm alone, so that differences between arms are paired by seed.
+"""
+
+import ast
+import dataclasses
+import itertools
+import json
+import pathlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from afkd_jax import config as config_lib
+from afkd_jax.config import Config
+from afkd_jax.errors import UserError
+
+_NAME = 'study.json'
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One run of a study; `folder` is relative to the study's directory."""
+
+    arm: str
+    seed: int
+    config: Config
+
+    @property
+    def folder(self) -> pathlib.PurePath:
+        """Where the run is, in the study's directory."""
+        return pathlib.PurePath(slug(self.arm), f'seed={self.seed}')
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """The definition of a study, in a config file as `config.study`.
+
+    Attributes:
+      name: of its default directory, runs/NAME.
+      question: what it asks, in a sentence; '' of a study from the command line.
+      arms: label -> config fields (dotted names) in which the arm differs from the config.
+      seeds: of every arm.
+      baseline: the arm that the others are compared with; '' is the first.
+      comparisons: more pairs of arms to compare, (arm, against).
+      paper: what the paper reports for it, in a sentence.
+    """
+
+    name: str
+    question: str
+    arms: Mapping[str, Mapping[str, Any]]
+    seeds: Sequence[int]
+    baseline: str = ''
+    comparisons: Sequence[tuple[str, str]] = ()
+    paper: str = ''
+
+    def points(self, config: Config) -> list[Point]:
+        """Returns the runs, the first seed of every arm first, each with a checked config.
+
+        Raises:
+          UserError: a field is unknown or wrong, or labels or seeds are not distinct.
+        """
+        self._check()
+        return [
+            Point(arm, seed, config.replace(**fields, seed=seed))
+            for seed in self.seeds
+            for arm, fields in self.arms.items()
+        ]
+
+    def _check(self) -> None:
+        folders = [slug(arm) for arm in self.arms]
+        for what, values in (('arms', folders), ('seeds', list(self.seeds))):
+            if not values or len(set(values)) < len(values):
+                raise UserError(f'study: {what} must be distinct, at least one, but are {values}')
+        for fields in self.arms.values():
+            config_lib.check_names(fields)
+            if 'seed' in fields:
+                raise UserError('study: seeds are a field of the study, not of an arm')
+        for arm in [self.baseline or next(iter(self.arms)), *itertools.chain(*self.comparisons)]:
+            if arm not in self.arms:
+                raise UserError(f'study: there is no arm "{arm}"; arms: {", ".join(self.arms)}')
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """Returns the comparisons, (arm, against)."""
+        baseline = self.baseline or next(iter(self.arms))
+        pairs = [(arm, baseline) for arm in self.arms if arm != baseline]
+        return list(dict.fromkeys([*pairs, *map(tuple, self.comparisons)]))  # pyright: ignore
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns it as JSON."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+def slug(label: str) -> str:
+    """Returns a label as the name of a directory."""
+    return re.sub(r'[^\w.=+,-]+', '-', label).strip('-')
+
+
+def parse(text: str, config: Config) -> Study:
+    """Returns the study of --study, e.g. 'method=vanilla,afd;seed=0:10;epochs=20'.
+
+    Every axis is a config field with its values, separated by commas; a:b stands for the whole
+    numbers a .. b - 1, and a tuple is written as in Python. Arms are all combinations.
+
+    Raises:
+      UserError: it is not understood.
+    """
+    axes: dict[str, list[Any]] = {}
+    for part in filter(None, (part.strip() for part in text.split(';'))):
+        name, _, values = part.partition('=')
+        name = name.strip()
+        if not values.strip() or name in axes:
+            raise UserError(
+                f"--study: '{part}' is not understood; give each field once, as in "
+                "'method=vanilla,dml,afd;seed=0:10'"
+            )
+        config_lib.check_names([name])
+        default = config_lib.DEFAULTS.get(name)
+        if default is None:
+            raise UserError(f'--study: {name} is a section of the config; name one of its fields')
+        axes[name] = [
+            value for word in _split(values) for value in _values(name, word.strip(), default)
+        ]
+    seeds = axes.pop('seed', [config.seed])
+    arms = {
+        _label(fields) or config.method: fields
+        for values in itertools.product(*axes.values())
+        for fields in [dict(zip(axes, values, strict=True))]
+    }
+    return Study('study', '', arms, seeds)
+
+
+def _split(values: str) -> list[str]:
+    """Returns the values between commas that are not inside parentheses."""
+    return re.findall(r'(?:[^,(]|\([^)]*\))+', values)
+
+
+def _values(name: str, word: str, default: Any) -> Iterator[Any]:
+    if isinstance(default, str):
+        yield word
+        return
+    if type(default) is int and (match := re.fullmatch(r'(\d+):(\d+)', word)):
+        yield from range(int(match[1]), int(match[2]))
+        return
+    try:
+        value = ast.literal_eval(word.capitalize() if isinstance(default, bool) else word)
+    except (ValueError, SyntaxError):
+        raise UserError(f'--study: {config_lib.wrong_type(name, word)}') from None
+    yield tuple(value) if isinstance(default, tuple) and isinstance(value, list) else value
+
+
+def _label(fields: Mapping[str, Any]) -> str:
+    """Returns 'afd' of a method, 'afd, epochs=3' with another field."""
+
+    def word(name: str, value: Any) -> str:
+        text = '+'.join(map(str, value)) if isinstance(value, tuple) else str(value)
+        return text if name in ('method', 'networks') else f'{name}={text}'
+
+    return ', '.join(word(name, value) for name, value in fields.items())
+
+
+def merged(new: Study, old: Mapping[str, Any] | None) -> Study:
+    """Returns the study with the arms and seeds of study.json that are not in it.
+
+    Args:
+      new: to be run.
+      old: content of study.json; None if there is none.
+
+    Raises:
+      UserError: an arm has the label of an old one but other fields.
+    """
+    if old is None:
+        return new
+    mine = new.to_json()
+    for arm, fields in mine['arms'].items():
+        if old['arms'].get(arm, fields) != fields:
+            raise UserError(
+                f'study: the arm "{arm}" is in {_NAME} with other fields '
+                f'({old["arms"][arm]}, now {fields}); give it another label, or name another '
+                '--workdir'
+            )
+    return dataclasses.replace(
+        new,
+        arms={**old['arms'], **mine['arms']},
+        seeds=sorted({*old['seeds'], *mine['seeds']}),
+        question=new.question or old['question'],
+        baseline=new.baseline or old['baseline'],
+        comparisons=[
+            tuple(pair)
+            for pair in dict.fromkeys(map(tuple, [*old['comparisons'], *mine['comparisons']]))
+        ],
+        paper=new.paper or old['paper'],
+    )
+
+
+def read(workdir: pathlib.Path) -> Study | None:
+    """Returns the study of a directory; None if it holds none.
+
+    Raises:
+      UserError: study.json cannot be read.
+    """
+    path = workdir / _NAME
+    try:
+        values = json.loads(path.read_text())
+        return Study(**values)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f'{path}: cannot be read ({error})') from None
