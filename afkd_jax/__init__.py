@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from afkd_jax.config import Config, default_config
 from afkd_jax.errors import UserError
 from afkd_jax.registry import register_map_loss, register_network, register_source
+from afkd_jax.studies import Study
 
 if TYPE_CHECKING:
     from afkd_jax.data.dataset import Source
@@ -24,6 +25,7 @@ __all__ = [
     'Config',
     'Images',
     'Source',
+    'Study',
     'UserError',
     'build_network',
     'default_config',

@@ -17,7 +17,7 @@ from afkd_jax import config as config_lib
 from afkd_jax.config import Config
 from afkd_jax.errors import UserError
 
-_NAME = 'study.json'
+NAME = 'study.json'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,8 @@ class Study:
         """Returns the comparisons, (arm, against)."""
         baseline = self.baseline or next(iter(self.arms))
         pairs = [(arm, baseline) for arm in self.arms if arm != baseline]
-        return list(dict.fromkeys([*pairs, *map(tuple, self.comparisons)]))  # pyright: ignore
+        more = [(arm, against) for arm, against in self.comparisons]
+        return list(dict.fromkeys(pairs + more))
 
     def to_json(self) -> dict[str, Any]:
         """Returns it as JSON."""
@@ -125,7 +126,7 @@ def parse(text: str, config: Config) -> Study:
         ]
     seeds = axes.pop('seed', [config.seed])
     arms = {
-        _label(fields) or config.method: fields
+        label(fields) or config.method: fields
         for values in itertools.product(*axes.values())
         for fields in [dict(zip(axes, values, strict=True))]
     }
@@ -151,47 +152,46 @@ def _values(name: str, word: str, default: Any) -> Iterator[Any]:
     yield tuple(value) if isinstance(default, tuple) and isinstance(value, list) else value
 
 
-def _label(fields: Mapping[str, Any]) -> str:
+def label(fields: Mapping[str, Any]) -> str:
     """Returns 'afd' of a method, 'afd, epochs=3' with another field."""
 
     def word(name: str, value: Any) -> str:
-        text = '+'.join(map(str, value)) if isinstance(value, tuple) else str(value)
+        text = '+'.join(map(str, value)) if isinstance(value, tuple | list) else str(value)
         return text if name in ('method', 'networks') else f'{name}={text}'
 
     return ', '.join(word(name, value) for name, value in fields.items())
 
 
-def merged(new: Study, old: Mapping[str, Any] | None) -> Study:
+def merged(new: Study, old: Study | None) -> Study:
     """Returns the study with the arms and seeds of study.json that are not in it.
 
     Args:
       new: to be run.
-      old: content of study.json; None if there is none.
+      old: of study.json; None if there is none.
 
     Raises:
       UserError: an arm has the label of an old one but other fields.
     """
     if old is None:
         return new
-    mine = new.to_json()
+    mine, theirs = new.to_json(), old.to_json()
     for arm, fields in mine['arms'].items():
-        if old['arms'].get(arm, fields) != fields:
+        if theirs['arms'].get(arm, fields) != fields:
             raise UserError(
-                f'study: the arm "{arm}" is in {_NAME} with other fields '
-                f'({old["arms"][arm]}, now {fields}); give it another label, or name another '
+                f'study: the arm "{arm}" is in {NAME} with other fields '
+                f'({theirs["arms"][arm]}, now {fields}); give it another label, or name another '
                 '--workdir'
             )
     return dataclasses.replace(
         new,
-        arms={**old['arms'], **mine['arms']},
-        seeds=sorted({*old['seeds'], *mine['seeds']}),
-        question=new.question or old['question'],
-        baseline=new.baseline or old['baseline'],
-        comparisons=[
-            tuple(pair)
-            for pair in dict.fromkeys(map(tuple, [*old['comparisons'], *mine['comparisons']]))
-        ],
-        paper=new.paper or old['paper'],
+        arms={**theirs['arms'], **mine['arms']},
+        seeds=sorted({*old.seeds, *new.seeds}),
+        question=new.question or old.question,
+        baseline=new.baseline or old.baseline,
+        comparisons=list(
+            dict.fromkeys((arm, against) for arm, against in (*old.comparisons, *new.comparisons))
+        ),
+        paper=new.paper or old.paper,
     )
 
 
@@ -201,7 +201,7 @@ def read(workdir: pathlib.Path) -> Study | None:
     Raises:
       UserError: study.json cannot be read.
     """
-    path = workdir / _NAME
+    path = workdir / NAME
     try:
         values = json.loads(path.read_text())
         return Study(**values)

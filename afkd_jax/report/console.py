@@ -1,7 +1,10 @@
 """The console: lines for the user, from the primary process or from any."""
 
+import contextlib
 import os
+import pathlib
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import rich.console
@@ -16,6 +19,18 @@ class _Console(rich.console.Console):
 
 
 console = _Console(highlight=False, markup=False, soft_wrap=True)  # quiet unless primary
+
+
+@contextlib.contextmanager
+def redirected(path: pathlib.Path) -> Iterator[None]:
+    """Appends what is printed inside to a file."""
+    before = console.file
+    with path.open('a', encoding='utf-8') as file:
+        console.file = file
+        try:
+            yield
+        finally:
+            console.file = before
 
 
 def log(line: Any) -> None:

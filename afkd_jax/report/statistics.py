@@ -7,6 +7,7 @@ observation. Accuracies and differences are in percent points.
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -99,7 +100,7 @@ def compare(arm: str, against: str, mine: dict[int, float], theirs: dict[int, fl
             )
         else:  # scipy has no interval of equal values
             interval = equivalence = (float(d[0]), float(d[0]))
-        flips = np.inf if len(d) <= _EXACT else _RESAMPLES
+        flips: Any = np.inf if len(d) <= _EXACT else _RESAMPLES
         p = float(
             stats.permutation_test(
                 (d,), np.mean, permutation_type='samples', n_resamples=flips, rng=0

@@ -131,6 +131,14 @@ def _state_bytes(cohort: cohort_lib.Cohort, peers: int) -> dict[str, int]:
     }
 
 
+def training_flops(cohort: cohort_lib.Cohort) -> int:
+    """Returns the operations per training image of all networks, by formula.
+
+    Those of convolutions and matrix products of the networks; discriminators are left out.
+    """
+    return sum(_network_flops(cohort, k) for k in range(len(cohort.names)))
+
+
 def _network_flops(cohort: cohort_lib.Cohort, k: int) -> int:
     """Returns the operations per image of network k's forward pass and, if it learns, pullbacks.
 

@@ -13,7 +13,7 @@ from afkd_jax.config import Config
 from afkd_jax.devices import processes
 from afkd_jax.devices.signals import Interrupt
 from afkd_jax.errors import EXIT_RESUMABLE
-from afkd_jax.report import figures, summary
+from afkd_jax.report import figures, predictions, summary
 from afkd_jax.report.console import log, log_from_any
 from afkd_jax.report.tables import result_tables
 from afkd_jax.report.trackers import EpochEnd
@@ -180,7 +180,7 @@ class Loop:
 def _write_result(session: Session, loop: Loop) -> dict[str, Any]:
     """Writes summary.json and, of a finished run, classes.json and curves.png."""
     run, workdir, networks = session.run, session.workdir, loop.state.networks
-    progress, classes = session.snapshot.progress, None
+    progress, classes, test = session.snapshot.progress, None, None
     edges = None if loop.stopped else session.evaluator.edges(networks)
     progress.wall_s = time.perf_counter() - session.started
     result = summary.build(
@@ -204,9 +204,10 @@ def _write_result(session: Session, loop: Loop) -> dict[str, Any]:
 
     def write() -> None:
         session.check_held()
-        if classes:
+        if classes and test:
             figures.draw(workdir)
             files.write_json(workdir / 'classes.json', classes)
+            predictions.write(workdir, test)
         files.write_json(workdir / 'summary.json', result)
 
     processes.raise_on_all(write if processes.is_primary() else lambda: None)
