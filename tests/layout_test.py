@@ -13,6 +13,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / 'afkd_jax'
 ORDER = (
     ('errors',),
     ('registry', 'config'),
+    ('studies',),
     ('command',),
     ('devices',),
     ('models', 'data'),  # neither imports the other
@@ -25,7 +26,7 @@ ORDER = (
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 # What `import afkd_jax` and a config file load must be quick: no JAX, directly or indirectly.
-LIGHT = ('__init__', 'errors', 'registry', 'config', 'command', 'cli')
+LIGHT = ('__init__', 'errors', 'registry', 'config', 'studies', 'command', 'cli')
 
 
 @functools.cache

@@ -24,7 +24,7 @@ console = _Console(highlight=False, markup=False, soft_wrap=True)  # quiet unles
 @contextlib.contextmanager
 def redirected(path: pathlib.Path) -> Iterator[None]:
     """Appends what is printed inside to a file."""
-    before = console.file
+    before: Any = None if console.file is sys.stdout else console.file
     with path.open('a', encoding='utf-8') as file:
         console.file = file
         try:

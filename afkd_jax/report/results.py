@@ -70,6 +70,14 @@ class Result:
         values = self.networks(key)
         return statistics.fmean(values) if values else None
 
+    @property
+    def training_s(self) -> float | None:
+        """Returns the seconds of the training steps, without compilation and evaluation."""
+        speed = self.summary and self.summary['images_per_s']
+        if not self.summary or not speed:
+            return None
+        return self.summary['steps'] * self.config['batch_size'] / speed
+
     def evaluations(self, split: str) -> list[dict[str, Any]]:
         """Returns the evaluation lines of a split, in order of steps."""
         found = {

@@ -185,15 +185,15 @@ def _cost(results: Results) -> tuple[str, Any] | None:
     figure, axes = _new(1)
     axis, drawn = axes[0, 0], False
     for arm, colour in colours(results).items():
-        runs = [run for run in results.of(arm) if run.mean() is not None and run.summary]
+        runs = [run for run in results.of(arm) if run.mean() is not None and run.training_s]
         if not runs:
             continue
         drawn = True
-        seconds = [run.summary['wall_s'] for run in runs if run.summary]
+        seconds = [run.training_s for run in runs]
         axis.plot(seconds, [run.mean() for run in runs], 'o', color=colour, label=arm, alpha=0.7)
-    axis.set(xlabel='time of the run, s', ylabel='test accuracy, %')
+    axis.set(xlabel='time of the training steps, s', ylabel='test accuracy, %')
     _legend(figure, axis)
-    return ('Test accuracy against the time of the run', figure) if drawn else None
+    return ('Test accuracy against the time of the training steps', figure) if drawn else None
 
 
 def _training_values(results: Results) -> tuple[str, Any] | None:

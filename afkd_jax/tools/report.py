@@ -9,7 +9,7 @@ import io
 import pathlib
 import shlex
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -78,9 +78,9 @@ def _markdown(results: Results, comparisons: list[Comparison], figures: dict[str
     lines += [
         'Accuracy in percent on the test split after the last epoch: mean and standard deviation '
         'over seeds. `best` is the mean test accuracy of the networks at their best epoch on '
-        'validation; nothing is selected on test. `operations` and `time` are those of a run, '
-        f'relative to {study.baseline or next(iter(study.arms))}; operations of convolutions and '
-        'products, without discriminators. ECE and NLL are of the networks, on test.',
+        'validation; nothing is selected on test. `operations` (of convolutions and products, '
+        'without discriminators) and `time` (of the training steps) of a run are relative to '
+        f'{study.baseline or next(iter(study.arms))}. ECE and NLL are of the networks, on test.',
         '',
     ]
     if comparisons:
@@ -121,13 +121,13 @@ def _spread(values: list[float]) -> str:
 def _results_table(results: Results) -> str:
     baseline = results.study.baseline or next(iter(results.study.arms))
     costs = {arm: _operations(results.of(arm)) for arm in results.study.arms}
-    times = {arm: _median(results.of(arm), 'wall_s') for arm in results.study.arms}
+    times = {arm: _median([run.training_s for run in results.of(arm)]) for arm in costs}
     rows = []
     for arm in results.study.arms:
         runs = results.of(arm)
         by_network = list(zip(*(run.networks('test_accuracy') for run in runs), strict=False))
         best = [run.mean('test_accuracy_at_best_validation') for run in runs]
-        speed = _median(runs, 'images_per_s')
+        speed = _median([run.summary['images_per_s'] for run in runs if run.summary])
         pooled = study_figures.pooled_confidence(results, arm)
         entropies = [
             entropy
@@ -158,9 +158,9 @@ def _ratio(value: float | None, base: float | None) -> str:
     return f'{value / base:.2f}' if value and base else '-'
 
 
-def _median(runs: list[Result], key: str) -> float | None:
-    values = [run.summary[key] for run in runs if run.summary and run.summary[key]]
-    return statistics.median(values) if values else None
+def _median(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value]
+    return statistics.median(known) if known else None
 
 
 def _operations(runs: list[Result]) -> float | None:
