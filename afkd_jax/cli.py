@@ -10,6 +10,7 @@ import importlib
 import os
 import pathlib
 import re
+import select
 import sys
 import threading
 import traceback
@@ -23,11 +24,12 @@ from afkd_jax import config as config_lib
 from afkd_jax.command import Command, Options
 from afkd_jax.config import Config
 from afkd_jax.devices import compile_cache
-from afkd_jax.devices.signals import Interrupt
+from afkd_jax.devices.signals import Cancel, Interrupt
 from afkd_jax.errors import (
     EXIT_BUG,
     EXIT_KILLED,
     EXIT_RESUMABLE,
+    EXIT_UNREAD,
     EXIT_USER_ERROR,
     UserError,
     first_line,
@@ -70,20 +72,22 @@ MODES = {
     'prepare': Mode('afkd_jax.tools.prepare'),
 }
 
+_PATH = re.compile(r"""[^'",:=()]*/[^'",:=()]*""")  # in the value of a field
 _OVERRIDE = re.compile(r'--?(?:no)?config\.([^=]+)')
 
 
 def parse(argv: list[str]) -> list[str]:
     """Parses the flags, of which --config also runs the config file; exits with a message."""
     try:
-        names = [match[1] for argument in argv[1:] if (match := _OVERRIDE.match(argument))]
-        config_lib.check_names(names)
-        for name in names:
-            if names.count(name) > 1:  # a tuple's values would be joined
-                raise UserError(f'--config.{name}: given {names.count(name)} times; give it once')
+        config_lib.check_names(filter(None, map(_field, argv[1:])))
         try:
-            rest = flags.FLAGS(argv)
+            try:
+                rest = flags.FLAGS(_last_values(argv))
+            finally:
+                sys.stdout.flush()  # what --help prints
         except Exception as error:  # a config file is code and may raise anything
+            if _unread(error):
+                sys.exit(EXIT_UNREAD)
             raise UserError(_flag_message(error)) from error
         if not flags.FLAGS['verbosity'].present:
             # Orbax logs every step of every save, and tracebacks of what it then raises.
@@ -96,6 +100,28 @@ def parse(argv: list[str]) -> list[str]:
             raise
         print(f'error: {_escaped(str(error))}', file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
+
+
+def _field(argument: str) -> str | None:
+    """Returns the field that an argument assigns; None if it assigns none."""
+    match = _OVERRIDE.match(argument)
+    return match and match[1]
+
+
+def _last_values(argv: list[str]) -> list[str]:
+    """Returns the arguments without values of fields that are assigned again.
+
+    The last value is valid, as for every flag; absl would join those of a tuple.
+    """
+    last = {name: i for i, argument in enumerate(argv) if (name := _field(argument))}
+    result, i = [], 0
+    while i < len(argv):
+        name, start = _field(argv[i]), i
+        apart = name and '=' not in argv[i] and type(config_lib.DEFAULTS.get(name)) is not bool
+        i += 2 if apart else 1  # '--config.seed 1'
+        if name is None or last[name] == start:
+            result += argv[start:i]
+    return result
 
 
 def _flag_message(error: Exception) -> str:
@@ -130,15 +156,21 @@ def main(config_flag: flags.FlagHolder, options: Options) -> int:
     if not options.debug:
         _hide_tracebacks()
     try:
-        return _run(config_flag, options)
+        code = _run(config_flag, options)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         _interrupted()
     except Exception as error:
+        if _unread(error):
+            _end_others('the output is no longer read', EXIT_UNREAD)
+            return EXIT_UNREAD
         message, code = _message(error)
-        if options.debug:
-            traceback.print_exc()
-        else:
-            print(f'error: {_escaped(message)}', file=sys.stderr, flush=True)
+        with contextlib.suppress(BrokenPipeError):
+            if options.debug:
+                traceback.print_exc()
+            else:
+                print(f'error: {_escaped(message)}', file=sys.stderr, flush=True)
         _end_others(_escaped(message), code)
         return code
 
@@ -150,10 +182,10 @@ def _run(config_flag: flags.FlagHolder, options: Options) -> int:
         _set_platform('cpu')
     if mode.cached:
         compile_cache.enable()
-    if not mode.distributed:
-        return importlib.import_module(mode.module).main(command, None)
-    # From here on a signal is a request, even while JAX is imported.
-    with Interrupt() if options.mode == 'train' else contextlib.nullcontext() as interrupt:
+    # In training a signal is a request from here on, even while JAX is imported.
+    with Interrupt() if options.mode == 'train' else Cancel() as interrupt:
+        if not mode.distributed:
+            return importlib.import_module(mode.module).main(command, None)
         from afkd_jax.devices import mesh, processes
         from afkd_jax.report.console import console
 
@@ -165,6 +197,7 @@ def _run(config_flag: flags.FlagHolder, options: Options) -> int:
         # JAX exchanges the devices of all processes here, so they must do it together.
         processes.raise_on_all(mesh.available)
         console.quiet = not processes.is_primary()
+        console.needs_reader = options.mode != 'train'
         code = importlib.import_module(mode.module).main(command, interrupt)
         processes.shutdown()
     return code
@@ -195,12 +228,17 @@ def _command(config_flag: flags.FlagHolder, options: Options) -> Command:
         raise UserError(
             f'--config: get_config() must return a ConfigDict, not a {type(config).__name__}'
         )
-    overrides = config_flags.get_override_values(flag)
     study: Any = None
     if 'study' in config:
         config, study = config.copy_and_resolve_references(), config.study
         del config['study']
-    workdir = options.workdir or f'runs/{_run_name(path.stem, argument, overrides)}'
+    overrides = {
+        name: value
+        for name, value in config_flags.get_override_values(flag).items()
+        if not _equal(value, flags.FLAGS[f'config.{name}'].default)  # the file's own value
+    }
+    folder = 'runs/studies' if options.mode == 'study' else 'runs'
+    workdir = options.workdir or f'{folder}/{_run_name(path.stem, argument, overrides)}'
     return Command(_resolved(Config.of(config)), options, pathlib.Path(workdir), study)
 
 
@@ -224,19 +262,34 @@ def _check_options(options: Options) -> None:
             )
 
 
+def _equal(value: Any, other: Any) -> bool:
+    return tuple(value) == tuple(other) if isinstance(value, tuple) else value == other
+
+
 def _run_name(config: str, argument: str, overrides: dict[str, Any]) -> str:
     """Returns the default name of a run: of its config, the config's argument and the overrides.
 
     So different experiments do not share a workdir, and the same command finds its own:
     'cifar100-resnet32-wrn-16-4-method=dml' of configs/cifar100.py:resnet32,wrn-16-4. Fields that
-    may change when a run resumes (config.defines_run) are not part of it.
+    may change when a run resumes (config.defines_run) are not part of it. Of a long path only the
+    last component is, and a hash of the whole.
     """
+
+    def short(path: re.Match) -> str:
+        last = path[0].rstrip('/').rsplit('/', 1)[-1]
+        return path[0] if len(path[0]) <= 20 else f'{last}-{_hash(path[0], 6)}'
+
     fields = sorted(filter(config_lib.defines_run, overrides))
     words = [config, argument, *(f'{name}={overrides[name]}' for name in fields)]
+    words = [_PATH.sub(short, word) for word in words]
     name = re.sub(r'[^\w.=]+', '-', '-'.join(words)).replace('=-', '=').strip('-')
     if len(name) > 200:  # most file systems end at 255
-        name = f'{name[:180]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}'
+        name = f'{name[:180]}-{_hash(name, 12)}'
     return name
+
+
+def _hash(text: str, digits: int) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:digits]
 
 
 def _set_platform(platform: str) -> None:
@@ -263,6 +316,22 @@ def _interrupted() -> NoReturn:
     print('error: interrupted; what was written before is intact', file=sys.stderr, flush=True)
     # Not sys.exit: threads of the runtime may still use what the interpreter would tear down.
     os._exit(EXIT_KILLED)
+
+
+def _unread(error: Exception) -> bool:
+    """Returns whether an error means that nobody reads the output, which is discarded from then on.
+
+    A broken pipe to another process, as one that decodes images, is another error.
+    """
+    if not isinstance(error, BrokenPipeError):
+        return False
+    poll = select.poll()
+    for output in (1, 2):
+        poll.register(output, 0)
+    gone = [output for output, event in poll.poll(0) if event & select.POLLERR]
+    for output in gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return bool(gone)
 
 
 def _message(error: Exception) -> tuple[str, int]:

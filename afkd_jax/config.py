@@ -6,6 +6,7 @@ the package takes the frozen dataclasses whole. Imports no JAX.
 """
 
 import dataclasses
+import difflib
 import json
 import math
 import re
@@ -14,7 +15,7 @@ from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
-from afkd_jax.errors import UserError, field_error, nearest
+from afkd_jax.errors import UserError, did_you_mean, field_error
 
 Section = TypeVar('Section')
 Test = Callable[[Any], Any]
@@ -226,6 +227,9 @@ class Config:
     feature: Optimizer = Optimizer()  # updates trunks and transfer layers from L_G
     discriminator: Optimizer = Optimizer()
     log_every: int = _positive(50)  # steps per line of metrics.jsonl
+    # Epochs per evaluation; the last one is always evaluated. No array depends on it, but which
+    # checkpoint is the best does.
+    eval_every: int = _positive(1)
     checkpoint: Checkpoint = Checkpoint()
     # After a step with a loss or gradient that is not finite: 'stop' the run, or 'skip' the step,
     # which changes no array and is counted.
@@ -331,7 +335,37 @@ def check_names(names: Iterable[str]) -> None:
     sections = {field.rsplit('.', 1)[0] for field in DEFAULTS if '.' in field}
     for name in names:
         if name not in DEFAULTS and name not in sections:
-            raise UserError(f'config.{name}: there is no such field{nearest(name, DEFAULTS)}')
+            meant = nearest_field(name)
+            end = did_you_mean(meant) if meant else '; afkd_jax/config.py lists all fields'
+            raise UserError(f'config.{name}: there is no such field{end}')
+
+
+def nearest_field(name: str) -> str | None:
+    """Returns the field that is probably meant by a wrong (dotted) name; None if none is close.
+
+    Last components are compared: the same, else initials ('lr'), else a word or the beginning of
+    one ('rate', 'temp'), else a similar spelling. Of several, one in the named section comes first.
+    """
+    *sections, wrong = name.lower().split('.')
+    fields = sorted(DEFAULTS, key=lambda field: field.split('.')[:-1] != sections)
+    leaves = [field.rsplit('.', 1)[-1] for field in fields]
+
+    def has_initials(leaf: str) -> bool:
+        return '_' in leaf and ''.join(word[0] for word in leaf.split('_')) == wrong
+
+    def has_word(leaf: str) -> bool:
+        return any(word.startswith(wrong) for word in leaf.split('_')) and len(wrong) > 2
+
+    tests: tuple[Test, ...] = (
+        lambda leaf: leaf == wrong,
+        has_initials,
+        has_word,
+        lambda leaf: leaf in difflib.get_close_matches(wrong, leaves, n=1, cutoff=0.75),
+    )
+    found = (
+        field for test in tests for field, leaf in zip(fields, leaves, strict=True) if test(leaf)
+    )
+    return next(found, None)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -9,6 +9,9 @@ EXIT_USER_ERROR = 1  # an input to be corrected, or a run that has diverged
 EXIT_BUG = 70  # a fault of this program
 EXIT_RESUMABLE = 75  # stopped by a signal with a checkpoint: the same command resumes
 EXIT_KILLED = 130  # interrupted outside training, or for the second time
+EXIT_UNREAD = 141  # nobody reads the output any more, as after `| head`; training continues
+
+_LISTED = 40  # valid names in an error message, at most
 
 
 class UserError(Exception):
@@ -21,12 +24,18 @@ def field_error(name: str, rule: str, value: Any) -> UserError:
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """Returns '; did you mean "x"?' for the valid name nearest to `name`, else the whole list."""
+    """Returns '; did you mean "x"?' if a valid name is close to `name`, else a list of them."""
     valid = sorted(valid)
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.7)
     if close:
-        return f'; did you mean "{close[0]}"?'
-    return '; valid: ' + ', '.join(valid)
+        return did_you_mean(close[0])
+    more = f', ... ({len(valid)} in all)' if len(valid) > _LISTED else ''
+    return f'; valid: {", ".join(valid[:_LISTED])}{more}'
+
+
+def did_you_mean(name: str) -> str:
+    """Returns the end of an error message that proposes a name."""
+    return f'; did you mean "{name}"?'
 
 
 def first_line(error: BaseException, most: int = 300) -> str:

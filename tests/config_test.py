@@ -64,6 +64,7 @@ def test_shipped_configs_are_valid(module):
         ('logit.boundaries', (150.0, 225.0), r'each between 0 and 1.*but is \(150.0, 225.0\)'),
         ('discriminator.factor', 0.0, 'above 0'),
         ('log_every', 0, 'at least 1'),
+        ('eval_every', 0, 'at least 1, but is 0'),
         ('checkpoint.keep', 0, 'at least 1'),
         ('checkpoint.every_steps', -1, 'at least 0'),
         ('checkpoint.every_minutes', -0.5, 'at least 0'),
@@ -86,6 +87,43 @@ def test_unknown_and_missing_fields_are_refused():
     del config.data.pad
     with pytest.raises(UserError, match=r'config.data.pad: missing'):
         Config.of(config)
+
+
+@pytest.mark.parametrize(
+    ('name', 'meant'),
+    [
+        ('logit.lr', 'logit.learning_rate'),
+        ('discriminator.lr', 'discriminator.learning_rate'),
+        ('lr', 'logit.learning_rate'),
+        ('wd', 'logit.weight_decay'),
+        ('temperature', 'loss.temperature'),
+        ('temp', 'loss.temperature'),
+        ('date.pad', 'data.pad'),
+        ('learning_rate', 'logit.learning_rate'),
+        ('feature.rate', 'feature.learning_rate'),
+        ('batch', 'batch_size'),
+        ('batchsize', 'batch_size'),
+        ('Epochs', 'epochs'),
+        ('checkpont.kep', 'checkpoint.keep'),
+        ('checkpoint.every_step', 'checkpoint.every_steps'),
+        ('logit.scheduler', 'logit.schedule'),
+        ('warmup', None),
+        ('logit.warmup', None),
+        ('ema', None),
+        ('loss.ema', None),
+        ('dropout', None),
+        ('optimizer', None),
+        ('gpu', None),
+        ('x', None),
+        ('data.', None),
+    ],
+)
+def test_only_close_fields_are_proposed(name, meant):
+    assert config_lib.nearest_field(name) == meant
+    end = f'did you mean "{meant}"?' if meant else 'afkd_jax/config.py lists all fields'
+    with pytest.raises(UserError) as error:
+        config_lib.check_names([name])
+    assert str(error.value) == f'config.{name}: there is no such field; {end}'
 
 
 def test_whole_numbers_are_accepted_where_fractions_are():

@@ -2,17 +2,15 @@
 
 import os
 
-# Eight devices, to test mapping; tests compile much and compute little, so XLA optimises less.
-os.environ['XLA_FLAGS'] = (
-    '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0'
-)
+import forks
+
+os.environ |= forks.environment(devices=8)  # several, to test mapping
 
 import functools
 import shutil
 import subprocess
 import tempfile
 
-import forks
 import jax
 import numpy as np
 import pytest

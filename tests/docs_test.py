@@ -210,7 +210,6 @@ def test_the_example_is_quoted_whole_and_verbatim():
 def test_the_example_trains(tmp_path):
     code, output, errors = forks.run(
         [f'--config={EXAMPLE.relative_to(ROOT)}', '--config.epochs=1', f'--workdir={tmp_path}/run'],
-        {'XLA_FLAGS': '--xla_backend_optimization_level=0'},
     )
     assert (code, errors) == (0, ''), output + errors
     summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())

@@ -13,6 +13,11 @@ import traceback
 
 ROOT = pathlib.Path(__file__).parent.parent
 TIMEOUT_S = 200  # a command that takes longer hangs
+# XLA compiles three times sooner, to programs that are slower: tests compile much, compute little.
+UNOPTIMISED = (
+    '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false '
+    '--xla_cpu_parallel_codegen_split_count=1'
+)
 
 CONTEXT = multiprocessing.get_context('forkserver')
 CONTEXT.set_forkserver_preload(
@@ -25,12 +30,13 @@ CONTEXT.set_forkserver_preload(
 )
 
 
-def environment():
-    """Returns that of a user: without the flags that tests set for themselves."""
-    return {key: value for key, value in os.environ.items() if key != 'XLA_FLAGS'}
+def environment(devices=1):
+    """Returns that of a process with so many CPU devices."""
+    flags = f'--xla_force_host_platform_device_count={devices} {UNOPTIMISED}'
+    return os.environ | {'XLA_FLAGS': flags}
 
 
-def _run(arguments, variables, files, timeout):
+def _run(arguments, variables, files, timeout, unread):
     """Is launch.py, in the fork."""
     signal.alarm(timeout)
     os.chdir(ROOT)
@@ -38,6 +44,10 @@ def _run(arguments, variables, files, timeout):
     os.environ.update(variables)
     for number, name in enumerate(files, start=1):
         os.dup2(os.open(name, os.O_WRONLY), number)
+    if unread:
+        read, write = os.pipe()
+        os.close(read)
+        os.dup2(write, 1)
     sys.argv, code = ['launch.py', *arguments], 99
     try:
         runpy.run_path('launch.py', run_name='__main__')
@@ -45,7 +55,10 @@ def _run(arguments, variables, files, timeout):
         code = end.code or 0
     except BaseException:
         traceback.print_exc()
-    sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = 120  # as the interpreter
     sys.stderr.flush()
     os._exit(code)
 
@@ -57,9 +70,10 @@ class Launch:
       arguments: of the command line.
       variables: of the environment; None for environment().
       timeout: in seconds, after which it ends by SIGALRM.
+      unread: nobody reads its output, as after `| head`.
     """
 
-    def __init__(self, arguments, variables=None, timeout=TIMEOUT_S):
+    def __init__(self, arguments, variables=None, timeout=TIMEOUT_S, unread=False):
         self._folder = pathlib.Path(tempfile.mkdtemp())
         self._files = [self._folder / 'output', self._folder / 'errors']
         for file in self._files:
@@ -67,7 +81,7 @@ class Launch:
         variables = environment() if variables is None else variables
         arguments = [str(argument) for argument in arguments]
         self._process = CONTEXT.Process(
-            target=_run, args=(arguments, variables, self._files, timeout)
+            target=_run, args=(arguments, variables, self._files, timeout, unread)
         )
         self._process.start()
 

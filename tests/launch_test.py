@@ -18,6 +18,8 @@ import types
 import forks
 import kills
 import pytest
+from absl import flags
+from ml_collections import config_flags
 from PIL import Image
 from sklearn import datasets
 
@@ -26,7 +28,7 @@ from afkd_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
 SHORT = kills.RUN
-ENVIRONMENT = {key: value for key, value in os.environ.items() if key != 'XLA_FLAGS'}
+ENVIRONMENT = forks.environment()
 
 
 def launch(*arguments):
@@ -106,13 +108,16 @@ def wait_for(process, condition):
 def test_stopped_by_signals_and_started_again_is_the_same_run(trained, tmp_path):
     config, metrics = tmp_path / 'config.json', tmp_path / 'metrics.jsonl'
     # While it compiles, and among the steps.
-    for condition in (config.exists, lambda: '"train"' in metrics.read_text()):
+    for condition, when in (
+        (config.exists, '(before the first step|after the compilation)'),
+        (lambda: '"train"' in metrics.read_text(), 'after this step, with a checkpoint'),
+    ):
         process = forks.Launch([*SHORT, f'--workdir={tmp_path}'], ENVIRONMENT)
         wait_for(process, condition)
         process.send_signal(signal.SIGINT)
         code, output, errors = process.end()
         assert code == 75
-        assert errors == 'stopping after this step, with a checkpoint; once more ends at once\n'
+        assert re.fullmatch(f'SIGINT: stops {when}; once more ends at once\n', errors)
         assert 'the same command continues' in output
         so_far = json.loads((tmp_path / 'summary.json').read_text())
         assert not so_far['finished']
@@ -171,10 +176,66 @@ def test_a_second_signal_ends_at_once(tmp_path):
             {'networks': ('resnet8', 'mobilenet_v2x0.5'), 'data.pad': 2},
             'digits-data.pad=2-networks=resnet8-mobilenet_v2x0.5',
         ),
+        ('digits', '', {'data.data_dir': '/data/tfds', 'data.workers': 3}, 'digits'),
+        (
+            'cifar100',
+            'resnet32,/data/of/others/runs/a:1',
+            {},
+            'cifar100-resnet32-a-cc5769-1',
+        ),
+        ('digits', '', {'init_from': ('runs/a:1', '')}, 'digits-init_from=runs-a-1'),
+        (
+            'digits',
+            '',
+            {'dataset': 'folder:/data/of/everybody/flowers', 'networks': ('resnet8', '/w/a:1')},
+            'digits-dataset=folder-flowers-a2bd03-networks=resnet8-w-a-1',
+        ),
+        (
+            'digits',
+            '',
+            {'init_from': ('/data/of/others/runs/a:2', '/data/of/others/runs/a.safetensors')},
+            'digits-init_from=a-cc5769-2-a.safetensors-187513',
+        ),
     ],
 )
 def test_the_default_workdir_is_named_after_what_makes_the_run(config, argument, overrides, name):
     assert cli._run_name(config, argument, overrides) == name
+
+
+@pytest.mark.parametrize(
+    ('overrides', 'name'),
+    [
+        ('--config.seed=0 --config.loss.temperature=3 --config.data.pad=1', 'digits'),
+        ("--config.networks=('resnet8','resnet8') --noconfig.data.flip", 'digits'),
+        ('--config.ring_order=() --config.seed=1', 'digits-seed=1'),
+        ('--config.seed=1 --config.seed=0', 'digits'),
+        ('--config.data.flip', 'digits-data.flip=True'),
+    ],
+)
+@pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')  # of ml_collections
+def test_fields_that_equal_the_config_files_do_not_name_the_workdir(overrides, name, monkeypatch):
+    argv = ['launch.py', f'--config={ROOT}/configs/digits.py', *overrides.split()]
+    monkeypatch.setattr(sys, 'argv', argv)
+    values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_file('config', flag_values=values)
+    values(cli._last_values(argv))
+    monkeypatch.setattr(flags, 'FLAGS', values)
+    options = types.SimpleNamespace(workdir=None)
+    assert cli._command(holder, options).workdir == pathlib.Path('runs', name)
+
+
+@pytest.mark.parametrize(
+    ('given', 'used'),
+    [
+        ('--config.seed=1 --config=c.py --config.seed=2', '--config=c.py --config.seed=2'),
+        ('--config.seed 1 -config.seed 2 --mode plan', '-config.seed 2 --mode plan'),
+        ('--config.data.flip --debug --noconfig.data.flip', '--debug --noconfig.data.flip'),
+        ('--config.networks=("a",) --config.networks ("b",)', '--config.networks ("b",)'),
+        ('--config.seed=1 --config.epochs=1', '--config.seed=1 --config.epochs=1'),
+    ],
+)
+def test_the_last_value_of_a_field_is_valid(given, used):
+    assert cli._last_values(['launch.py', *given.split()]) == ['launch.py', *used.split()]
 
 
 def test_a_long_name_is_cut_but_still_tells_runs_apart():
@@ -316,8 +377,8 @@ BAD_COMMANDS = {
         'there is no file configs/cifar1000.py;',
     ),
     'a field twice': (
-        [*SHORT, "--config.networks=('resnet8','resnet8')", "--config.networks=('resnet8',)"],
-        'config.networks: given 2 times; give it once',
+        [*SHORT, "--config.networks=('resnet8','resnet8')", "--config.networks=('resnet9',)"],
+        r"config.networks: must be a tuple of at least two .* but is .'resnet9.,.",
     ),
     'a section': (
         [*SHORT, '--config.loss=3'],
@@ -578,7 +639,6 @@ BAD_COMMANDS = {
     'a step to describe': ([*SHORT, '--mode=describe', '--step=3'], '--step: 3 is only for'),
     'no truth value for a flag': ([*SHORT, '--debug=perhaps'], 'debug'),
 }
-DEVICES_8 = {'XLA_FLAGS': '--xla_force_host_platform_device_count=8'}
 
 
 @pytest.mark.parametrize('name', BAD_COMMANDS)
@@ -610,7 +670,7 @@ def test_bad_input_gives_one_message(name, tmp_path, forked, trained):
     before = contents(tmp_path / 'run')
     code, output, errors = forked(
         [argument.format(small=tmp_path) for argument in arguments],
-        DEVICES_8 if 'devices' in name else {},
+        forks.environment(8 if 'devices' in name else 1),
     )
     assert code == 1, output
     *warnings, line = errors.splitlines()
@@ -688,6 +748,19 @@ def test_libraries_print_no_traceback_but_swallow_no_ctrl_c(error, code, output,
         text=True,
     )
     assert (process.returncode, process.stdout, process.stderr) == (code, output, errors)
+
+
+@pytest.mark.parametrize(
+    'arguments', [['--help'], ['--mode=describe'], ['--mode=plan', '--config.method=vanilla']]
+)
+def test_output_that_nobody_reads_is_no_error(arguments):
+    arguments = ['--config=tests/tiny.py', *arguments]
+    assert forks.Launch(arguments, ENVIRONMENT, unread=True).end() == [141, '', '']
+
+
+def test_a_broken_pipe_between_processes_is_an_error():
+    assert not cli._unread(BrokenPipeError())
+    assert cli._message(BrokenPipeError(32, 'Broken pipe'))[1] == 1
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 from conftest import initial_state, mapped_update, random_batch, take_devices, tiny_config
 
 from afkd_jax import registry
-from afkd_jax.errors import UserError
+from afkd_jax.errors import UserError, nearest
 from afkd_jax.models.layers import Layers
 from afkd_jax.registry import MAP_LOSSES, NETWORKS, SOURCES, Registry
 from afkd_jax.tools import describe
@@ -68,6 +68,11 @@ def test_an_unknown_name_is_rejected_with_the_nearest(parts, name, message):
     assert str(error.value).startswith(message)
     assert '\n' not in str(error.value)
     assert parts.find(name) is None
+
+
+def test_a_long_list_of_valid_names_is_cut():
+    assert nearest('x', map(str, range(10, 70))).endswith('48, 49, ... (60 in all)')
+    assert nearest('x', map(str, range(10, 50))).endswith('48, 49')
 
 
 def test_a_name_that_is_registered_twice_is_rejected():

@@ -1,21 +1,20 @@
-"""SIGINT and SIGTERM: the first requests a stop after the step, the second ends the process."""
+"""Signals: the first requests a stop, or raises KeyboardInterrupt; the second ends the process."""
 
 import contextlib
 import math
 import os
+import select
 import signal
 import threading
 import time
 from types import FrameType
+from typing import Any
 
 from afkd_jax.errors import EXIT_KILLED
 
+_NO_EFFECT_S = 0.5  # an interrupt is announced if it has not ended the process after that
 _SAME_SIGNAL_S = 1.0  # SIGTERMs closer than this count once
-_SHOW_CURSOR = b'\x1b[?25h\n'
-_MESSAGES = (
-    b'stopping after this step, with a checkpoint; once more ends at once\n',
-    b'error: interrupted; what was written before is intact\n',
-)
+_SHOW_CURSOR = '\x1b[?25h\n'
 
 
 class Interrupt:
@@ -23,12 +22,16 @@ class Interrupt:
 
     A thread counts them: the main thread may be inside the compiler for seconds, where Python
     neither runs signal handlers nor distinguishes two signals from one.
+
+    Attributes:
+      requested: whether a signal has come.
+      effect: of the first signal at present, for its message.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self):
-        self.requested = False
+        self.requested, self.effect = False, 'stops before the first step'
 
     def __enter__(self) -> 'Interrupt':
         self._active = threading.current_thread() is threading.main_thread()
@@ -37,10 +40,14 @@ class Interrupt:
             self._read, self._write = os.pipe()
             os.set_blocking(self._write, False)
             self._wakeup = signal.set_wakeup_fd(self._write)
-            self._previous = {each: signal.signal(each, self._request) for each in self.SIGNALS}
+            self._previous = self._handle()
             self._thread = threading.Thread(target=self._count, daemon=True)
             self._thread.start()
         return self
+
+    def _handle(self) -> dict[int, Any]:
+        """Sets the handlers of signals; returns those before."""
+        return {each: signal.signal(each, self._request) for each in self.SIGNALS}
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
@@ -55,14 +62,17 @@ class Interrupt:
                 before, terminated_at = terminated_at, time.monotonic()
                 if terminated_at - before < _SAME_SIGNAL_S:
                     continue
-            message = _MESSAGES[count]
             count += 1
-            if count == len(_MESSAGES) and os.isatty(2):
-                message = _SHOW_CURSOR + message  # a progress bar hides it
-            with contextlib.suppress(OSError):  # e.g. a pipe whose reader is gone
-                os.write(2, message)
-            if count == len(_MESSAGES):
-                os._exit(EXIT_KILLED)
+            if count == 1:
+                self._announce(numbers[0])
+                continue
+            if os.isatty(2):
+                _write(_SHOW_CURSOR)  # a progress bar hides it
+            _write('error: interrupted; what was written before is intact\n')
+            os._exit(EXIT_KILLED)
+
+    def _announce(self, number: int) -> None:
+        _write(f'{signal.Signals(number).name}: {self.effect}; once more ends at once\n')
 
     def __exit__(self, *_: object) -> None:
         if not self._active:
@@ -73,3 +83,29 @@ class Interrupt:
         os.close(self._write)  # ends the thread
         self._thread.join()
         os.close(self._read)
+
+
+class Cancel(Interrupt):
+    """A context in which Ctrl-C raises KeyboardInterrupt as usual, and the second ends the process.
+
+    If the first has no effect yet, because the main thread is inside the compiler, it is announced.
+    """
+
+    SIGNALS = (signal.SIGINT,)
+
+    def __init__(self):
+        super().__init__()
+        self.effect = 'ends after the compilation, or another call that cannot be interrupted'
+
+    def _handle(self) -> dict[int, Any]:
+        return {}
+
+    def _announce(self, number: int) -> None:
+        second, _, _ = select.select([self._read], [], [], _NO_EFFECT_S)
+        if not second:
+            super()._announce(number)
+
+
+def _write(text: str) -> None:
+    with contextlib.suppress(OSError):  # e.g. a pipe whose reader is gone
+        os.write(2, text.encode())

@@ -13,8 +13,12 @@ from afkd_jax.devices import processes
 
 
 class _Console(rich.console.Console):
+    needs_reader = True  # False: the mode continues when nobody reads its output any more
+
     def on_broken_pipe(self) -> None:
-        """Lets training continue when its output is no longer read, as after `| head -1`."""
+        """Discards the output from here on, or raises the BrokenPipeError that is handled."""
+        if self.needs_reader:
+            raise  # rich calls this where it has caught the error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -41,6 +45,7 @@ def log(line: Any) -> None:
 def log_from_any(line: str) -> None:
     """Prints a line about this process's machine, whichever process it is."""
     if console.quiet:
-        print(f'process {processes.index()}: {line}', file=sys.stderr, flush=True)
+        with contextlib.suppress(BrokenPipeError):
+            print(f'process {processes.index()}: {line}', file=sys.stderr, flush=True)
     else:
         console.print(line)

@@ -66,5 +66,6 @@ class Terminal(Tracker):
                 seconds = time.time() - self._started
                 console.print(
                     f'epoch {epoch}/{self._epochs}  {seconds:.0f} s  {self._rate} img/s  '
-                    f'train cross-entropy {self._losses}  {self._accuracies}'
+                    f'train cross-entropy {self._losses}  {self._accuracies}'.rstrip()
                 )
+                self._accuracies = ''  # an epoch may have no evaluation of its own

@@ -10,7 +10,7 @@ from afkd_jax.training.session import Session
 
 
 class EpochEvaluation:
-    """Evaluates epochs on validation and test.
+    """Evaluates epochs on validation and test: every config.eval_every-th, and the last.
 
     On test only where a network is better on validation than ever before, and in the last epoch.
     Without a validation split every epoch is evaluated on test, for its curve; nothing is selected.
@@ -22,6 +22,11 @@ class EpochEvaluation:
     def __init__(self, session: Session, requests: Requests):
         self._session, self._requests = session, requests
         self.test: Evaluation | None = None
+
+    def due(self, epoch: int) -> bool:
+        """Returns whether this epoch, counted from 1, is evaluated."""
+        config = self._session.run.config
+        return epoch % config.eval_every == 0 or epoch == config.epochs
 
     def __call__(self, networks: Any, step: int, epoch: int) -> bool:
         """Evaluates; False if a signal ended it early: then it is repeated after a resume."""

@@ -107,12 +107,14 @@ class Loop:
 
     def run(self) -> None:
         """Trains; ends with a checkpoint."""
+        self._session.interrupt.effect = 'stops after this step, with a checkpoint'
         self._end_epoch()  # of an epoch that was stopped before its evaluation
         with self._run.pipeline.training(self.step) as batches:
             self._train(batches)
         if self.step > self._saved_step:
             self._save()
         self._session.checkpoints.wait()
+        self._session.interrupt.effect = 'ends when the result is written'
 
     def _train(self, batches: Iterator[Any]) -> None:
         first = self.step
@@ -146,17 +148,18 @@ class Loop:
         return epoch if epoch and self.step == self._run.order.end_of(epoch) else 0
 
     def _end_epoch(self) -> None:
-        """Evaluates and saves, if an epoch ends here and has not been evaluated yet."""
+        """Evaluates where that is due, and saves, if an epoch ends here that has not ended yet."""
         epoch = self._epoch()
-        if not epoch or self._progress.evaluated == self.step:
+        due = self.evaluation.due(epoch)
+        if not epoch or (self._progress.evaluated if due else self._saved_step) == self.step:
             return
         self._lines.write()
         if speed := self._clock.epoch(self.step):
             self._progress.images_per_s.append(speed)
-        evaluated = self.evaluation(self.state.networks, self.step, epoch)
+        evaluated = due and self.evaluation(self.state.networks, self.step, epoch)
         if evaluated or self.step > self._saved_step:
             self._save()
-        if evaluated:
+        if evaluated or not due:
             self._session.tracker.handle(EpochEnd(epoch))
 
     def _save_due(self) -> bool:

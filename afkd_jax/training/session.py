@@ -94,6 +94,7 @@ def opened(
             f'{workdir}: {len(run.cohort.names)} networks, {last_step} steps, on '
             f'{run.devices.name}; compiling'
         )
+        interrupt.effect = 'stops after the compilation'
         begin = time.perf_counter()
         train_step, evaluator = run.compiled_step(), Evaluator(run)
         compile_s = time.perf_counter() - begin

@@ -91,7 +91,7 @@ def test_a_short_training_ends_as_well(tmp_path, forked):
     found, fingerprints = {}, set()
     for dtype in ('float32', 'bfloat16'):
         command = [*SHORT, f'--config.dtype={dtype}', f'--workdir={tmp_path / dtype}']
-        code, _, errors = forked(command)
+        code, _, errors = forked(command, {'XLA_FLAGS': ''})  # it computes more than it compiles
         assert code == 0, errors
         summary = json.loads((tmp_path / dtype / 'summary.json').read_text())
         found[dtype] = [entry['test_accuracy'] for entry in summary['networks']]

@@ -1,7 +1,6 @@
 """Several processes on one machine, as on several: gloo collectives, a few CPU devices each."""
 
 import json
-import os
 import pathlib
 import re
 import signal
@@ -31,7 +30,6 @@ RUN = [
     '--config.data.placement=stream',
 ]
 LOST_S = 6  # instead of processes.LOST_AFTER_S, to wait less
-UNOPTIMISED = '--xla_backend_optimization_level=0'  # compiles sooner
 
 
 class Group:
@@ -42,14 +40,13 @@ class Group:
             free.bind(('127.0.0.1', 0))
             port = free.getsockname()[1]
         where = [f'--coordinator_address=127.0.0.1:{port}', f'--num_processes={count}']
-        flags = f'--xla_force_host_platform_device_count={devices} {UNOPTIMISED}'
         self.processes = [
             forks.Launch(
                 [*run, *arguments, f'--workdir={workdir}']
                 + (where if count > 1 else [])
                 + ([f'--process_id={index}'] if count > 1 else [])
                 + [*(own[index] if index < len(own) else ())],
-                os.environ | {'XLA_FLAGS': flags} | dict(variables),
+                forks.environment(devices) | dict(variables),
             )
             for index in range(count)
         ]

@@ -26,15 +26,32 @@ with Interrupt() as interrupt:
 """
 
 
-def run(numbers, naps=100, stderr=subprocess.PIPE):
+CANCEL = """
+import hashlib
+from afkd_jax.devices.signals import Cancel
+with Cancel():
+    print('ready', flush=True)
+    try:
+        {call}
+    except KeyboardInterrupt:
+        print('interrupted')
+"""
+
+
+def start(program, stderr=subprocess.PIPE):
     process = subprocess.Popen(
-        [sys.executable, '-c', PROGRAM.format(naps=naps)],
+        [sys.executable, '-c', program],
         cwd=pathlib.Path(__file__).parents[2],
         stdout=subprocess.PIPE,
         stderr=stderr,
         text=True,
     )
     assert process.stdout.readline() == 'ready\n'
+    return process
+
+
+def run(numbers, naps=100, stderr=subprocess.PIPE):
+    process = start(PROGRAM.format(naps=naps), stderr)
     for number in numbers:
         process.send_signal(number)
         time.sleep(0.05)
@@ -46,7 +63,8 @@ def run(numbers, naps=100, stderr=subprocess.PIPE):
 def test_the_first_signal_requests_a_stop(number):
     code, output, errors = run([number], naps=3)
     assert (code, output) == (0, 'requested\n')
-    assert errors == 'stopping after this step, with a checkpoint; once more ends at once\n'
+    name = signal.Signals(number).name
+    assert errors == f'{name}: stops before the first step; once more ends at once\n'
 
 
 @pytest.mark.parametrize('numbers', [(signal.SIGINT,) * 2, (signal.SIGTERM, signal.SIGINT)])
@@ -54,6 +72,23 @@ def test_the_second_signal_ends_the_process_at_once(numbers):
     code, output, errors = run(numbers)
     assert (code, output) == (EXIT_KILLED, '')
     assert errors.splitlines()[1] == 'error: interrupted; what was written before is intact'
+
+
+def test_ctrl_c_inside_a_long_call_is_announced_and_the_second_ends_at_once():
+    process = start(CANCEL.format(call="hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"))
+    process.send_signal(signal.SIGINT)
+    expected = 'SIGINT: ends after the compilation, or another call that cannot be interrupted; '
+    assert process.stderr.readline() == f'{expected}once more ends at once\n'
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output) == (EXIT_KILLED, '')
+    assert errors == 'error: interrupted; what was written before is intact\n'
+
+
+def test_ctrl_c_elsewhere_is_not_announced():
+    process = start(CANCEL.format(call='import time; time.sleep(60)'))
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30) == ('interrupted\n', '')
 
 
 def test_a_scheduler_that_terminates_process_and_group_counts_once():

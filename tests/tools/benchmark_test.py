@@ -2,12 +2,12 @@
 
 import csv
 import json
-import os
 import pathlib
 import re
 import subprocess
 import sys
 
+import forks
 import jax
 import pytest
 from conftest import PAIR, tiny_config
@@ -113,7 +113,7 @@ def test_launch_prints_json_last_and_appends_the_results_of_a_sweep(tmp_path):
     done = subprocess.run(
         [*command, '--mode', 'benchmark', '--sweep', 'method=vanilla'],
         cwd=tmp_path,
-        env={name: value for name, value in os.environ.items() if name != 'XLA_FLAGS'},
+        env=forks.environment(),
         capture_output=True,
         text=True,
     )

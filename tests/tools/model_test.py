@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import json
-import os
 import pathlib
 import re
 import shutil
@@ -322,10 +321,9 @@ def exported(workdir, tmp_path, form, **fields):
 
 
 def python(program, *arguments):
-    environment = {key: value for key, value in os.environ.items() if key != 'XLA_FLAGS'}
     command = [sys.executable, '-c', program, *map(str, arguments)]
     return subprocess.run(
-        command, capture_output=True, text=True, check=True, cwd='/', env=environment
+        command, capture_output=True, text=True, check=True, cwd='/', env=forks.environment()
     ).stdout
 
 

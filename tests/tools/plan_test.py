@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 
+import forks
 import jax
 import numpy as np
 import pytest
@@ -187,10 +188,8 @@ def test_a_tpu_that_is_not_attached():
 
 
 def test_the_command_ends_with_one_json_line(forked):
-    flags = '--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0'
-    environment = {'XLA_FLAGS': flags}
     command = ['--config=tests/tiny.py', '--config.method=vanilla', '--mode=plan']
-    code, output, errors = forked(command, environment)
+    code, output, errors = forked(command, forks.environment(2))
     assert (code, errors) == (0, '')
     result = json.loads(output.splitlines()[-1])
     assert result['device'].startswith('2 x cpu')

@@ -5,6 +5,7 @@ import pickle
 import shutil
 import signal
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from afkd_jax.devices.signals import Interrupt
 from afkd_jax.errors import UserError
 from afkd_jax.method import step as step_lib
 from afkd_jax.report import figures
-from afkd_jax.training import evaluate, health
+from afkd_jax.training import epochs, evaluate, health
 from afkd_jax.training import loop as train
 from afkd_jax.training import run as run_lib
 
@@ -157,6 +158,21 @@ def test_the_seed_gives_the_weights_and_the_augmentation():
         draws |= {int(jax.random.bits(key)) for key in (run.init_key, run.step_key)}
     assert len(states) == 2
     assert len(draws) == 4
+
+
+def test_a_signal_is_answered_by_what_it_waits_for(tmp_path, monkeypatch):
+    effects = []
+
+    def compiled_step(run):
+        effects.append(interrupt.effect)
+        raise InterruptedError
+
+    monkeypatch.setattr(run_lib.Run, 'compiled_step', compiled_step)
+    with Interrupt() as interrupt:
+        effects.append(interrupt.effect)
+        with pytest.raises(InterruptedError):
+            train.train(short_config(), tmp_path, None, interrupt)
+    assert effects == ['stops before the first step', 'stops after the compilation']
 
 
 def values(workdir):
@@ -466,6 +482,29 @@ def test_a_broken_config_json_is_refused(content, message, tmp_path):
     (tmp_path / 'config.json').write_text(content)
     with pytest.raises(UserError, match=f'--workdir: .*{message}'):
         fit(short_config(), tmp_path)
+
+
+def test_epochs_without_an_evaluation_are_saved_all_the_same(uninterrupted, tmp_path, capsys):
+    config, workdir = short_config(eval_every=2), tmp_path / 'run'
+    whole = fit(config, workdir)
+    assert whole['fingerprint'] == uninterrupted[1]['fingerprint']
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith('epoch')]
+    assert ['validation %' in line for line in printed] == [False, True]
+    assert {path.name for path in (workdir / 'checkpoints').iterdir()} == {'0', '5', '10'}
+    assert {row['step'] for row in lines(workdir, 'evaluation')} == {10}
+    assert whole['ensemble']['best_validation_step'] == 10
+    shutil.copytree(workdir, tmp_path / 'again')
+    assert_same_run(tmp_path / 'again', fit(config, tmp_path / 'again', 5), (workdir, whole))
+    assert 'epoch 1/2' not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ('eval_every', 'evaluated'), [(1, [1, 2, 3, 4, 5]), (2, [2, 4, 5]), (5, [5]), (9, [5])]
+)
+def test_every_nth_epoch_and_the_last_are_evaluated(eval_every, evaluated):
+    run = types.SimpleNamespace(config=short_config(epochs=5, eval_every=eval_every))
+    evaluation = epochs.EpochEvaluation(types.SimpleNamespace(run=run), None)
+    assert list(filter(evaluation.due, range(1, 6))) == evaluated
 
 
 def test_without_validation_the_test_split_is_only_watched(tmp_path, monkeypatch):
