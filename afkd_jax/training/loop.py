@@ -13,7 +13,7 @@ from afkd_jax.config import Config
 from afkd_jax.devices import arrays, processes
 from afkd_jax.devices.signals import Interrupt
 from afkd_jax.errors import EXIT_RESUMABLE, typed_line
-from afkd_jax.report import figures, summary
+from afkd_jax.report import figures, predictions, summary
 from afkd_jax.report import trackers as trackers_lib
 from afkd_jax.report.console import log, log_from_any, print_json, working
 from afkd_jax.report.tables import result_tables
@@ -238,8 +238,9 @@ def _write_result(session: Session, loop: Loop) -> dict[str, Any]:
 
     def write() -> None:
         session.check_held()
-        if classes:
+        if classes and test:
             files.write_json(workdir / 'classes.json', classes)
+            predictions.write(workdir, test)
         files.write_json(workdir / 'summary.json', result)
 
     processes.raise_on_all(write if processes.is_primary() else lambda: None)
