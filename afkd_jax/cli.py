@@ -238,7 +238,8 @@ def _command(config_flag: flags.FlagHolder, options: Options) -> Command:
     study: Any = None
     if 'study' in config:
         config, study = config.copy_and_resolve_references(), config.study
-        del config['study']
+        with config.unlocked():
+            del config['study']
     overrides = {
         name: value
         for name, value in config_flags.get_override_values(flag).items()
