@@ -209,7 +209,7 @@ class Loop:
 
 
 def _write_result(session: Session, loop: Loop) -> dict[str, Any]:
-    """Writes summary.json and, of a finished run, classes.json and, after them, curves.png."""
+    """Writes summary.json and, of a finished run, classes.json, predictions.npz and curves.png."""
     run, workdir, networks = session.run, session.workdir, loop.state.networks
     progress, classes = session.snapshot.progress, None
     with session.spent.on('evaluate'):

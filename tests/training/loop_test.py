@@ -150,7 +150,7 @@ def test_the_workdir_is_complete(uninterrupted):
     workdir, _ = uninterrupted
     assert {path.name for path in workdir.iterdir()} == {
         'config.json', 'images.json', 'metrics.jsonl', 'checkpoints', 'summary.json', 'curves.png',
-        'classes.json', 'tensorboard',
+        'classes.json', 'predictions.npz', 'tensorboard',
     }  # fmt: skip
     steps = {path.name for path in (workdir / 'checkpoints').iterdir()}
     assert steps == {'0', '5', '10'}
