@@ -91,7 +91,8 @@ class Study:
 
     def to_json(self) -> dict[str, Any]:
         """Returns it as JSON."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        values = dataclasses.asdict(self) | {'seeds': list(self.seeds)}  # also of a range
+        return json.loads(json.dumps(values))
 
 
 def slug(label: str) -> str:
