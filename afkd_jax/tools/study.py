@@ -51,24 +51,28 @@ class Worker:
 
     def run(self) -> None:
         """Trains until no run waits, or a signal."""
-        tried: set[Point] = set()
+        left, idle_since = set(self.points), None
         while not self.interrupt.requested:
-            waiting = (
-                point
-                for point in self.points
-                if point not in tried
-                and state_of(self.workdir / point.folder, self.started) is State.WAITING
-            )
-            point = next(waiting, None)
-            if point is None:
+            states = {p: self._state(p) for p in self.points if p in left}
+            point = next((p for p in states if states[p] is State.WAITING), None)
+            if point:
+                if self._train(point):
+                    left.remove(point)
+                idle_since = None
+                continue
+            # The lock of a worker that was killed counts for so long.
+            idle_since = idle_since or time.monotonic()
+            if State.RUNNING not in states.values() or time.monotonic() - idle_since > lock.LEASE_S:
                 return
-            if self._train(point):
-                tried.add(point)
+            time.sleep(1)
+
+    def _state(self, point: Point) -> State:
+        return state_of(self.workdir / point.folder, self.started)
 
     def _train(self, point: Point) -> bool:
         """Trains a run; returns whether this worker need not try it again."""
         folder = self.workdir / point.folder
-        log(f'{self._counts()}  begins {point.arm}, seed {point.seed}')
+        log(f'{self._counts()}  starts {point.arm}, seed {point.seed}')
         begin = time.perf_counter()
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -94,7 +98,7 @@ class Worker:
         return True
 
     def _counts(self) -> str:
-        states = [state_of(self.workdir / point.folder, self.started) for point in self.points]
+        states = [self._state(point) for point in self.points]
         done, *others = (states.count(state) for state in State)
         names = [state.value for state in State][1:]
         parts = [f'{count} {name}' for name, count in zip(names, others, strict=True) if count]
@@ -104,7 +108,7 @@ class Worker:
         """Returns ', about 5 min left', by the mean time of the finished runs."""
         folders = [self.workdir / point.folder for point in self.points]
         done = [summary['wall_s'] for folder in folders if (summary := finished_summary(folder))]
-        states = [state_of(folder, self.started) for folder in folders]
+        states = [self._state(point) for point in self.points]
         left = states.count(State.WAITING) + states.count(State.RUNNING) / 2
         workers = 1 + states.count(State.RUNNING)
         if not (done and left):
@@ -114,33 +118,39 @@ class Worker:
 
 
 def _together(jobs: int, interrupt: Interrupt) -> None:
-    """Runs this command in `jobs` processes, each with its share of the cores or a GPU."""
+    """Runs this command in `jobs` processes, each with its share of the cores or a GPU.
+
+    One that is killed is replaced, at most `jobs` times in all.
+    """
     arguments = [word for word in sys.argv[1:] if not word.lstrip('-').startswith('jobs=')]
     if '--jobs' in arguments:
         where = arguments.index('--jobs')
         del arguments[where : where + 2]
+    command = [sys.executable, sys.argv[0], *arguments, '--jobs=1']
     cores = sorted(os.sched_getaffinity(0))
     gpus = _gpus()
-    children = []
-    for job in range(jobs):
+
+    def worker(job: int) -> subprocess.Popen:
         environment = os.environ | {_WORKER: '1'}
         if gpus:
             environment['CUDA_VISIBLE_DEVICES'] = gpus[job % len(gpus)]
         share = cores[job * len(cores) // jobs : (job + 1) * len(cores) // jobs]
         os.sched_setaffinity(0, share or [cores[job % len(cores)]])  # the child inherits it
-        child = subprocess.Popen(
-            [sys.executable, sys.argv[0], *arguments, '--jobs=1'],
-            env=environment,
-            start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
-        )
-        children.append(child)
-    os.sched_setaffinity(0, cores)
-    passed = False
-    while any(child.poll() is None for child in children):
+        try:  # Ctrl-C reaches this process alone, which passes it on once
+            return subprocess.Popen(command, env=environment, start_new_session=True)
+        finally:
+            os.sched_setaffinity(0, cores)
+
+    workers, replaced, passed = [worker(job) for job in range(jobs)], 0, False
+    while any(each.poll() is None for each in workers):
         if interrupt.requested and not passed:
             passed = True
-            for child in children:
-                child.terminate()
+            for each in workers:
+                each.terminate()
+        for job, each in enumerate(workers):
+            if (each.poll() or 0) < 0 and not passed and replaced < jobs:
+                log(f'worker {job + 1} was killed by signal {-each.returncode}; it is replaced')
+                workers[job], replaced = worker(job), replaced + 1
         time.sleep(0.2)
 
 

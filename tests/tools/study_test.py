@@ -3,12 +3,16 @@
 import csv
 import dataclasses
 import json
+import os
 import pathlib
 import re
 import shlex
 import shutil
+import signal
 import statistics
+import time
 
+import forks
 import jax
 import numpy as np
 import pytest
@@ -155,7 +159,8 @@ def test_a_failed_run_is_recorded_and_tried_again(tmp_path, monkeypatch):
     assert state_of(workdir / 'vanilla' / 'seed=0') is State.DONE
 
 
-def test_a_run_that_another_worker_holds_is_left_to_it(finished, tmp_path):
+def test_a_run_that_another_worker_holds_is_left_to_it(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, 'LEASE_S', 2.0)
     workdir = tmp_path / 'study'
     held = workdir / 'vanilla' / 'seed=0'
     held.mkdir(parents=True)
@@ -289,6 +294,40 @@ def test_dry_run_lists_the_runs_and_trains_nothing(tmp_path, capsys, monkeypatch
     hours = 3 * (5 * test + 5 * 96 * 6) / (5 * 32 / 36) / 3600
     assert f'12 runs, about {hours:.3g} hours' in out
     assert not (tmp_path / 'study').exists()
+
+
+@pytest.mark.slow
+def test_two_workers_share_a_study_and_one_that_is_killed_is_replaced(tmp_path):
+    (tmp_path / 'grid.py').write_text(
+        'from afkd_jax import Study\n'
+        'from tests import tiny\n'
+        'def get_config():\n'
+        '    config = tiny.get_config()\n'
+        '    config.epochs, config.data.train_examples = 8, 96\n'
+        "    arms = {'vanilla': {'method': 'vanilla'}, 'dml': {}}\n"
+        "    config.study = Study('grid', 'Is it shared?', arms, range(3))\n"
+        '    return config\n'
+    )
+    workdir = tmp_path / 'study'
+    mode = [f'--config={tmp_path / "grid.py"}', '--mode=study', f'--workdir={workdir}']
+    process = forks.Launch([*mode, '--jobs', '2'])
+
+    def holders():
+        locks = ''.join(path.read_text() for path in workdir.glob('*/*/lock'))
+        return {int(number) for number in re.findall(r'pid=(\d+)', locks)}
+
+    while len(holders()) < 2:
+        assert process.poll() is None
+        time.sleep(0.1)
+    os.kill(holders().pop(), signal.SIGKILL)
+    code, output, errors = process.end()
+    assert code == 0, errors
+    assert 'was killed by signal 9; it is replaced' in output
+    summaries = [json.loads(path.read_text()) for path in workdir.glob('*/*/summary.json')]
+    assert len(summaries) == 6
+    assert len({each['fingerprint'] for each in summaries}) == 6
+    assert '6 runs: 6 done' in (workdir / 'report.md').read_text()
+    assert 'Is it shared?' in (workdir / 'report.html').read_text()
 
 
 def test_study_and_report_are_modes():
