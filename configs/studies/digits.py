@@ -19,7 +19,7 @@ def get_config(networks: str = 'resnet8,resnet8') -> ConfigDict:
     config.data.train_examples = 200
     config.data.validation_fraction = 0.0
     config.epochs = 60
-    config.eval_every = 10
+    config.eval_every = config.checkpoint.every_epochs = 10
     config.study = Study(
         name='digits',
         question=(
