@@ -222,7 +222,7 @@ def _training_values(results: Results) -> tuple[str, Any] | None:
 
 
 def _similarity(results: Results) -> tuple[str, Any] | None:
-    baseline = results.study.baseline or next(iter(results.study.arms))
+    baseline = results.study.reference
     base = results.outcomes(baseline)
     figure, axes = _new(3)
     drawn = False

@@ -80,7 +80,7 @@ def _markdown(results: Results, comparisons: list[Comparison], figures: dict[str
         'over seeds. `best` is the mean test accuracy of the networks at their best epoch on '
         'validation; nothing is selected on test. `operations` (of convolutions and products, '
         'without discriminators) and `time` (of the training steps) of a run are relative to '
-        f'{study.baseline or next(iter(study.arms))}. ECE and NLL are of the networks, on test.',
+        f'{study.reference}. ECE and NLL are of the networks, on test.',
         '',
     ]
     if comparisons:
@@ -119,7 +119,7 @@ def _spread(values: list[float]) -> str:
 
 
 def _results_table(results: Results) -> str:
-    baseline = results.study.baseline or next(iter(results.study.arms))
+    baseline = results.study.reference
     costs = {arm: _operations(results.of(arm)) for arm in results.study.arms}
     times = {arm: _median([run.training_s for run in results.of(arm)]) for arm in costs}
     rows = []

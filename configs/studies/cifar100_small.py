@@ -48,6 +48,7 @@ def get_config(networks: str = 'resnet8,resnet8') -> ConfigDict:
             'afd, rate, ramp': {'method': 'afd'} | RATES | RAMP,
         },
         seeds=range(6),
+        baseline='vanilla',
         comparisons=[
             ('afd', 'dml'),
             ('afd, rate', 'dml'),

@@ -28,6 +28,7 @@ def get_config(networks: str = 'resnet8,resnet8') -> ConfigDict:
         ),
         arms={method: {'method': method} for method in METHODS},
         seeds=range(10),
+        baseline='vanilla',
         comparisons=[('afd', 'dml')],
     )
     return config

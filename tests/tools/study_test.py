@@ -214,66 +214,7 @@ def test_the_command_of_a_run_makes_its_config():
     assert Config().replace(**fields) == config
 
 
-@pytest.mark.parametrize(
-    ('words', 'arms', 'seeds'),
-    [
-        ('method=vanilla,afd;seed=0:3', ['vanilla', 'afd'], [0, 1, 2]),
-        ('method=afd;epochs=2,3;seed=4,7:9', ['afd, epochs=2', 'afd, epochs=3'], [4, 7, 8]),
-        (
-            "networks=('resnet8','resnet8'),('resnet8','resnet20')",
-            ['resnet8+resnet8', 'resnet8+resnet20'],
-            [0],
-        ),
-        ('data.flip=true,False', ['data.flip=True', 'data.flip=False'], [0]),
-        (
-            'logit.learning_rate=0.1,1e-2',
-            ['logit.learning_rate=0.1', 'logit.learning_rate=0.01'],
-            [0],
-        ),
-        ('seed=0:2', ['afd'], [0, 1]),
-    ],
-)
-def test_the_grid_of_a_command_line(words, arms, seeds):
-    found = studies.parse(words, Config())
-    assert list(found.arms) == arms
-    assert list(found.seeds) == seeds
-    points = found.points(Config())
-    assert [(p.seed, p.arm) for p in points] == [(s, a) for s in seeds for a in arms]
-    assert len({p.folder for p in points}) == len(points)
-
-
-@pytest.mark.parametrize(
-    ('words', 'message'),
-    [
-        ('method', "'method' is not understood"),
-        ('method=afd;method=dml', "'method=dml' is not understood"),
-        ('lr=1', r'config\.lr: there is no such field'),
-        ('logit=1', 'logit is a section'),
-        ('epochs=x', r'config\.epochs: must be a whole number'),
-        ('epochs=0', r'config\.epochs: must be at least 1'),
-        ('seed=1,1', 'seeds must be distinct'),
-        ('method=afd,afd', None),
-    ],
-)
-def test_a_wrong_grid(words, message):
-    if message is None:
-        assert list(studies.parse(words, Config()).arms) == ['afd']
-        return
-    with pytest.raises(UserError, match=message):
-        studies.parse(words, Config()).points(Config())
-
-
-def test_wrong_studies_of_a_config_file(tmp_path):
-    for arms, more, words in [
-        ({}, {}, 'arms must be distinct, at least one'),
-        ({'a b': {}, 'a-b': {}}, {}, 'arms must be distinct'),
-        ({'a': {'seed': 1}}, {}, 'seeds are a field of the study'),
-        ({'a': {}}, {'baseline': 'b'}, 'there is no arm "b"; arms: a'),
-        ({'a': {}}, {'comparisons': [('a', 'c')]}, 'there is no arm "c"'),
-        ({'a': {'nets': 1}}, {}, r'config\.nets: there is no such field'),
-    ]:
-        with pytest.raises(UserError, match=words):
-            Study('x', '', arms, [0], **more).points(Config())
+def test_a_study_needs_a_grid_and_a_directory_of_its_own(tmp_path):
     (tmp_path / 'config.json').write_text('{}')
     with pytest.raises(UserError, match='holds a run; name another directory for the study'):
         study.main(command(tmp_path), None)
