@@ -48,8 +48,12 @@ class Result:
 
     @functools.cached_property
     def predictions(self) -> dict[str, np.ndarray] | None:
-        """See predictions.read."""
-        return predictions.read(self.root / self.folder)
+        """What predictions.read returns, of the networks that learn alone."""
+        found = predictions.read(self.root / self.folder)
+        if found is None or not self.summary:
+            return None
+        learn = [k for k, n in enumerate(self.summary['networks']) if not n.get('frozen')]
+        return found | {name: found[name][:, learn] for name in ('predicted', 'confidence')}
 
     @property
     def error(self) -> str:

@@ -20,7 +20,7 @@ _COLOURS = {
     'adversarial': '#CC79A7',
     'afd': '#0072B2',
 }
-_MORE = ('#D55E00', '#F0E442', '#7F3C8D', '#11A579', '#80BA5A', '#A5AA99')
+_MORE = ('#D55E00', '#7F3C8D', '#80BA5A', '#8C564B', '#11A579', '#A5AA99')
 
 
 def colours(results: Results) -> dict[str, str]:
@@ -29,15 +29,23 @@ def colours(results: Results) -> dict[str, str]:
     return {arm: _COLOURS.get(arm) or next(more) for arm in results.study.arms}
 
 
-def draw(results: Results, comparisons: list[Comparison]) -> dict[str, tuple[str, bytes]]:
-    """Returns NAME -> (title, SVG) of each figure for which there are values."""
+def draw(
+    results: Results, comparisons: list[Comparison], operations: dict[str, float | None]
+) -> dict[str, tuple[str, bytes]]:
+    """Returns NAME -> (title, SVG) of each figure for which there are values.
+
+    Args:
+      results: of a study.
+      comparisons: of its arms.
+      operations: arm -> those of a run; None where they are not known.
+    """
     import matplotlib as mpl
 
     figures: dict[str, Callable[[], tuple[str, Any] | None]] = {
         'differences': lambda: _differences(results, comparisons),
         'seeds': lambda: _seeds(results),
         'curves': lambda: _curves(results),
-        'cost': lambda: _cost(results),
+        'cost': lambda: _cost(results, operations),
         'adversary': lambda: _training_values(results),
         'similarity': lambda: _similarity(results),
         'calibration': lambda: _calibration(results),
@@ -144,12 +152,13 @@ def _curves(results: Results) -> tuple[str, Any] | None:
 
 def _legend(figure: Any, axis: Any) -> None:
     handles, labels = axis.get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, loc='outside upper center', ncols=4, frameon=False)
+    shown = dict(zip(labels, handles, strict=True))  # one per label
+    if shown:
+        figure.legend(shown.values(), shown, loc='outside upper center', ncols=4, frameon=False)
 
 
 def _train_lines(run: Result) -> list[dict[str, Any]]:
-    return [line for line in run.lines if line['kind'] == 'train']
+    return [line for line in run.lines if line['kind'] == 'epoch']
 
 
 def mean_of(line: dict[str, Any], key: str = 'accuracy') -> float:
@@ -181,19 +190,19 @@ def _band(axis: Any, by_run: list[dict[float, float]], colour: str, label: str) 
     return True
 
 
-def _cost(results: Results) -> tuple[str, Any] | None:
-    figure, axes = _new(1)
-    axis, drawn = axes[0, 0], False
+def _cost(results: Results, operations: dict[str, float | None]) -> tuple[str, Any] | None:
+    figure, axes = _new(2)
+    drawn = False
     for arm, colour in colours(results).items():
-        runs = [run for run in results.of(arm) if run.mean() is not None and run.training_s]
-        if not runs:
-            continue
-        drawn = True
-        seconds = [run.training_s for run in runs]
-        axis.plot(seconds, [run.mean() for run in runs], 'o', color=colour, label=arm, alpha=0.7)
-    axis.set(xlabel='time of the training steps, s', ylabel='test accuracy, %')
-    _legend(figure, axis)
-    return ('Test accuracy against the time of the training steps', figure) if drawn else None
+        for run in results.of(arm):
+            for axis, x in zip(axes[0], (run.training_s, operations[arm]), strict=True):
+                if x and run.mean() is not None:
+                    axis.plot(x, run.mean(), 'o', color=colour, label=arm, alpha=0.7)
+                    drawn = True
+    axes[0, 0].set(xlabel='time of the training steps, s', ylabel='test accuracy, %')
+    axes[0, 1].set(xlabel='operations of the training steps')
+    _legend(figure, axes[0, 0])
+    return ('Test accuracy against the cost of each run', figure) if drawn else None
 
 
 def _training_values(results: Results) -> tuple[str, Any] | None:
@@ -272,6 +281,6 @@ def pooled_confidence(results: Results, arm: str) -> tuple[np.ndarray, np.ndarra
     found = [run.predictions for run in results.of(arm) if run.predictions is not None]
     if not found:
         return None
-    confidence = [each['confidence'][:, :-1].ravel().astype(float) for each in found]
-    correct = [(each['predicted'][:, :-1] == each['label'][:, None]).ravel() for each in found]
+    confidence = [each['confidence'].ravel().astype(float) for each in found]
+    correct = [(each['predicted'] == each['label'][:, None]).ravel() for each in found]
     return np.concatenate(confidence), np.concatenate(correct)

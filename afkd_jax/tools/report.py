@@ -4,7 +4,9 @@ Written there: report.md with its figures in report_figures/, report.html, one f
 them, and results.csv, one row per run, network and split.
 """
 
+import collections
 import csv
+import dataclasses
 import io
 import pathlib
 import shlex
@@ -22,7 +24,7 @@ from afkd_jax.command import Command
 from afkd_jax.errors import UserError
 from afkd_jax.method import cohort as cohort_lib
 from afkd_jax.report import page, study_figures
-from afkd_jax.report.console import log
+from afkd_jax.report.console import log, print_json
 from afkd_jax.report.results import Result, Results, collect
 from afkd_jax.report.statistics import (
     MARGIN,
@@ -35,8 +37,8 @@ from afkd_jax.report.statistics import (
 from afkd_jax.tools import plan
 
 
-def write(workdir: pathlib.Path) -> None:
-    """Writes the report of a directory and logs where it is.
+def write(workdir: pathlib.Path) -> dict[str, Any]:
+    """Writes the report of a directory, logs where it is, and returns the results as JSON.
 
     Raises:
       UserError: there are no runs in it.
@@ -52,13 +54,21 @@ def write(workdir: pathlib.Path) -> None:
             for arm, against in results.study.pairs()
         ]
     )
-    figures = study_figures.draw(results, comparisons)
-    text = _markdown(results, comparisons, {name: title for name, (title, _) in figures.items()})
+    operations = {arm: _operations(results.of(arm)) for arm in results.study.arms}
+    figures = study_figures.draw(results, comparisons, operations)
+    titles = {name: title for name, (title, _) in figures.items()}
+    text = _markdown(results, comparisons, operations, titles)
     paths = page.write(workdir, text, {name: svg for name, (_, svg) in figures.items()})
     write_atomic(workdir / 'results.csv', _csv(results).encode())
     for comparison in comparisons:
         log(f'{comparison.arm} against {comparison.against}: {_sentence(comparison)}')
     log(f'written to {", ".join(map(str, paths))} and {workdir / "results.csv"}')
+    return {
+        'study': results.study.name,
+        'runs': collections.Counter(run.state.value for run in results.runs),
+        'accuracy': {arm: results.outcomes(arm) for arm in results.study.arms},
+        'comparisons': [dataclasses.asdict(comparison) for comparison in comparisons],
+    }
 
 
 def _sentence(c: Comparison) -> str:
@@ -68,13 +78,18 @@ def _sentence(c: Comparison) -> str:
     return f'{c.mean:+.2f} points{interval}: {c.verdict}'
 
 
-def _markdown(results: Results, comparisons: list[Comparison], figures: dict[str, str]) -> str:
+def _markdown(
+    results: Results,
+    comparisons: list[Comparison],
+    operations: dict[str, float | None],
+    figures: dict[str, str],
+) -> str:
     study, states = results.study, [run.state for run in results.runs]
     lines = [f'# {study.name}', '']
     lines += [text + '\n' for text in (study.question, study.paper) if text]
     counts = ', '.join(f'{states.count(s)} {s.value}' for s in State if states.count(s))
     lines += [f'{len(states)} runs: {counts}. {len(study.arms)} arms, {len(study.seeds)} seeds.']
-    lines += ['', *_missing(results), '## Results', '', _results_table(results), '']
+    lines += ['', *_missing(results), '## Results', '', _results_table(results, operations), '']
     lines += [
         'Accuracy in percent on the test split after the last epoch: mean and standard deviation '
         'over seeds. `best` is the mean test accuracy of the networks at their best epoch on '
@@ -118,10 +133,9 @@ def _spread(values: list[float]) -> str:
     return f'{statistics.fmean(values):.2f}{sd}'
 
 
-def _results_table(results: Results) -> str:
+def _results_table(results: Results, operations: dict[str, float | None]) -> str:
     baseline = results.study.reference
-    costs = {arm: _operations(results.of(arm)) for arm in results.study.arms}
-    times = {arm: _median([run.training_s for run in results.of(arm)]) for arm in costs}
+    times = {arm: _median([run.training_s for run in results.of(arm)]) for arm in operations}
     rows = []
     for arm in results.study.arms:
         runs = results.of(arm)
@@ -146,7 +160,7 @@ def _results_table(results: Results) -> str:
                 f'{statistics.fmean(entropies):.3f}' if entropies else '-',
                 f'{calibration(*pooled)[0]:.1f}' if pooled else '-',
                 f'{speed:,.0f}' if speed else '-',
-                _ratio(costs[arm], costs[baseline]),
+                _ratio(operations[arm], operations[baseline]),
                 _ratio(times[arm], times[baseline]),
             ]
         )
@@ -204,11 +218,9 @@ def _by_image(results: Results, c: Comparison) -> tuple[float, float] | None:
     """Returns the crossed bootstrap interval; None without predictions of two seeds."""
 
     def accuracy_N(run: Result) -> Any:
-        if run.predictions is None or not run.summary:
+        if (found := run.predictions) is None:
             return None
-        found = run.predictions
-        learns = [k for k, n in enumerate(run.summary['networks']) if not n.get('frozen')]
-        return 100.0 * (found['predicted'][:, learns] == found['label'][:, None]).mean(1)
+        return 100.0 * (found['predicted'] == found['label'][:, None]).mean(1)
 
     mine, theirs = (
         {run.seed: accuracy_N(run) for run in results.of(arm)} for arm in (c.arm, c.against)
@@ -306,5 +318,5 @@ def _csv(results: Results) -> str:
 
 def main(command: Command, _: object) -> int:
     """Writes the report; returns the exit code."""
-    write(command.workdir)
+    print_json(write(command.workdir))
     return 0

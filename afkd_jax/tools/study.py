@@ -24,7 +24,7 @@ from afkd_jax.data import dataset
 from afkd_jax.devices.signals import Interrupt
 from afkd_jax.errors import EXIT_RESUMABLE, EXIT_USER_ERROR, UserError, first_line
 from afkd_jax.method import cohort as cohort_lib
-from afkd_jax.report.console import log, redirected, working
+from afkd_jax.report.console import log, print_json, redirected, working
 from afkd_jax.report.tables import table
 from afkd_jax.studies import Point, Study
 from afkd_jax.tools import benchmark, plan, report
@@ -240,7 +240,7 @@ def main(command: Command, _: object) -> int:
             Worker(points, workdir, started, interrupt).run()
     states = [state_of(workdir / point.folder, started) for point in points]
     if _WORKER not in os.environ:
-        report.write(workdir)
+        print_json(report.write(workdir))
     if State.FAILED in states:
         return EXIT_USER_ERROR
     return 0 if set(states) == {State.DONE} else EXIT_RESUMABLE

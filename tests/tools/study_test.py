@@ -27,7 +27,7 @@ from afkd_jax.data import dataset
 from afkd_jax.devices import mesh
 from afkd_jax.devices.signals import Interrupt
 from afkd_jax.errors import EXIT_RESUMABLE, EXIT_USER_ERROR, UserError
-from afkd_jax.report import results
+from afkd_jax.report import predictions, results
 from afkd_jax.studies import Study
 from afkd_jax.tools import report, study
 from afkd_jax.training import loop
@@ -118,7 +118,7 @@ def test_the_report_has_the_figures_of_the_runs(finished):
 def test_predictions_are_those_of_the_evaluation(finished):
     workdir, _ = finished
     run = results.collect(workdir).of('dml')[1]
-    found = run.predictions
+    found = predictions.read(run.root / run.folder)
     assert found['label'].shape == (359,)
     accuracy = 100 * (found['predicted'] == found['label'][:, None]).mean(0)
     entries = [*run.summary['networks'], run.summary['ensemble']]
@@ -195,7 +195,10 @@ def test_runs_that_nobody_planned_as_a_study(finished, tmp_path):
         ('dml', 0), ('vanilla', 0), ('vanilla', 1)
     }  # fmt: skip
     assert found.study.baseline == 'vanilla'
-    report.write(folder)
+    found = json.loads(json.dumps(report.write(folder)))
+    assert found['runs'] == {'done': 3}
+    assert found['accuracy']['vanilla'].keys() == {'0', '1'}
+    assert found['comparisons'][0]['arm'] == 'dml'
     assert '| vanilla | 2 |' in (folder / 'report.md').read_text()
     (empty := tmp_path / 'empty').mkdir()
     with pytest.raises(UserError, match='holds no runs'):
