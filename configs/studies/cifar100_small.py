@@ -1,4 +1,4 @@
-"""What does AFD add on 5,000 images of CIFAR-100? A pair of ResNet-8, 40 epochs, 8 arms, 6 seeds.
+"""What does AFD add on 5,000 images of CIFAR-100? A pair of ResNet-8, 40 epochs, 8 arms, 10 seeds.
 
 Command, on prepared images (docs/data.md):
 
@@ -47,7 +47,7 @@ def get_config(networks: str = 'resnet8,resnet8') -> ConfigDict:
             'dml, ramp': {'method': 'dml'} | RAMP,
             'afd, rate, ramp': {'method': 'afd'} | RATES | RAMP,
         },
-        seeds=range(6),
+        seeds=range(10),
         baseline='vanilla',
         comparisons=[
             ('afd', 'dml'),
