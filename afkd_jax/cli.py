@@ -21,6 +21,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from afkd_jax import config as config_lib
+from afkd_jax import studies
 from afkd_jax.command import Command, Options
 from afkd_jax.config import Config
 from afkd_jax.devices import compile_cache
@@ -235,11 +236,7 @@ def _command(config_flag: flags.FlagHolder, options: Options) -> Command:
         raise UserError(
             f'--config: get_config() must return a ConfigDict, not a {type(config).__name__}'
         )
-    study: Any = None
-    if 'study' in config:
-        config, study = config.copy_and_resolve_references(), config.study
-        with config.unlocked():
-            del config['study']
+    config, study = studies.split(config)
     overrides = {
         name: value
         for name, value in config_flags.get_override_values(flag).items()

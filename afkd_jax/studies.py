@@ -13,6 +13,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from afkd_jax import config as config_lib
 from afkd_jax.config import Config
 from afkd_jax.errors import UserError
@@ -100,6 +102,22 @@ class Study:
         """Returns it as JSON."""
         values = dataclasses.asdict(self) | {'seeds': list(self.seeds)}  # also of a range
         return json.loads(json.dumps(values))
+
+
+def split(config: ConfigDict) -> tuple[ConfigDict, Study | None]:
+    """Returns the config of a config file without its study, and the study if it defines one.
+
+    Raises:
+      UserError: config.study is no Study.
+    """
+    if 'study' not in config:
+        return config, None
+    rest = config.copy_and_resolve_references()
+    with rest.unlocked():
+        del rest['study']
+    if not isinstance(config.study, Study):
+        raise UserError(f'config.study: must be an afkd_jax.Study, but is {config.study!r}')
+    return rest, config.study
 
 
 def slug(label: str) -> str:

@@ -5,6 +5,7 @@ import json
 import pathlib
 
 import pytest
+from ml_collections import ConfigDict
 
 from afkd_jax import studies
 from afkd_jax.config import Config
@@ -73,6 +74,8 @@ def test_wrong_studies():
     ]:
         with pytest.raises(UserError, match=words):
             Study('x', '', arms, [0], **more).points(Config())
+    with pytest.raises(UserError, match=r'config\.study: must be an afkd_jax\.Study, but is 3'):
+        studies.split(ConfigDict({'study': 3}))
 
 
 def test_arms_are_compared_with_those_that_differ_in_the_method_alone():
@@ -94,9 +97,7 @@ STUDIES = sorted(path.stem for path in pathlib.Path('configs/studies').glob('*.p
 @pytest.mark.parametrize('name', STUDIES)
 def test_the_studies_of_configs(name):
     config = importlib.import_module(f'configs.studies.{name}').get_config()
-    study = config.study
-    with config.unlocked():
-        del config['study']
+    config, study = studies.split(config)
     points = study.points(Config.of(config))
     assert study.name == name
     assert len(points) == len(study.arms) * len(study.seeds)
