@@ -2,7 +2,7 @@
 
 import io
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -232,28 +232,31 @@ def _training_values(results: Results) -> tuple[str, Any] | None:
 
 def _similarity(results: Results) -> tuple[str, Any] | None:
     baseline = results.study.reference
-    base = results.outcomes(baseline)
+    base = {run.seed: run for run in results.of(baseline)}
+
+    def gains(run: Result, key: str) -> Iterator[tuple[float, float]]:
+        """Yields (similarity, gain of the student) of each edge of a run."""
+        theirs = base[run.seed].summary if run.seed in base else None
+        if not (run.summary and theirs):
+            return
+        mine, theirs = run.summary['networks'], theirs['networks']
+        for edge in run.summary['ring'] or []:
+            k = edge['network'] - 1
+            same = k < len(theirs) and mine[k]['name'] == theirs[k]['name']
+            if same and edge[key] is not None and not mine[k]['frozen']:
+                yield edge[key], mine[k]['test_accuracy'] - theirs[k]['test_accuracy']
+
     figure, axes = _new(3)
     drawn = False
-    for axis, (title, key) in zip(
-        axes.ravel(),
-        {'CKA': 'cka', 'cosine of maps': 'cosine', 'agreement, %': 'agreement'}.items(),
-        strict=True,
-    ):
+    panels = {'cka': 'CKA', 'cosine': 'cosine of maps', 'agreement': 'agreement, %'}
+    for axis, (key, title) in zip(axes.ravel(), panels.items(), strict=True):
         for arm, colour in colours(results).items():
-            points = [
-                (float(np.mean(values)), outcome - base[run.seed])
-                for run in results.of(arm)
-                if (outcome := run.mean()) is not None and run.seed in base and run.summary
-                for values in [[edge[key] for edge in run.summary['ring'] or []]]
-                if values and None not in values
-            ]
-            if points:
+            if points := [point for run in results.of(arm) for point in gains(run, key)]:
                 drawn = True
                 axis.plot(*zip(*points, strict=True), 'o', color=colour, label=arm, alpha=0.7)
-        axis.set(xlabel=title, ylabel=f'gain over {baseline}, points')
+        axis.set(xlabel=title, ylabel=f"student's gain over {baseline}, points")
     _legend(figure, axes[0, 0])
-    title = 'Similarity of teacher and student (mean over the edges of the ring) against the gain'
+    title = 'Similarity of teacher and student, for each edge of the ring, against the gain'
     return (title, figure) if drawn else None
 
 

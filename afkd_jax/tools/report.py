@@ -118,10 +118,14 @@ def _markdown(
 
 
 def _missing(results: Results) -> Iterator[str]:
-    for run in results.runs:
-        if run.state is not State.DONE:
-            why = f': {run.error}' if run.state is State.FAILED else ''
-            yield f'- {run.state.value}: {run.arm}, seed {run.seed} (`{run.folder}`){why}'
+    left = [run for run in results.runs if run.state is not State.DONE]
+    for run in left:
+        if run.state is State.FAILED:
+            yield f'- failed: {run.arm}, seed {run.seed} (`{run.folder}`): {run.error}'
+    for state, arm in dict.fromkeys((run.state, run.arm) for run in left):
+        if state is not State.FAILED:
+            seeds = [str(run.seed) for run in left if (run.state, run.arm) == (state, arm)]
+            yield f'- {state.value}: {arm}, seed{"s" * (len(seeds) > 1)} {", ".join(seeds)}'
     yield ''
 
 
