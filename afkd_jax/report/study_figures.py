@@ -154,7 +154,7 @@ def _legend(figure: Any, axis: Any) -> None:
     handles, labels = axis.get_legend_handles_labels()
     shown = dict(zip(labels, handles, strict=True))  # one per label
     if shown:
-        figure.legend(shown.values(), shown, loc='outside upper center', ncols=4, frameon=False)
+        figure.legend(shown.values(), shown, loc='outside upper center', ncols=min(len(shown), 5), frameon=False)
 
 
 def _train_lines(run: Result) -> list[dict[str, Any]]:
@@ -254,7 +254,8 @@ def _similarity(results: Results) -> tuple[str, Any] | None:
             if points := [point for run in results.of(arm) for point in gains(run, key)]:
                 drawn = True
                 axis.plot(*zip(*points, strict=True), 'o', color=colour, label=arm, alpha=0.7)
-        axis.set(xlabel=title, ylabel=f"student's gain over {baseline}, points")
+        axis.set_xlabel(title)
+    axes[0, 0].set_ylabel(f"student's gain over {baseline}, points")
     _legend(figure, axes[0, 0])
     title = 'Similarity of teacher and student, for each edge of the ring, against the gain'
     return (title, figure) if drawn else None
