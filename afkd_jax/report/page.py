@@ -11,20 +11,23 @@ from afkd_jax.checkpoints.files import write_atomic
 
 _STYLE = """
 :root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 62rem; margin: 0 auto;
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 70rem; margin: 0 auto;
   padding: 1rem; }
 h1 { font-size: 1.6rem; line-height: 1.25; }
 h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #ccc; }
 div.table { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 0.875rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.25rem 0.7rem; border-bottom: 1px solid #ddd; text-align: left; }
-thead th { border-bottom: 2px solid #444; white-space: nowrap; }
+th, td { padding: 0.25rem 0.7rem; border-bottom: 1px solid #ddd; text-align: left;
+  white-space: nowrap; }
+td[style*="left"] { white-space: normal; min-width: 16rem; }
+thead th { border-bottom: 2px solid #444; }
 img { max-width: 100%; height: auto; }
 code { font-size: 0.85em; overflow-wrap: anywhere; }
 @media print {
   body { max-width: none; font-size: 10pt; padding: 0; }
   div.table { overflow: visible; }
   table { font-size: 8pt; }
+  td { white-space: normal; padding: 0.2rem 0.3rem; }
   img, tr { break-inside: avoid; }
   h2 { break-after: avoid; }
 }
@@ -64,9 +67,15 @@ def write(folder: pathlib.Path, markdown: str, figures: dict[str, bytes]) -> lis
     return list(paths)
 
 
-def table(columns: list[str], rows: list[list[str]]) -> str:
-    """Returns a Markdown table; the first column holds words, the others numbers."""
-    marks = ['---', *(len(columns) - 1) * ['---:']]
+def table(columns: list[str], rows: list[list[str]], text: str = '') -> str:
+    """Returns a Markdown table.
+
+    Args:
+      columns: their names; the first holds labels, the others numbers.
+      rows: cells.
+      text: the column that holds sentences; '' if none does.
+    """
+    marks = ['---', *(':---' if name == text else '---:' for name in columns[1:])]
     return '\n'.join(
         '| ' + ' | '.join(cell.replace('|', '\\|') for cell in row) + ' |'
         for row in (columns, marks, *rows)

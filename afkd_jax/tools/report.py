@@ -61,7 +61,7 @@ def write(workdir: pathlib.Path) -> dict[str, Any]:
     paths = page.write(workdir, text, {name: svg for name, (_, svg) in figures.items()})
     write_atomic(workdir / 'results.csv', _csv(results).encode())
     for comparison in comparisons:
-        log(f'{comparison.arm} against {comparison.against}: {_sentence(comparison)}')
+        log(_sentence(comparison))
     log(f'written to {", ".join(map(str, paths))} and {workdir / "results.csv"}')
     return {
         'study': results.study.name,
@@ -73,9 +73,9 @@ def write(workdir: pathlib.Path) -> dict[str, Any]:
 
 def _sentence(c: Comparison) -> str:
     if c.mean is None:
-        return c.verdict
+        return f'{c.arm} against {c.against}: {c.verdict}'
     interval = f', 95 % interval {_interval(c.interval)}' if c.interval else ''
-    return f'{c.mean:+.2f} points{interval}: {c.verdict}'
+    return f'{c.arm} against {c.against}: {c.mean:+.2f} points{interval}: {c.verdict}'
 
 
 def _markdown(
@@ -99,7 +99,9 @@ def _markdown(
         '',
     ]
     if comparisons:
-        lines += ['## Comparisons', '', _comparison_table(results, comparisons), '']
+        lines += ['## Comparisons', '']
+        lines += [f'- {_sentence(c)}' for c in comparisons]
+        lines += ['', _comparison_table(results, comparisons), '']
         lines += [
             'The unit is the seed, the outcome the mean of the networks at the last epoch, in '
             'points. `95 %` is the t interval of the mean difference, `BCa` the bootstrap interval '
@@ -210,12 +212,11 @@ def _comparison_table(results: Results, comparisons: list[Comparison]) -> str:
             f'{c.p:.3f}' if c.p is not None else '-',
             f'{c.p_holm:.3f}' if c.p_holm is not None else '-',
             f'{c.wins} / {c.ties} / {c.losses}',
-            c.verdict,
         ]
         for c in comparisons
     ]
     columns = ['arm - against', 'n', 'mean', '95 %', 'BCa', 'images', 'p', 'Holm']
-    return page.table([*columns, 'wins / ties / losses', 'verdict'], rows)
+    return page.table([*columns, 'wins / ties / losses'], rows)
 
 
 def _by_image(results: Results, c: Comparison) -> tuple[float, float] | None:
@@ -285,7 +286,8 @@ def _provenance(results: Results) -> Iterator[str]:
         for run in results.runs
         if run.summary
     ]
-    yield page.table(['arm', 'seed', 'accuracy', 'fingerprint', 'command'], rows)
+    columns = ['arm', 'seed', 'accuracy', 'fingerprint', 'command']
+    yield page.table(columns, rows, 'command')
 
 
 def _csv(results: Results) -> str:
