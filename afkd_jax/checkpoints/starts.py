@@ -58,7 +58,7 @@ def read(
       cohort: of all networks.
       config: of the run.
       images: of the run.
-      log: takes a line about each.
+      log: takes a line about each, and warnings.
 
     Raises:
       UserError: weights cannot be read, are of another architecture, or a frozen network was
@@ -70,10 +70,12 @@ def read(
             continue
         weights = weights_lib.read(source)
         variables = {**weights.variables, 'params': dict(weights.variables['params'])}
-        line = f'network {k + 1} ({cohort.names[k]}) starts from {source}'
+        for line in weights.warnings:
+            log(line)
+        line = f'network {k + 1} ({cohort.names[k]}) starts from {source}, step {weights.step}'
         if not cohort.learns(k):
             _check_frozen(weights, images)
-            line += ' and is frozen'
+            line += ', frozen'
         elif weights.classes != images.info.classes:
             del variables['params']['head']
             line += ', with a new classifier: the classes are others'

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import re
+import shutil
 
 import jax
 import numpy as np
@@ -100,6 +102,24 @@ def test_a_network_starts_from_the_weights_of_another_run(source, exported, monk
     assert 'with a new classifier: the classes are others' in capsys.readouterr().out
     assert_equal(started[0].params['trunk'], afkd_jax.load(source, 1).variables['params']['trunk'])
     assert_equal(started[0].params['head'], random[0].params['head'])
+
+
+def test_an_older_checkpoint_is_used_with_a_warning_and_its_step(source, tmp_path, capsys):
+    damaged = tmp_path / 'source'
+    shutil.copytree(source, damaged)
+    (damaged / 'checkpoints/3/record.json').write_text('')
+    config = config_of(networks=(f'{damaged}:1', 'tiny-8-2'), init_from=('', f'{source}:2'))
+    run = run_lib.prepare(starts.resolved(config))
+    assert run.starts.keys() == {0, 1}
+    assert afkd_jax.load(damaged, 2).step == 0
+    first, *lines, last = capsys.readouterr().out.splitlines()
+    path = damaged / 'checkpoints/3'
+    assert re.fullmatch(f'warning: {path}: this checkpoint .*; that of step 0 is used', first)
+    assert lines == [
+        f'network 1 (tiny-4-1) starts from {damaged}:1, step 0, frozen',
+        f'network 2 (tiny-8-2) starts from {source}:2, step 3',
+    ]
+    assert last == first
 
 
 def test_weights_that_do_not_fit(source, exported, monkeypatch, tmp_path):
