@@ -30,7 +30,7 @@ def config_of(**fields):
 def trained(workdir, *, extend=False, **fields):
     with pytest.MonkeyPatch.context() as patch, Interrupt() as interrupt:
         patch.setattr(mesh, 'available', lambda: jax.devices()[:1])
-        config = starts.resolved(config_of(**fields))
+        config = starts.resolved(config_of(**fields), workdir)
         return loop.train(config, workdir, None, interrupt, extend)
 
 
@@ -54,20 +54,27 @@ def assert_equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
 
 
-def test_an_entry_of_networks_that_names_weights_is_a_frozen_network(source, exported):
+def test_an_entry_of_networks_that_names_weights_is_a_frozen_network(source, exported, tmp_path):
     config = config_of(networks=(f'{source}:2', 'tiny-8-2', exported))
-    found = starts.resolved(config)
+    found = starts.resolved(config, tmp_path)
     assert found.networks == ('tiny-8-2', 'tiny-8-2', 'tiny-4-1')
     assert found.frozen == (1, 3)
     assert found.init_from == (f'{source}:2', '', exported)
-    assert starts.resolved(found) == found
+    assert starts.resolved(found, tmp_path) == found
     assert_equal(weights.read(exported).variables, weights.read(f'{source}:1').variables)
 
 
 def test_a_run_with_a_frozen_teacher(source, tmp_path):
-    """It trains, evaluates and loads; the teacher in it is, to the bit, that of the source."""
-    workdir = tmp_path / 'student'
-    result = trained(workdir, networks=(f'{source}:1', 'tiny-8-2'), method='afd')
+    """It trains, evaluates and loads; the teacher in it is, to the bit, that of the source.
+
+    It resumes without the source.
+    """
+    workdir, moved = tmp_path / 'student', tmp_path / 'moved'
+    moved.symlink_to(source)
+    fields = {'networks': (f'{moved}:1', 'tiny-8-2'), 'method': 'afd'}
+    result = trained(workdir, **fields)
+    moved.unlink()
+    assert trained(workdir, **fields) == result
     before, after = afkd_jax.load(source, 1), afkd_jax.load(workdir, 1)
     assert_equal(before.variables, after.variables)
     summary = json.loads((source / 'summary.json').read_text())
@@ -109,7 +116,7 @@ def test_an_older_checkpoint_is_used_with_a_warning_and_its_step(source, tmp_pat
     shutil.copytree(source, damaged)
     (damaged / 'checkpoints/3/record.json').write_text('')
     config = config_of(networks=(f'{damaged}:1', 'tiny-8-2'), init_from=('', f'{source}:2'))
-    run = run_lib.prepare(starts.resolved(config))
+    run = run_lib.prepare(starts.resolved(config, tmp_path))
     assert run.starts.keys() == {0, 1}
     assert afkd_jax.load(damaged, 2).step == 0
     first, *lines, last = capsys.readouterr().out.splitlines()
