@@ -684,6 +684,7 @@ BAD_COMMANDS = {
     'best of a run that trains': ([*RUN, '--step=best'], "--step: .*from 0 on, but is 'best'"),
     'negative step': ([*RUN, '--mode=eval', '--step=-1'], 'step'),
     'a step to describe': ([*SHORT, '--mode=describe', '--step=3'], '--step: 3 is only for'),
+    'export to nothing': ([*RUN, '--mode=export'], '--format: is missing; give one of saf'),
     'no truth value for a flag': ([*SHORT, '--debug=perhaps'], 'debug'),
 }
 
