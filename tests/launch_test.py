@@ -265,7 +265,7 @@ def test_fields_that_equal_the_config_files_do_not_name_the_workdir(overrides, n
     holder = config_flags.DEFINE_config_file('config', flag_values=values)
     values(cli._last_values(argv))
     monkeypatch.setattr(flags, 'FLAGS', values)
-    options = types.SimpleNamespace(workdir=None)
+    options = types.SimpleNamespace(workdir=None, mode='train')
     assert cli._command(holder, options).workdir == pathlib.Path('runs', name)
 
 
