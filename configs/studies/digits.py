@@ -1,6 +1,6 @@
 """Does learning from each other help when images are few? 200 digits, 5 methods, 10 seeds.
 
-Command: python launch.py --mode study --config configs/studies/digits.py
+Command: python launch.py --mode study --config configs/studies/digits.py --jobs 2
 
 50 runs of a pair of ResNet-8. Result and time: docs/results.md.
 """
