@@ -8,28 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from afkd_jax.errors import UserError, nearest
-from afkd_jax.registry import LOGIT_TEACHERS, MAP_LOSSES, register_logit_teacher
+from afkd_jax.method.teachers import HOPS
+from afkd_jax.registry import LOGIT_TEACHERS, MAP_LOSSES
 
 # ring, logits [K, B, C], labels [B] -> teachers' logits, each [K, B, C]
 LogitTeacher = Callable[[Any, Any, Any], Sequence[Any]]
-
-# Number of networks -> how many hops along the ring each teacher of a network's logits is away.
-_HOPS: dict[str, Callable[[int], range]] = {
-    'nobody': lambda networks: range(0),
-    'ring': lambda networks: range(1, 2),
-    'all': lambda networks: range(1, networks),
-}
-
-
-def _along_the_ring(hops: Callable[[int], range]) -> LogitTeacher:
-    def teachers(ring: Any, logits_KxBxC: Any, labels_B: Any) -> list[Any]:
-        return [ring.teachers(logits_KxBxC, hop) for hop in hops(len(ring.order))]
-
-    return teachers
-
-
-for _name, _hops in _HOPS.items():
-    register_logit_teacher(_name)(_along_the_ring(_hops))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +21,8 @@ class Method:
 
     Attributes:
       logits: 'nobody' (cross-entropy only), 'ring' (plus the KL to the predecessor's logits), 'all'
-        (plus the mean of the KLs to the logits of all other networks), or a registered one (plus
-        the mean of the KLs to what it returns).
+        (plus the mean of the KLs to the logits of all other networks), or another registered one of
+        teachers.py or your own (plus the mean of the KLs to what it returns).
       maps: 'nothing', 'adversarial' (discriminators) or the name of a loss to the predecessor's map
         that is part of the logit loss ('l1', or a registered one).
     """
@@ -70,9 +53,9 @@ class Method:
     def hops(self, networks: int) -> range | None:
         """Returns how many hops along the ring each teacher of a network's logits is away.
 
-        None if the teachers are not networks, but what a registered logit teacher returns.
+        None if the teacher needs the logits of all networks.
         """
-        return _HOPS[self.logits](networks) if self.logits in _HOPS else None
+        return HOPS[self.logits](networks) if self.logits in HOPS else None
 
 
 PRESETS = {
@@ -83,6 +66,17 @@ PRESETS = {
     'l1_kd': Method(logits='ring', maps='l1'),
     'adversarial': Method(logits='nobody', maps='adversarial'),
     'afd': Method(logits='ring', maps='adversarial'),
+    **{
+        logits: Method(logits, 'nothing')
+        for logits in (
+            'loo_mean',
+            'shuffled',
+            'kdcl_naive',
+            'kdcl_minlogit',
+            'kdcl_mean',
+            'kdcl_linear',
+        )
+    },
 }
 
 

@@ -99,6 +99,24 @@ def test_devices_and_mapping_change_nothing(mapping, count, x64):
 
 
 @pytest.mark.parametrize(
+    'method',
+    [
+        'shuffled',
+        *(
+            pytest.param(method, marks=pytest.mark.slow)
+            for method in ('loo_mean', 'kdcl_naive', 'kdcl_minlogit', 'kdcl_mean', 'kdcl_linear')
+        ),
+    ],
+)
+def test_two_devices_change_nothing_in_a_method(method, x64):
+    difference, where = relative_difference(
+        after_three_steps('shard_map', 2, method=method),
+        after_three_steps('shard_map', 1, method=method),
+    )
+    assert difference < 1e-9, where
+
+
+@pytest.mark.parametrize(
     ('peers', 'count', 'method'),
     [
         pytest.param(2, 2, 'afd', marks=pytest.mark.slow),
@@ -106,6 +124,8 @@ def test_devices_and_mapping_change_nothing(mapping, count, x64):
         (2, 8, 'afd'),  # 2 x 4, two networks a device
         (4, 8, 'l1_kd'),  # 4 x 2
         (2, 4, 'dml'),  # one, two and three hops
+        pytest.param(2, 4, 'loo_mean', marks=pytest.mark.slow),
+        pytest.param(2, 4, 'shuffled', marks=pytest.mark.slow),
     ],
 )
 def test_sharding_the_networks_changes_nothing(peers, count, method, x64):
