@@ -123,6 +123,8 @@ class Data:
     eval_resize: int = _positive(256)  # ... and the shorter side before evaluation's centre crop.
     pad: int = _not_negative(4)  # pixels of zeros on each side before a random crop; 0: no crop
     flip: bool = _field(True)  # horizontal, with probability 1/2
+    # Whether all networks see the same crop, flip and colours of an image, or each its 'own'.
+    views: str = _one_of('shared', 'shared', 'own')
     color_jitter: float = _between(0.0, 0, 1)  # brightness, contrast, saturation in 1 +- this
     randaugment_operations: int = _between(0, 0, 14)  # RandAugment, 'stream' only; 0: none
     randaugment_magnitude: float = _between(9.0, 0, 30)

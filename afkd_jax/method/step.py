@@ -147,15 +147,22 @@ def update(
 
     Args:
       cohort: this device's part (Cohort.local).
-      images_BxHxWxC: standardised.
+      images_BxHxWxC: standardised; [K, B, H, W, C] where each network sees its own view of them.
       labels_B: of the images before they were mixed; `accuracy` is of these.
       key: of this step, for dropout.
       mixed: what the images are mixed with.
     """
     objective, ring, used = cohort.objective, cohort.ring, cohort.optimizers.used()
     first = ring.first(len(state.networks))
+    own_views = images_BxHxWxC.ndim == 5
     passes = [
-        _pass(cohort, k, network, images_BxHxWxC, jax.random.fold_in(key, first + k))
+        _pass(
+            cohort,
+            k,
+            network,
+            images_BxHxWxC[k] if own_views else images_BxHxWxC,
+            jax.random.fold_in(key, first + k),
+        )
         for k, network in enumerate(state.networks)
     ]
     logits_KxBxC = jnp.stack([own.logits for own in passes])
@@ -221,7 +228,15 @@ def train_step(
       key: of the run; what is random in a step is a function of (key, step).
     """
     augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
-    pixels, labels, mixed = augment.training_batch(images, index_B, augment_key, data)
+    if data.views == 'own':
+        first = cohort.ring.first(len(state.networks))
+        views = [
+            augment.training_batch(images, index_B, augment_key, data, first + k)
+            for k in range(len(state.networks))
+        ]
+        pixels, (_, labels, mixed) = jnp.stack([view[0] for view in views]), views[0]
+    else:
+        pixels, labels, mixed = augment.training_batch(images, index_B, augment_key, data)
     updated, values = update(cohort, state, pixels, labels, dropout_key, mixed)
     ok = metrics.finite(values)
     skipped = dataclasses.replace(state, step=updated.step)

@@ -41,9 +41,9 @@ def shapes_only_run(config, devices):
 
 
 @functools.cache
-def after_three_steps(mapping, count, peers=1, networks=MIXED, method='afd'):
+def after_three_steps(mapping, count, peers=1, networks=MIXED, method='afd', **fields):
     """Returns (state, sums) after three whole steps: gather, augment, learn, sum."""
-    config = tiny_config(networks, batch_size=BATCH, method=method)
+    config = tiny_config(networks, batch_size=BATCH, method=method, **fields)
     devices = take_devices(count, mapping, peers)
     rng = np.random.default_rng(0)
     images = DeviceImages(
@@ -114,6 +114,16 @@ def test_two_devices_change_nothing_in_a_method(method, x64):
         after_three_steps('shard_map', 1, method=method),
     )
     assert difference < 1e-9, where
+
+
+def test_own_views_do_not_depend_on_the_devices(x64):
+    one, *others = (
+        after_three_steps('shard_map', count, peers, ('tiny-8-2',) * 2, 'dml', data__views=views)
+        for count, peers, views in ((1, 1, 'own'), (4, 2, 'own'), (1, 1, 'shared'))
+    )
+    difference, where = relative_difference(others[0], one)
+    assert difference < 1e-9, where
+    assert relative_difference(others[1], one)[0] > 1e-3
 
 
 @pytest.mark.parametrize(
