@@ -108,7 +108,7 @@ class Objective:
 
         return jax.grad(loss, has_aux=True)(logits_KxBxC)
 
-    def of_maps(self, maps_KxBxHxWxC: jax.Array) -> tuple[jax.Array, Values]:
+    def of_maps(self, maps_KxBxHxWxC: jax.Array, labels_B: jax.Array) -> tuple[jax.Array, Values]:
         """Returns the gradients of the weighted losses between maps to the maps, and values [K]."""
         map_loss = self.method.map_loss
         assert map_loss
@@ -116,7 +116,7 @@ class Objective:
         def loss(maps_KxBxHxWxC: jax.Array) -> tuple[jax.Array, Values]:
             own = at_least_float32(maps_KxBxHxWxC)
             teachers = at_least_float32(self.ring.teachers(maps_KxBxHxWxC))
-            loss_K = self._of_learners(map_loss(own, teachers).mean(1))
+            loss_K = self._of_learners(map_loss(own, teachers, labels_B).mean(1))
             return self.loss.map_weight * loss_K.sum(), {self.method.maps: loss_K}
 
         return jax.grad(loss, has_aux=True)(maps_KxBxHxWxC)

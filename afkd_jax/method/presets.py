@@ -4,6 +4,7 @@ Nothing else in the package knows a preset's name.
 """
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,8 +43,13 @@ class Method:
 
     @property
     def map_loss(self) -> Callable | None:
-        """The loss between maps; None if there is none."""
-        return MAP_LOSSES.get(self.maps) if self.uses_maps and not self.adversarial else None
+        """The loss between maps, a function of (maps, teacher's maps, labels); None if none."""
+        if self.adversarial or not self.uses_maps:
+            return None
+        loss = MAP_LOSSES.get(self.maps)
+        if len(inspect.signature(loss).parameters) > 2:
+            return loss
+        return lambda maps, teacher_maps, labels: loss(maps, teacher_maps)
 
     @property
     def logit_teacher(self) -> LogitTeacher:
@@ -66,6 +72,7 @@ PRESETS = {
     'l1_kd': Method(logits='ring', maps='l1'),
     'adversarial': Method(logits='nobody', maps='adversarial'),
     'afd': Method(logits='ring', maps='adversarial'),
+    'moments': Method(logits='nobody', maps='moments'),
     **{
         logits: Method(logits, 'nothing')
         for logits in (

@@ -184,7 +184,7 @@ def update(
             )
             cotangents['feature'] = (no_logits, to_maps)
         else:
-            to_maps, more = objective.of_maps(maps_KxBxHxWxC)
+            to_maps, more = objective.of_maps(maps_KxBxHxWxC, labels_B)
             cotangents['logit'] = (to_logits, to_maps)
         values |= more
     for name, (to_logits, to_maps) in cotangents.items():

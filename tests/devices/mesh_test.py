@@ -101,7 +101,7 @@ def test_devices_and_mapping_change_nothing(mapping, count, x64):
 @pytest.mark.parametrize(
     'method',
     [
-        'shuffled',
+        'shuffled+moments',
         *(
             pytest.param(method, marks=pytest.mark.slow)
             for method in ('loo_mean', 'kdcl_naive', 'kdcl_minlogit', 'kdcl_mean', 'kdcl_linear')
@@ -135,7 +135,7 @@ def test_own_views_do_not_depend_on_the_devices(x64):
         (4, 8, 'l1_kd'),  # 4 x 2
         (2, 4, 'dml'),  # one, two and three hops
         pytest.param(2, 4, 'loo_mean', marks=pytest.mark.slow),
-        pytest.param(2, 4, 'shuffled', marks=pytest.mark.slow),
+        pytest.param(2, 4, 'shuffled+moments', marks=pytest.mark.slow),
     ],
 )
 def test_sharding_the_networks_changes_nothing(peers, count, method, x64):
