@@ -18,12 +18,15 @@ from afkd_jax.config import Loss
 from afkd_jax.data.augment import Mixed
 from afkd_jax.errors import UserError
 from afkd_jax.method import losses
+from afkd_jax.method.auxiliary import Terms
 from afkd_jax.method.presets import Method
 from afkd_jax.method.ring import Ring
 from afkd_jax.models.layers import at_least_float32
 
 # A discriminator: (parameters, maps [B, H, W, C]) -> outputs [B].
 DiscriminatorFn = Callable[[Any, jax.Array], jax.Array]
+# An auxiliary module: (parameters, logits [K, B, C], maps) -> (outputs, new batch statistics).
+AuxiliaryFn = Callable[[Any, jax.Array, Sequence[jax.Array]], tuple[Any, Any]]
 Values = dict[str, jax.Array]
 _ADVERSARIAL = ('adversarial', 'discriminator', 'd_own', 'd_teacher')
 
@@ -47,13 +50,19 @@ class Objective:
         but cross_entropy are 0 of a frozen network.
         """
         names = ['cross_entropy']
-        if self.method.logits != 'nobody':
+        if self.method.auxiliary:
+            names += self.method.auxiliary.names
+        elif self.method.logits != 'nobody':
             names.append('mimicry_kl')
         if self.method.map_loss:
             names.append(self.method.maps)
         if self.method.adversarial:
             names += _ADVERSARIAL
         return names
+
+    def step_value_names(self) -> list[str]:
+        """Returns the names of the values that are scalars: of the auxiliary module's own loss."""
+        return list(self.method.auxiliary.step_names) if self.method.auxiliary else []
 
     def _of_learners(self, loss_K: jax.Array) -> jax.Array:
         return loss_K.at[np.array(self.frozen)].set(0.0) if self.frozen else loss_K
@@ -74,6 +83,24 @@ class Objective:
             )
         return jax.lax.stop_gradient(teachers)
 
+    def _entropy(self, logits: jax.Array, labels_B: jax.Array, mixed: Mixed | None) -> jax.Array:
+        """Returns the mean of CE(y, z) of logits [..., B, C], of mixed images by their weights."""
+        smoothing = self.loss.label_smoothing
+        entropy = losses.cross_entropy(logits, labels_B, smoothing)
+        if mixed is not None:
+            other = losses.cross_entropy(logits, mixed.labels, smoothing)
+            entropy = other + jnp.broadcast_to(mixed.weight, entropy.shape) * (entropy - other)
+        return entropy.mean(-1)
+
+    def _kl(self, logits: jax.Array, teacher_logits: jax.Array) -> jax.Array:
+        return losses.mimicry_kl(logits, teacher_logits, self.loss.temperature).mean(-1)
+
+    def _kl_weight(self, step: jax.Array) -> Any:
+        weight: Any = self.loss.kl_weight
+        if self.kl_ramp_steps:
+            weight *= losses.ramp_up(step, self.kl_ramp_steps)
+        return weight
+
     def of_logits(
         self,
         logits_KxBxC: jax.Array,
@@ -88,25 +115,47 @@ class Objective:
         """
 
         def loss(logits_KxBxC: jax.Array) -> tuple[jax.Array, Values]:
-            smoothing = self.loss.label_smoothing
-            entropy_KxB = losses.cross_entropy(logits_KxBxC, labels_B, smoothing)
-            if mixed is not None:
-                other_KxB = losses.cross_entropy(logits_KxBxC, mixed.labels, smoothing)
-                entropy_KxB = other_KxB + mixed.weight[None] * (entropy_KxB - other_KxB)
-            entropy_K = entropy_KxB.mean(1)
+            entropy_K = self._entropy(logits_KxBxC, labels_B, mixed)
             total_K, parts = entropy_K, {'cross_entropy': entropy_K}
-            kls = []
-            for teachers in self._logit_teachers(logits_KxBxC, labels_B):
-                kls.append(losses.mimicry_kl(logits_KxBxC, teachers, self.loss.temperature).mean(1))
+            teachers = self._logit_teachers(logits_KxBxC, labels_B)
+            kls = [self._kl(logits_KxBxC, logits) for logits in teachers]
             if kls:
                 parts['mimicry_kl'] = self._of_learners(sum(kls[1:], kls[0]) / len(kls))
-                weight: Any = self.loss.kl_weight
-                if self.kl_ramp_steps:
-                    weight *= losses.ramp_up(step, self.kl_ramp_steps)
-                total_K += weight * parts['mimicry_kl']
+                total_K += self._kl_weight(step) * parts['mimicry_kl']
             return total_K.sum(), parts
 
         return jax.grad(loss, has_aux=True)(logits_KxBxC)
+
+    def of_auxiliary(
+        self,
+        module: AuxiliaryFn,
+        params: Any,
+        logits_KxBxC: jax.Array,
+        maps: Sequence[jax.Array],
+        labels_B: jax.Array,
+        step: jax.Array,
+        mixed: Mixed | None = None,
+    ) -> tuple[tuple[Any, jax.Array, Sequence[jax.Array]], tuple[Values, Any]]:
+        """Returns the gradients of the logit losses to (parameters, logits, maps), and more.
+
+        The second part is (values, the module's new batch statistics). The losses are those of
+        of_logits with the loss of the auxiliary module in place of the KL.
+        """
+        auxiliary = self.method.auxiliary
+        assert auxiliary
+
+        def entropy(logits: jax.Array) -> jax.Array:
+            return self._entropy(logits, labels_B, mixed)
+
+        terms = Terms(entropy, self._kl, self.loss.temperature, self._kl_weight(step))
+
+        def loss(params: Any, logits_KxBxC: jax.Array, maps: Sequence[jax.Array]) -> Any:
+            outputs, stats = module(params, logits_KxBxC, maps)
+            entropy_K = entropy(logits_KxBxC)
+            added, parts = auxiliary.loss(outputs, logits_KxBxC, labels_B, terms)
+            return entropy_K.sum() + added, ({'cross_entropy': entropy_K} | parts, stats)
+
+        return jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(params, logits_KxBxC, maps)
 
     def of_maps(self, maps_KxBxHxWxC: jax.Array, labels_B: jax.Array) -> tuple[jax.Array, Values]:
         """Returns the gradients of the weighted losses between maps to the maps, and values [K]."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from afkd_jax.errors import UserError, nearest
+from afkd_jax.method.auxiliary import AUXILIARIES, Auxiliary
 from afkd_jax.method.teachers import HOPS
 from afkd_jax.registry import LOGIT_TEACHERS, MAP_LOSSES
 
@@ -22,8 +23,9 @@ class Method:
 
     Attributes:
       logits: 'nobody' (cross-entropy only), 'ring' (plus the KL to the predecessor's logits), 'all'
-        (plus the mean of the KLs to the logits of all other networks), or another registered one of
-        teachers.py or your own (plus the mean of the KLs to what it returns).
+        (plus the mean of the KLs to the logits of all other networks), another registered one of
+        teachers.py or your own (plus the mean of the KLs to what it returns), or one of
+        auxiliary.py (plus its loss).
       maps: 'nothing', 'adversarial' (discriminators) or the name of a loss to the predecessor's map
         that is part of the logit loss ('l1', or a registered one).
     """
@@ -50,6 +52,11 @@ class Method:
         if len(inspect.signature(loss).parameters) > 2:
             return loss
         return lambda maps, teacher_maps, labels: loss(maps, teacher_maps)
+
+    @property
+    def auxiliary(self) -> Auxiliary | None:
+        """The auxiliary module and its loss; None if there is none."""
+        return AUXILIARIES.get(self.logits)
 
     @property
     def logit_teacher(self) -> LogitTeacher:
@@ -82,6 +89,7 @@ PRESETS = {
             'kdcl_minlogit',
             'kdcl_mean',
             'kdcl_linear',
+            *AUXILIARIES,
         )
     },
 }
@@ -95,7 +103,10 @@ def named(name: str) -> Method:
     """
     if name in PRESETS:
         return PRESETS[name]
-    logits, maps = LOGIT_TEACHERS.names(), ('nothing', 'adversarial', *MAP_LOSSES.names())
+    logits, maps = (
+        [*LOGIT_TEACHERS.names(), *AUXILIARIES],
+        ('nothing', 'adversarial', *MAP_LOSSES.names()),
+    )
     choice = Method(*name.split('+', 1)) if '+' in name else None
     if choice and choice.logits in logits and choice.maps in maps:
         return choice

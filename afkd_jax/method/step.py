@@ -23,20 +23,24 @@ from afkd_jax.data.images import DeviceImages
 from afkd_jax.devices.spmd import DATA, varying
 from afkd_jax.method import losses, metrics
 from afkd_jax.method.cohort import Cohort
-from afkd_jax.method.objective import DiscriminatorFn
-from afkd_jax.method.state import DiscriminatorState, NetworkState, TrainState
+from afkd_jax.method.objective import AuxiliaryFn, DiscriminatorFn
+from afkd_jax.method.state import AuxiliaryState, DiscriminatorState, NetworkState, TrainState
 
 
 def value_shapes(cohort: Cohort) -> dict[str, tuple[int, ...]]:
     """Returns the names and shapes of the values that a step reports.
 
     One per network, [K]: the losses (Objective.value_names); accuracy, in percent; grad_norm_*,
-    the L2 norms of the gradients. One per step: learning_rate_*, of each optimizer.
+    the L2 norms of the gradients. One per step: learning_rate_*, of each optimizer; of an auxiliary
+    module its losses (Objective.step_value_names) and grad_norm_auxiliary.
     """
     used = cohort.optimizers.used()
     names = [*cohort.objective.value_names(), 'accuracy', *(f'grad_norm_{name}' for name in used)]
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(names, (len(cohort.names),))
-    return shapes | {f'learning_rate_{name}': () for name in used}
+    scalars = [f'learning_rate_{name}' for name in used]
+    if cohort.auxiliary:
+        scalars += [*cohort.objective.step_value_names(), 'grad_norm_auxiliary']
+    return shapes | dict.fromkeys(scalars, ())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +101,11 @@ def _pass(
 
 
 def _updated(
-    cohort: Cohort, state: TrainState, gradients: dict[str, list[Any]], batch_stats: list[Any]
+    cohort: Cohort,
+    state: TrainState,
+    gradients: dict[str, Any],
+    batch_stats: list[Any],
+    auxiliary_stats: Any,
 ) -> TrainState:
     rules, networks, discriminators = cohort.optimizers.used(), [], []
     for k, network in enumerate(state.networks):
@@ -121,7 +129,13 @@ def _updated(
             gradient, discriminator.opt, discriminator.params, state.step
         )
         discriminators.append(DiscriminatorState(new, opt))
-    return TrainState(state.step + 1, tuple(networks), tuple(discriminators))
+    auxiliary = state.auxiliary
+    if auxiliary:
+        new, opt = rules['logit'].apply(
+            gradients['auxiliary'], auxiliary.opt, auxiliary.params, state.step
+        )
+        auxiliary = AuxiliaryState(new, auxiliary_stats, opt)
+    return TrainState(state.step + 1, tuple(networks), tuple(discriminators), auxiliary)
 
 
 def _discriminator_fn(module: nn.Module | None) -> DiscriminatorFn | None:
@@ -129,6 +143,15 @@ def _discriminator_fn(module: nn.Module | None) -> DiscriminatorFn | None:
         return None
     # The running statistics are dropped.
     return lambda params, maps: module.apply({'params': params}, maps, mutable=['batch_stats'])[0]
+
+
+def _auxiliary_fn(module: nn.Module, batch_stats: Any) -> AuxiliaryFn:
+    def apply(params: Any, logits_KxBxC: jax.Array, maps: Any) -> tuple[Any, Any]:
+        variables = {'params': params, 'batch_stats': batch_stats}
+        outputs, new = module.apply(variables, logits_KxBxC, maps, True, mutable=['batch_stats'])
+        return outputs, new.get('batch_stats', {})
+
+    return apply
 
 
 def update(
@@ -166,14 +189,23 @@ def update(
         for k, network in enumerate(state.networks)
     ]
     logits_KxBxC = jnp.stack([own.logits for own in passes])
-    to_logits, values = objective.of_logits(logits_KxBxC, labels_B, state.step, mixed)
+    # What each optimizer pulls back: (to logits, to maps), entry k or zeros.
+    no_maps = [jnp.zeros_like(own.maps) for own in passes]
+    gradients: dict[str, Any] = {}
+    auxiliary_stats, auxiliary_to_maps = None, no_maps
+    if cohort.auxiliary and state.auxiliary:
+        module = _auxiliary_fn(cohort.auxiliary, state.auxiliary.batch_stats)
+        inputs = varying(state.auxiliary.params), logits_KxBxC, [own.maps for own in passes]
+        pulled, (values, auxiliary_stats) = objective.of_auxiliary(
+            module, *inputs, labels_B, state.step, mixed
+        )
+        gradients['auxiliary'], to_logits, auxiliary_to_maps = pulled
+    else:
+        to_logits, values = objective.of_logits(logits_KxBxC, labels_B, state.step, mixed)
     values['accuracy'] = 100.0 * (logits_KxBxC.argmax(-1) == labels_B[None]).mean(1)
 
-    # What each optimizer pulls back: (to logits, to maps), entry k or zeros.
     no_logits = [jnp.zeros_like(own.logits) for own in passes]
-    no_maps = [jnp.zeros_like(own.maps) for own in passes]
-    cotangents: dict[str, tuple[Any, Any]] = {'logit': (to_logits, no_maps)}
-    gradients: dict[str, list[Any]] = {}
+    cotangents: dict[str, tuple[Any, Any]] = {'logit': (to_logits, auxiliary_to_maps)}
     if cohort.method.uses_maps:
         maps_KxBxHxWxC = jnp.stack([own.maps for own in passes])
         if cohort.method.adversarial:
@@ -185,6 +217,8 @@ def update(
             cotangents['feature'] = (no_logits, to_maps)
         else:
             to_maps, more = objective.of_maps(maps_KxBxHxWxC, labels_B)
+            if cohort.auxiliary:
+                to_maps = list(map(jnp.add, to_maps, auxiliary_to_maps))
             cotangents['logit'] = (to_logits, to_maps)
         values |= more
     for name, (to_logits, to_maps) in cotangents.items():
@@ -194,15 +228,19 @@ def update(
 
     batch_stats = [own.batch_stats for own in passes]
     if cohort.local_statistics:
-        gradients, values, batch_stats = jax.lax.pmean((gradients, values, batch_stats), DATA)
+        gradients, values, batch_stats, auxiliary_stats = jax.lax.pmean(
+            (gradients, values, batch_stats, auxiliary_stats), DATA
+        )
     else:
         gradients, values = jax.lax.pmean((gradients, values), DATA)
     for name in used:
         values[f'grad_norm_{name}'] = jnp.stack([optax.tree.norm(own) for own in gradients[name]])
+    if cohort.auxiliary:  # then no network is sharded
+        values['grad_norm_auxiliary'] = optax.tree.norm(gradients['auxiliary'])
     values = ring.gathered(values)
     for name, optimizer in used.items():
         values[f'learning_rate_{name}'] = optimizer.schedule(state.step)
-    return _updated(cohort, state, gradients, batch_stats), values
+    return _updated(cohort, state, gradients, batch_stats, auxiliary_stats), values
 
 
 def train_step(

@@ -101,17 +101,29 @@ def test_devices_and_mapping_change_nothing(mapping, count, x64):
 @pytest.mark.parametrize(
     'method',
     [
-        'shuffled+moments',
+        'one',
         *(
             pytest.param(method, marks=pytest.mark.slow)
-            for method in ('loo_mean', 'kdcl_naive', 'kdcl_minlogit', 'kdcl_mean', 'kdcl_linear')
+            for method in (
+                'shuffled+moments',
+                'loo_mean',
+                'kdcl_naive',
+                'kdcl_minlogit',
+                'kdcl_mean',
+                'kdcl_linear',
+                'okddip',
+                'ffl+l1',
+                'mcl+adversarial',
+            )
         ),
     ],
 )
 def test_two_devices_change_nothing_in_a_method(method, x64):
     difference, where = relative_difference(
-        after_three_steps('shard_map', 2, method=method),
-        after_three_steps('shard_map', 1, method=method),
+        *(
+            after_three_steps('shard_map', count, networks=(*MIXED, 'tiny-4-2'), method=method)
+            for count in (2, 1)
+        )
     )
     assert difference < 1e-9, where
 

@@ -1,0 +1,251 @@
+"""Methods with auxiliary modules: losses and gradients against NumPy, on two devices."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from conftest import initial_state, softmax, take_devices, tiny_cohort, tiny_config
+
+from afkd_jax.config import Loss
+from afkd_jax.devices.arrays import scalar_count
+from afkd_jax.devices.mesh import BATCH_SHARDED, REPLICATED
+from afkd_jax.devices.spmd import DATA, varying
+from afkd_jax.errors import UserError
+from afkd_jax.method import auxiliary, presets
+from afkd_jax.method.objective import Objective
+from afkd_jax.method.ring import Ring
+from afkd_jax.models import layers as layers_lib
+from afkd_jax.tools import describe
+
+NETWORKS, BATCH, CLASSES, T, WEIGHT = 3, 8, 4, 2.0, 0.7
+LABELS = np.array([0, 3, 1, 1, 2, 3, 1, 0])  # image 4 is alone in its class
+CHANNELS = (8, 16, 8)
+
+
+# --- The second way, in NumPy: `at` is a tree of arrays, `stopped` what no gradient reaches. ---
+
+
+def log_softmax(z):
+    return np.log(softmax(z))
+
+
+def entropy(z):
+    return -log_softmax(z)[..., np.arange(BATCH), LABELS].mean(-1)
+
+
+def kl(z, teacher):
+    q = softmax(teacher / T)
+    return T**2 * (q * (np.log(q) - log_softmax(z / T))).sum(-1).mean(-1)
+
+
+def norm(x, p):
+    axes = tuple(range(x.ndim - 1))
+    return (x - x.mean(axes)) / np.sqrt(x.var(axes) + 1e-5) * p['scale'] + p['bias']
+
+
+def dense(x, p):
+    return x @ p['kernel'] + p.get('bias', 0)
+
+
+def pooled(at):
+    return [own.mean((1, 2)) for own in at['maps']]
+
+
+def plain_one(at, stopped):
+    def ensemble(at):
+        x = norm(dense(np.concatenate(pooled(at), 1), at['Dense_0']), at['BatchNorm_0'])
+        gate = softmax(np.maximum(x, 0))
+        return sum(gate[:, k, None] * at['logits'][k] for k in range(NETWORKS))
+
+    kls = [kl(z, ensemble(stopped)) for z in at['logits']]
+    return entropy(ensemble(at)) + WEIGHT * sum(kls), {
+        'mimicry_kl': kls,
+        'auxiliary_cross_entropy': entropy(ensemble(at)),
+    }
+
+
+def plain_okddip(at, stopped):
+    h, kls = pooled(at), []
+    for k in range(2):
+        query = dense(h[k], at[f'query_{CHANNELS[k]}'])
+        values = [dense(h[j], at[f'value_{CHANNELS[j]}']) for j in range(2)]
+        weights = softmax(np.stack([(query * value).sum(1) for value in values], 1))
+        target = sum(weights[:, j, None] * stopped['logits'][j] for j in range(2))
+        kls.append(kl(at['logits'][k], target))
+    kls.append(kl(at['logits'][2], (stopped['logits'][0] + stopped['logits'][1]) / 2))
+    return WEIGHT * sum(kls), {'mimicry_kl': kls}
+
+
+def plain_ffl(at, stopped):
+    def fused(at):
+        first, second, third = at['maps']  # 2x2, 4x4 and 2x2
+        second = second.reshape(BATCH, 2, 2, 2, 2, -1).mean((2, 4))
+        x = np.concatenate([first, second, third], -1)
+        padded, kernel = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), at['Conv_0']['kernel']
+        y = np.zeros_like(x)
+        for i, j, a, b in np.ndindex(2, 2, 3, 3):
+            y[:, i, j] += padded[:, i + a, j + b] * kernel[a, b, 0]
+        y = np.maximum(norm(y, at['BatchNorm_0']), 0) @ at['Conv_1']['kernel'][0, 0]
+        return dense(np.maximum(norm(y, at['BatchNorm_1']), 0).mean((1, 2)), at['Dense_0'])
+
+    kls = [kl(z, fused(stopped)) for z in at['logits']]
+    fused_kl = kl(fused(at), np.mean(stopped['logits'], 0))
+    return entropy(fused(at)) + WEIGHT * (sum(kls) + fused_kl), {
+        'mimicry_kl': kls,
+        'auxiliary_cross_entropy': entropy(fused(at)),
+        'auxiliary_kl': fused_kl,
+    }
+
+
+def plain_mcl(at, stopped):
+    def similarities(at):
+        v = []
+        for k, h in enumerate(pooled(at)):
+            x = dense(np.maximum(dense(h, at[f'Dense_{2 * k}']), 0), at[f'Dense_{2 * k + 1}'])
+            v.append(x / np.sqrt((x**2).sum(1, keepdims=True)))
+        return [[10 * v[k] @ v[j].T for j in range(NETWORKS)] for k in range(NETWORKS)]
+
+    def supervised(s):
+        total = 0
+        for a in range(BATCH):
+            others = [b for b in range(BATCH) if b != a]
+            same = [b for b in others if LABELS[b] == LABELS[a]]
+            if same:
+                total -= np.mean([s[a, b] - np.log(np.exp(s[a, others]).sum()) for b in same])
+        return total / BATCH
+
+    s, fixed, hard, soft = similarities(at), similarities(stopped), [], []
+    for k in range(NETWORKS):
+        others = [j for j in range(NETWORKS) if j != k]
+        hard.append(supervised(s[k][k]) + sum(supervised(s[k][j]) for j in others))
+        soft.append(sum(kl(s[k][k], fixed[j][j]) + kl(s[k][j], fixed[j][k]) for j in others))
+    total = WEIGHT * (0.1 * sum(hard) + sum(soft))
+    return total, {'contrastive': hard, 'contrastive_kl': soft}
+
+
+PLAIN = {'one': plain_one, 'okddip': plain_okddip, 'ffl': plain_ffl, 'mcl': plain_mcl}
+
+
+def inputs(method):
+    """Returns (module, variables, logits, maps) in double precision."""
+    rng = np.random.default_rng(0)
+    logits = 2 * rng.standard_normal((NETWORKS, BATCH, CLASSES))
+    maps = [
+        rng.uniform(0, 2, (BATCH, side, side, c))
+        for side, c in zip((2, 4, 2), CHANNELS, strict=True)
+    ]
+    layers = layers_lib.layers(DATA)
+    module = auxiliary.AUXILIARIES[method].module(layers, NETWORKS, CLASSES)
+    if method == 'mcl':
+        module = auxiliary.Embeddings(layers, 5)
+    variables = module.init(jax.random.key(0), logits, maps, False)
+    # No bias is 0 and no scale 1.
+    variables['params'] = jax.tree.map(
+        lambda leaf: np.asarray(leaf) + 0.2 * rng.standard_normal(leaf.shape), variables['params']
+    )
+    return module, variables, logits, maps
+
+
+@pytest.mark.parametrize('method', PLAIN)
+def test_losses_and_gradients_equal_numpy(method, x64):
+    module, variables, logits, maps = inputs(method)
+    loss = Loss(temperature=T, kl_weight=WEIGHT)
+    objective = Objective(presets.named(method), Ring(tuple(range(NETWORKS))), loss, 0)
+    devices = take_devices(2)
+
+    def per_device(params, logits_BxKxC, maps, labels):
+        def apply(params, logits, maps):
+            outputs, new = module.apply(
+                variables | {'params': params}, logits, maps, True, mutable=['batch_stats']
+            )
+            return outputs, new
+
+        logits = logits_BxKxC.swapaxes(0, 1)
+        gradients, (values, _) = objective.of_auxiliary(
+            apply, varying(params), logits, maps, labels, 0
+        )
+        to_params, to_logits, to_maps = gradients
+        to_params, values = jax.lax.pmean((to_params, values), DATA)
+        # The step averages gradients of parameters over the devices.
+        return to_params, to_logits.swapaxes(0, 1) / 2, [own / 2 for own in to_maps], values
+
+    mapped = devices.map(
+        per_device,
+        (REPLICATED, BATCH_SHARDED, BATCH_SHARDED, BATCH_SHARDED),
+        (REPLICATED, BATCH_SHARDED, BATCH_SHARDED, REPLICATED),
+    )
+    to_params, to_logits, to_maps, values = jax.device_get(
+        mapped(variables['params'], logits.swapaxes(0, 1), maps, LABELS)
+    )
+    at = {**variables['params'], 'logits': logits, 'maps': maps}
+    gradient = {**to_params, 'logits': to_logits.swapaxes(0, 1), 'maps': to_maps}
+
+    def total(moved):
+        return entropy(moved['logits']).sum() + PLAIN[method](moved, at)[0]
+
+    expected = {'cross_entropy': entropy(logits), **PLAIN[method](at, at)[1]}
+    assert values.keys() == expected.keys()
+    names = [*objective.value_names(), *objective.step_value_names()]
+    assert sorted(values) == sorted(names)
+    for name, value in expected.items():
+        np.testing.assert_allclose(values[name], value, rtol=1e-9, err_msg=name)
+    # Each array's gradient, along a random direction, by central differences.
+    leaves, structure = jax.tree.flatten(at)
+    slopes, rng, step = structure.flatten_up_to(gradient), np.random.default_rng(1), 1e-5
+    for i, leaf in enumerate(leaves):
+        direction = rng.standard_normal(leaf.shape)
+        ends = [
+            total(structure.unflatten([*leaves[:i], leaf + sign * direction, *leaves[i + 1 :]]))
+            for sign in (step, -step)
+        ]
+        difference = (ends[0] - ends[1]) / (2 * step)
+        np.testing.assert_allclose((slopes[i] * direction).sum(), difference, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ('fields', 'message'),
+    [
+        ({'method': 'okddip'}, r'config\.networks: must be at least 3 with the method "okddip"'),
+        (
+            {'method': 'one', 'mesh__peer': 2},
+            r'config\.mesh\.peer: must be 1 .* "one", which needs',
+        ),
+        (
+            {'method': 'ffl', 'frozen': (1,), 'init_from': ('a:1', '')},
+            r'config\.frozen: must be \(\) with the method "ffl", which updates all networks',
+        ),
+    ],
+    ids=str,
+)
+def test_what_an_auxiliary_module_cannot_use_is_rejected(fields, message):
+    with pytest.raises(UserError, match=message):
+        tiny_cohort(tiny_config(**fields))
+
+
+@functools.cache
+def described(method):
+    return describe.describe(tiny_config(('tiny-8-2',) * 3, method=method))
+
+
+@pytest.mark.parametrize(
+    ('method', 'kind', 'parameters'),
+    [
+        ('one', 'gate', 24 * 3 + 6),
+        ('okddip', 'attention', 2 * 8),
+        ('ffl', 'fusion', 9 * 24 + 48 + 24 * 8 + 16 + 8 * 10 + 10),
+        ('mcl', 'embeddings', 3 * (8 * 128 + 128 + 128 * 128 + 128)),
+    ],
+)
+def test_the_module_is_described_and_is_no_part_of_a_network(method, kind, parameters):
+    facts = described(method)
+    assert facts['auxiliary'] == {'kind': kind, 'parameters': parameters}
+    assert f'auxiliary module: {kind}, {parameters:,} parameters' in describe.text(facts)
+    state = initial_state(tiny_config(('tiny-8-2',) * 3, method=method))
+    assert scalar_count(state.auxiliary.params) == parameters
+    assert set(state.networks[0].params) == {'trunk', 'head', 'transfer'}
+
+
+def test_without_one_there_is_none():
+    assert initial_state(tiny_config(method='dml')).auxiliary is None
+    assert describe.describe(tiny_config(method='dml'))['auxiliary'] is None
