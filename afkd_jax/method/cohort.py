@@ -105,6 +105,9 @@ def method_of(config: Config) -> presets.Method:
     if config.mesh.peer > 1 and method.hops(len(config.networks)) is None:
         rule = f'1 with the logit teacher "{method.logits}", which needs the logits of all networks'
         raise field_error('mesh.peer', rule, config.mesh.peer)
+    if method.switches and len(config.networks) != 2:
+        rule = f'two, teacher and student, with the method "{method.logits}"'
+        raise field_error('networks', rule, config.networks)
     if method.auxiliary:
         least, names = method.auxiliary.least, config.networks
         if len(names) < least:

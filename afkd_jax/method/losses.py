@@ -52,6 +52,27 @@ def l1(maps: jax.Array, teacher_maps: jax.Array) -> jax.Array:
     return jnp.abs(maps - teacher_maps).mean((-3, -2, -1))
 
 
+def l1_to_labels(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Returns |softmax(logits) - one-hot(label)|_1, in 0 .. 2. [..., B, C], [B] -> [..., B]."""
+    index = jnp.broadcast_to(labels, logits.shape[:-1])[..., None]
+    return 2 * (1 - jnp.take_along_axis(jax.nn.softmax(logits), index, axis=-1)[..., 0])
+
+
+def l1_to_teacher(logits: jax.Array, teacher_logits: jax.Array) -> jax.Array:
+    """Returns |softmax(logits) - softmax(teacher)|_1, in 0 .. 2. [..., B, C] -> [..., B]."""
+    return jnp.abs(jax.nn.softmax(logits) - jax.nn.softmax(teacher_logits)).sum(-1)
+
+
+def switches(gap: jax.Array, teacher: jax.Array, student: jax.Array) -> jax.Array:
+    """Returns whether the teacher of a pair skips its update: gap > s - exp(-t / (s + t)) t, t < s.
+
+    gap: the mean of l1_to_teacher over the batch; t = teacher and s = student: of l1_to_labels.
+    Source: SwitOKD, Qian et al. 2022, and the authors' code.
+    """
+    ratio = teacher / jnp.maximum(student + teacher, 1e-12)
+    return (gap > student - jnp.exp(-ratio) * teacher) & (teacher < student)
+
+
 @register_map_loss('moments')
 def moments(maps: jax.Array, teacher_maps: jax.Array, labels: jax.Array) -> jax.Array:
     """Returns the mean over channels of (m - m')^2 + (v - v')^2, of each image's class.

@@ -28,6 +28,7 @@ DiscriminatorFn = Callable[[Any, jax.Array], jax.Array]
 # An auxiliary module: (parameters, logits [K, B, C], maps) -> (outputs, new batch statistics).
 AuxiliaryFn = Callable[[Any, jax.Array, Sequence[jax.Array]], tuple[Any, Any]]
 Values = dict[str, jax.Array]
+_SWITCH = ('l1_to_labels', 'l1_to_teacher', 'paused')
 _ADVERSARIAL = ('adversarial', 'discriminator', 'd_own', 'd_teacher')
 
 
@@ -44,16 +45,19 @@ class Objective:
     def value_names(self) -> list[str]:
         """Returns the names of the values [K] that the losses report, each without its weight.
 
-        cross_entropy, with label smoothing; mimicry_kl, with its T^2; the loss between maps under
-        its name (l1); adversarial is L_G and discriminator L_D; d_own and d_teacher are the
-        discriminator's mean outputs on the student's ("fake") and the teacher's ("real") maps. All
-        but cross_entropy are 0 of a frozen network.
+        cross_entropy, with label smoothing; mimicry_kl, with its T^2; l1_to_labels and l1_to_teacher,
+        of probabilities, and paused, 1 or 0, where a pair switches; the loss between maps under its
+        name (l1); adversarial is L_G and discriminator L_D; d_own and d_teacher are the
+        discriminator's mean outputs on the student's ("fake") and the teacher's ("real") maps. The
+        losses are 0 of a frozen network, but for its cross_entropy.
         """
         names = ['cross_entropy']
         if self.method.auxiliary:
             names += self.method.auxiliary.names
         elif self.method.logits != 'nobody':
             names.append('mimicry_kl')
+        if self.method.switches:
+            names += _SWITCH
         if self.method.map_loss:
             names.append(self.method.maps)
         if self.method.adversarial:
@@ -156,6 +160,18 @@ class Objective:
             return entropy_K.sum() + added, ({'cross_entropy': entropy_K} | parts, stats)
 
         return jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(params, logits_KxBxC, maps)
+
+    def distances(self, logits_KxBxC: jax.Array, labels_B: jax.Array) -> Values:
+        """Returns the means [K] on which paused() depends."""
+        to_labels_KxB = losses.l1_to_labels(logits_KxBxC, labels_B)
+        to_teacher_KxB = losses.l1_to_teacher(logits_KxBxC, self.ring.teachers(logits_KxBxC))
+        return {'l1_to_labels': to_labels_KxB.mean(1), 'l1_to_teacher': to_teacher_KxB.mean(1)}
+
+    def paused(self, values: Values) -> jax.Array:
+        """Returns which of the pair skip this update, bool [2], of distances() of all images."""
+        teacher, student = values['l1_to_labels']
+        teacher_pauses = losses.switches(values['l1_to_teacher'][0], teacher, student)
+        return jnp.stack([teacher_pauses, jnp.zeros_like(teacher_pauses)])
 
     def of_maps(self, maps_KxBxHxWxC: jax.Array, labels_B: jax.Array) -> tuple[jax.Array, Values]:
         """Returns the gradients of the weighted losses between maps to the maps, and values [K]."""

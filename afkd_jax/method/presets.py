@@ -54,6 +54,11 @@ class Method:
         return lambda maps, teacher_maps, labels: loss(maps, teacher_maps)
 
     @property
+    def switches(self) -> bool:
+        """Whether the first network of a pair, the teacher, skips some of its updates."""
+        return self.logits == 'switokd'
+
+    @property
     def auxiliary(self) -> Auxiliary | None:
         """The auxiliary module and its loss; None if there is none."""
         return AUXILIARIES.get(self.logits)
@@ -89,6 +94,7 @@ PRESETS = {
             'kdcl_minlogit',
             'kdcl_mean',
             'kdcl_linear',
+            'switokd',
             *AUXILIARIES,
         )
     },

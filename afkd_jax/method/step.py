@@ -9,6 +9,7 @@ place in the order is our choice.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -106,7 +107,9 @@ def _updated(
     gradients: dict[str, Any],
     batch_stats: list[Any],
     auxiliary_stats: Any,
+    paused: jax.Array | None,
 ) -> TrainState:
+    """Returns the new state; of a paused network, of bool [K], only the batch statistics change."""
     rules, networks, discriminators = cohort.optimizers.used(), [], []
     for k, network in enumerate(state.networks):
         if not cohort.learns(k):
@@ -119,6 +122,9 @@ def _updated(
                 gradients[name][k], network.opt[name], old, state.step
             )
             params = params | new
+        if paused is not None:
+            keep = functools.partial(jnp.where, paused[k])
+            params, opt = jax.tree.map(keep, (network.params, network.opt), (params, opt))
         networks.append(NetworkState(params, batch_stats[k], opt))
     for k, discriminator in enumerate(state.discriminators):
         if discriminator is None:
@@ -202,6 +208,8 @@ def update(
         gradients['auxiliary'], to_logits, auxiliary_to_maps = pulled
     else:
         to_logits, values = objective.of_logits(logits_KxBxC, labels_B, state.step, mixed)
+    if cohort.method.switches:
+        values |= objective.distances(logits_KxBxC, labels_B)
     values['accuracy'] = 100.0 * (logits_KxBxC.argmax(-1) == labels_B[None]).mean(1)
 
     no_logits = [jnp.zeros_like(own.logits) for own in passes]
@@ -237,10 +245,13 @@ def update(
         values[f'grad_norm_{name}'] = jnp.stack([optax.tree.norm(own) for own in gradients[name]])
     if cohort.auxiliary:  # then no network is sharded
         values['grad_norm_auxiliary'] = optax.tree.norm(gradients['auxiliary'])
-    values = ring.gathered(values)
+    values, paused = ring.gathered(values), None
+    if cohort.method.switches:
+        values['paused'] = objective.paused(values).astype(values['accuracy'].dtype)
+        paused = objective.paused(values)[first + jnp.arange(len(passes))]
     for name, optimizer in used.items():
         values[f'learning_rate_{name}'] = optimizer.schedule(state.step)
-    return _updated(cohort, state, gradients, batch_stats, auxiliary_stats), values
+    return _updated(cohort, state, gradients, batch_stats, auxiliary_stats, paused), values
 
 
 def train_step(

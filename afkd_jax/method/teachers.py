@@ -22,6 +22,7 @@ HOPS: dict[str, Callable[[int], range]] = {
     'all': lambda networks: range(1, networks),
     'loo_mean': lambda networks: range(1, networks),
     'shuffled': lambda networks: range(1, 2),
+    'switokd': lambda networks: range(1, 2),
 }
 
 
@@ -32,7 +33,7 @@ def _along_the_ring(hops: Callable[[int], range]) -> Callable[..., list[jax.Arra
     return teachers
 
 
-for _name in ('nobody', 'ring', 'all'):
+for _name in ('nobody', 'ring', 'all', 'switokd'):
     register_logit_teacher(_name)(_along_the_ring(HOPS[_name]))
 
 

@@ -114,15 +114,28 @@ def test_devices_and_mapping_change_nothing(mapping, count, x64):
                 'okddip',
                 'ffl+l1',
                 'mcl+adversarial',
+                'switokd+adversarial',
             )
         ),
     ],
 )
 def test_two_devices_change_nothing_in_a_method(method, x64):
+    networks = MIXED if method.startswith('switokd') else (*MIXED, 'tiny-4-2')
     difference, where = relative_difference(
         *(
-            after_three_steps('shard_map', count, networks=(*MIXED, 'tiny-4-2'), method=method)
+            after_three_steps('shard_map', count, networks=networks, method=method)
             for count in (2, 1)
+        )
+    )
+    assert difference < 1e-9, where
+
+
+@pytest.mark.slow
+def test_sharding_a_pair_that_switches_changes_nothing(x64):
+    difference, where = relative_difference(
+        *(
+            after_three_steps('shard_map', 2, peers, ('tiny-8-2',) * 2, 'switokd')
+            for peers in (2, 1)
         )
     )
     assert difference < 1e-9, where

@@ -329,6 +329,12 @@ PARTS = {
 }
 OTHER_PARTS = {
     'moments': ({'logit'}, True, 0, {'cross_entropy', 'moments'}),
+    'switokd': (
+        {'logit'},
+        False,
+        0,
+        {'cross_entropy', 'mimicry_kl', 'l1_to_labels', 'l1_to_teacher', 'paused'},
+    ),
     'mcl': ({'logit'}, False, 0, {'cross_entropy', 'contrastive', 'contrastive_kl'}),
 }
 
@@ -336,7 +342,10 @@ OTHER_PARTS = {
 @pytest.mark.parametrize(
     ('method', 'networks'),
     [(method, MIXED) for method in PARTS]
-    + [pytest.param(method, TRIPLE, marks=pytest.mark.slow) for method in presets.PRESETS],
+    + [
+        pytest.param(method, MIXED if method == 'switokd' else TRIPLE, marks=pytest.mark.slow)
+        for method in presets.PRESETS
+    ],
 )
 def test_unused_parts_are_not_built(method, networks):
     parts = (PARTS | OTHER_PARTS).get(method, PARTS['dml'])
