@@ -45,7 +45,7 @@ class Objective:
     def value_names(self) -> list[str]:
         """Returns the names of the values [K] that the losses report, each without its weight.
 
-        cross_entropy, with label smoothing; mimicry_kl, with its T^2; l1_to_labels and l1_to_teacher,
+        cross_entropy, with label smoothing; mimicry_kl, with its T^2; l1_to_labels, l1_to_teacher,
         of probabilities, and paused, 1 or 0, where a pair switches; the loss between maps under its
         name (l1); adversarial is L_G and discriminator L_D; d_own and d_teacher are the
         discriminator's mean outputs on the student's ("fake") and the teacher's ("real") maps. The
