@@ -1,7 +1,7 @@
 """Train, evaluate, use, describe, plan or benchmark an experiment, or prepare its images.
 
 python launch.py --config configs/digits.py [--config.FIELD=VALUE ...]
-                 [--mode train|eval|predict|export|describe|plan|benchmark|prepare]
+                 [--mode train|study|report|eval|predict|export|describe|plan|benchmark|prepare]
 
 Every field is in afkd_jax/config.py; a tuple is written as "('resnet8','resnet20')".
 """
@@ -36,6 +36,11 @@ flags.DEFINE_string(
     "Benchmark: fields to vary, e.g. 'k=2,4;method=afd,vanilla'; also batch_size, dtype.",
 )
 flags.DEFINE_bool('json', False, 'Print the result on stdout as JSON, all else on stderr.')
+flags.DEFINE_string(
+    'study', None, "Study: fields with their values, e.g. 'method=vanilla,dml,afd;seed=0:10'."
+)
+flags.DEFINE_integer('jobs', None, 'Study: processes on this machine [1].', lower_bound=1)
+flags.DEFINE_bool('dry_run', False, 'Study: list the runs and estimate their cost.')
 flags.DEFINE_bool('debug', False, 'Show the traceback of an error.')
 
 

@@ -19,6 +19,7 @@ from afkd_jax.registry import (
     register_source,
     register_tracker,
 )
+from afkd_jax.studies import Study
 
 if TYPE_CHECKING:
     from afkd_jax.data.dataset import Source
@@ -31,6 +32,7 @@ __all__ = [
     'Config',
     'Images',
     'Source',
+    'Study',
     'UserError',
     'build_network',
     'default_config',

@@ -21,6 +21,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from afkd_jax import config as config_lib
+from afkd_jax import studies
 from afkd_jax.command import Command, Options
 from afkd_jax.config import Config
 from afkd_jax.devices import compile_cache
@@ -46,6 +47,7 @@ class Mode:
       distributed: whether several processes may run it together.
       cached: whether it uses the persistent compilation cache.
       reads_run: whether it takes the config of the run in --workdir where --config is missing.
+      no_config: whether it needs no config, but --workdir.
     """
 
     module: str
@@ -53,12 +55,15 @@ class Mode:
     distributed: bool = False
     cached: bool = False
     reads_run: bool = False
+    no_config: bool = False
 
 
 _RUN = ('step', 'coordinator_address', 'num_processes', 'process_id')
 _MODEL = ('step', 'network', 'output')
 MODES = {
     'train': Mode('afkd_jax.training.loop', (*_RUN, 'extend'), distributed=True, cached=True),
+    'study': Mode('afkd_jax.tools.study', ('study', 'jobs', 'dry_run'), cached=True),
+    'report': Mode('afkd_jax.tools.report', no_config=True),
     'eval': Mode('afkd_jax.training.evaluate', _RUN, distributed=True, cached=True, reads_run=True),
     'predict': Mode('afkd_jax.tools.predict', (*_MODEL, 'images'), cached=True, reads_run=True),
     'export': Mode('afkd_jax.tools.export', (*_MODEL, 'format'), reads_run=True),
@@ -208,6 +213,10 @@ def _run(config_flag: flags.FlagHolder, options: Options) -> int:
 
 def _command(config_flag: flags.FlagHolder, options: Options) -> Command:
     config = config_flag.value
+    if MODES[options.mode].no_config:
+        if not options.workdir:
+            raise UserError(f'--workdir: --mode {options.mode} needs the directory to read')
+        return Command(Config(), options, pathlib.Path(options.workdir))
     if config is None and not config_flag.present:
         if options.workdir and MODES[options.mode].reads_run:
             from afkd_jax.checkpoints import artefact
@@ -227,18 +236,20 @@ def _command(config_flag: flags.FlagHolder, options: Options) -> Command:
         raise UserError(
             f'--config: get_config() must return a ConfigDict, not a {type(config).__name__}'
         )
+    config, study = studies.split(config)
     overrides = {
         name: value
         for name, value in config_flags.get_override_values(flag).items()
         if not _equal(value, flags.FLAGS[f'config.{name}'].default)  # the file's own value
     }
-    workdir = options.workdir or f'runs/{_run_name(path.stem, argument, overrides)}'
+    folder = 'runs/studies' if options.mode == 'study' else 'runs'
+    workdir = options.workdir or f'{folder}/{_run_name(path.stem, argument, overrides)}'
     checked = Config.of(config)
     if any(map(config_lib.names_weights, checked.networks)):  # the usual case imports nothing
         from afkd_jax.checkpoints import starts
 
         checked = starts.resolved(checked)
-    return Command(checked, options, pathlib.Path(workdir))
+    return Command(checked, options, pathlib.Path(workdir), study)
 
 
 def _check_options(options: Options) -> None:

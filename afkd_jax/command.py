@@ -5,6 +5,7 @@ import pathlib
 
 from afkd_jax.config import Config
 from afkd_jax.errors import UserError
+from afkd_jax.studies import Study
 
 
 def number_or(text: str | None, flag: str, least: int, *words: str) -> int | str | None:
@@ -54,6 +55,9 @@ class Options:
     output: str | None = None
     format: str | None = None
     extend: bool = False
+    study: str | None = None
+    jobs: int | None = None
+    dry_run: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +66,10 @@ class Command:
 
     Attributes:
       workdir: of the run; exists only if a run has begun.
+      study: of the config file, if it defines one.
     """
 
     config: Config
     options: Options
     workdir: pathlib.Path
+    study: Study | None = None

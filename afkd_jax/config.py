@@ -169,8 +169,9 @@ class MomentumOptimizer(Optimizer):
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """Checkpoints beside those at the end of each epoch. No bit of a run depends on these."""
+    """When checkpoints are written, beside after each evaluation. No bit of a run depends on it."""
 
+    every_epochs: int = _positive(1)
     every_steps: int = _not_negative(0, 'none')
     every_minutes: float = _not_negative(10.0, 'none')  # since the last one
     keep: int = _positive(3)  # the last n, besides each network's best on validation

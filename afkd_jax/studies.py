@@ -13,6 +13,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from afkd_jax import config as config_lib
 from afkd_jax.config import Config
 from afkd_jax.errors import UserError
@@ -43,7 +45,8 @@ class Study:
       question: what it asks, in a sentence; '' of a study from the command line.
       arms: label -> config fields (dotted names) in which the arm differs from the config.
       seeds: of every arm.
-      baseline: the arm that the others are compared with; '' is the first.
+      baseline: the arm that all others are compared with, and relative to which costs are given.
+        '' is the first arm, where there are no `comparisons`.
       comparisons: more pairs of arms to compare, (arm, against).
       paper: what the paper reports for it, in a sentence.
     """
@@ -78,20 +81,43 @@ class Study:
             config_lib.check_names(fields)
             if 'seed' in fields:
                 raise UserError('study: seeds are a field of the study, not of an arm')
-        for arm in [self.baseline or next(iter(self.arms)), *itertools.chain(*self.comparisons)]:
+        for arm in [self.reference, *itertools.chain(*self.comparisons)]:
             if arm not in self.arms:
                 raise UserError(f'study: there is no arm "{arm}"; arms: {", ".join(self.arms)}')
 
     def pairs(self) -> list[tuple[str, str]]:
         """Returns the comparisons, (arm, against)."""
-        baseline = self.baseline or next(iter(self.arms))
-        pairs = [(arm, baseline) for arm in self.arms if arm != baseline]
         more = [(arm, against) for arm, against in self.comparisons]
+        if more and not self.baseline:
+            return more
+        pairs = [(arm, self.reference) for arm in self.arms if arm != self.reference]
         return list(dict.fromkeys(pairs + more))
+
+    @property
+    def reference(self) -> str:
+        """The baseline, or the first arm."""
+        return self.baseline or next(iter(self.arms))
 
     def to_json(self) -> dict[str, Any]:
         """Returns it as JSON."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        values = dataclasses.asdict(self) | {'seeds': list(self.seeds)}  # also of a range
+        return json.loads(json.dumps(values))
+
+
+def split(config: ConfigDict) -> tuple[ConfigDict, Study | None]:
+    """Returns the config of a config file without its study, and the study if it defines one.
+
+    Raises:
+      UserError: config.study is no Study.
+    """
+    if 'study' not in config:
+        return config, None
+    rest = config.copy_and_resolve_references()
+    with rest.unlocked():
+        del rest['study']
+    if not isinstance(config.study, Study):
+        raise UserError(f'config.study: must be an afkd_jax.Study, but is {config.study!r}')
+    return rest, config.study
 
 
 def slug(label: str) -> str:
@@ -103,7 +129,8 @@ def parse(text: str, config: Config) -> Study:
     """Returns the study of --study, e.g. 'method=vanilla,afd;seed=0:10;epochs=20'.
 
     Every axis is a config field with its values, separated by commas; a:b stands for the whole
-    numbers a .. b - 1, and a tuple is written as in Python. Arms are all combinations.
+    numbers a .. b - 1, and a tuple is written as in Python. Arms are all combinations. With several
+    axes, those are compared that differ in the method, or else in the first axis, alone.
 
     Raises:
       UserError: it is not understood.
@@ -130,7 +157,15 @@ def parse(text: str, config: Config) -> Study:
         for values in itertools.product(*axes.values())
         for fields in [dict(zip(axes, values, strict=True))]
     }
-    return Study('study', '', arms, seeds)
+    return Study('study', '', arms, seeds, comparisons=_comparisons(arms) if len(axes) > 1 else ())
+
+
+def _comparisons(arms: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Returns each arm against that with the first value of the method, or of the first field."""
+    first = next(iter(arms.values()))
+    axis = 'method' if 'method' in first else next(iter(first))
+    against = {arm: label({**fields, axis: first[axis]}) for arm, fields in arms.items()}
+    return [(arm, other) for arm, other in against.items() if arm != other]
 
 
 def _split(values: str) -> list[str]:

@@ -18,7 +18,7 @@ from absl import flags
 from ml_collections import config_flags
 
 import launch  # noqa: F401, it defines the flags
-from afkd_jax import cli, models, registry
+from afkd_jax import cli, models, registry, studies
 from afkd_jax import config as config_lib
 from afkd_jax.command import Options
 from afkd_jax.config import Config
@@ -108,10 +108,10 @@ def parsed(arguments):
     assert rest == ['launch.py'], f'not an option: {rest[1:]}'
     options = Options(**{name: values[name].value for name in names})
     if holder.value is None:  # that of the run in the workdir
-        assert cli.MODES[options.mode].reads_run
+        assert cli.MODES[options.mode].reads_run or cli.MODES[options.mode].no_config
         assert options.workdir
         return Config(), options
-    return Config.of(holder.value), options
+    return Config.of(studies.split(holder.value)[0]), options
 
 
 def test_there_are_commands():

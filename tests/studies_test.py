@@ -1,10 +1,16 @@
 """The grid of a study."""
 
+import importlib
+import json
+import pathlib
+
 import pytest
+from ml_collections import ConfigDict
 
 from afkd_jax import studies
 from afkd_jax.config import Config
 from afkd_jax.errors import UserError
+from afkd_jax.method import presets
 from afkd_jax.studies import Study
 
 
@@ -68,3 +74,35 @@ def test_wrong_studies():
     ]:
         with pytest.raises(UserError, match=words):
             Study('x', '', arms, [0], **more).points(Config())
+    with pytest.raises(UserError, match=r'config\.study: must be an afkd_jax\.Study, but is 3'):
+        studies.split(ConfigDict({'study': 3}))
+
+
+def test_arms_are_compared_with_those_that_differ_in_the_method_alone():
+    pair = "('a','a')"
+    found = studies.parse(f"epochs=2,3;method=vanilla,afd;networks={pair},('a','b')", Config())
+    pairs = found.pairs()
+    assert len(pairs) == 4
+    for arm, against in pairs:
+        mine, theirs = found.arms[arm], found.arms[against]
+        assert {name for name in mine if mine[name] != theirs[name]} == {'method'}
+        assert (mine['method'], theirs['method']) == ('afd', 'vanilla')
+    one = studies.parse('epochs=2,3,4', Config())
+    assert one.pairs() == [('epochs=3', 'epochs=2'), ('epochs=4', 'epochs=2')]
+
+
+STUDIES = sorted(path.stem for path in pathlib.Path('configs/studies').glob('*.py'))
+
+
+@pytest.mark.parametrize('name', STUDIES)
+def test_the_studies_of_configs(name):
+    config = importlib.import_module(f'configs.studies.{name}').get_config()
+    config, study = studies.split(config)
+    points = study.points(Config.of(config))
+    assert study.name == name
+    assert len(points) == len(study.arms) * len(study.seeds)
+    assert len(study.pairs()) >= len(study.arms) / 3
+    assert study.question.endswith('?')
+    for point in points:
+        presets.named(point.config.method)
+    studies.merged(study, Study(**json.loads(json.dumps(study.to_json()))))

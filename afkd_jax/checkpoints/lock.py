@@ -1,6 +1,7 @@
 """The lock of a workdir: one process at a time trains in it."""
 
 import contextlib
+import os
 import pathlib
 import tempfile
 from collections.abc import Callable, Iterator
@@ -8,6 +9,11 @@ from collections.abc import Callable, Iterator
 import filelock
 
 from afkd_jax.errors import UserError
+
+
+class LockedError(UserError):
+    """Another process works in the workdir."""
+
 
 # Without a sign of life for so long, a process on another machine counts as gone.
 LEASE_S = 30.0
@@ -53,6 +59,19 @@ def locked(workdir: pathlib.Path, log: Callable[[str], None]) -> Iterator[Callab
             lock.release()
 
 
+def held(workdir: pathlib.Path) -> bool:
+    """Returns whether a process works in the workdir, by the age of its last sign of life.
+
+    The lock of a process that is gone counts for up to LEASE_S.
+    """
+    try:
+        touched = (workdir / 'lock').stat().st_mtime
+        with tempfile.NamedTemporaryFile(dir=workdir) as file:  # the file server's clock
+            return os.stat(file.name).st_mtime - touched < LEASE_S
+    except OSError:
+        return False
+
+
 def _own_hostname() -> str:
     """Returns the machine's name (or the container's) as a lock of this process has it."""
     with tempfile.TemporaryDirectory() as folder, filelock.SoftFileLease(f'{folder}/lock') as lock:
@@ -75,7 +94,7 @@ def _acquire(workdir: pathlib.Path, log: Callable[[str], None]) -> filelock.Soft
             log(f'{workdir}: locked by {who}; waiting {LEASE_S:.0f} s for a sign of life')
             lock.acquire(timeout=1.2 * LEASE_S)
     except (filelock.Timeout, filelock.LeaseSettingsMismatch):
-        raise UserError(
+        raise LockedError(
             f'--workdir: {workdir} is in use by {who}; wait for its end, or name another directory '
             f'(if that process is certainly gone, delete {lock.lock_file})'
         ) from None

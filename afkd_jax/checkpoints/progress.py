@@ -78,7 +78,7 @@ class Progress:
       best: per network and, last, the ensemble; None before the first evaluation.
       saturated: per network, for how many steps its discriminator has been saturated.
       warned: per network, whether that was reported.
-      evaluations: split -> (step, its last evaluation, without counts).
+      evaluations: split -> (step, its last evaluation, without counts and outputs).
       evaluated: the step after which the last epoch was evaluated; 0: none yet.
       epoch: the log lines of the current epoch.
       images_per_s: training speed of each epoch so far, without each process's first step.
@@ -125,9 +125,9 @@ class Progress:
         return cls(**values | {'best': best, 'evaluations': evaluations, 'epoch': epoch})
 
     def to_json(self) -> dict[str, Any]:
-        """Returns it as JSON; of evaluations all but the counts."""
+        """Returns it as JSON; of evaluations all but counts and outputs."""
         evaluations = {
-            split: (step, dataclasses.replace(evaluation, counts=None))
+            split: (step, dataclasses.replace(evaluation, counts=None, outputs=None))
             for split, (step, evaluation) in self.evaluations.items()
         }
         return dataclasses.asdict(dataclasses.replace(self, evaluations=evaluations))

@@ -1,6 +1,7 @@
 """The workdir: which run it holds, and whether that run has begun or finished."""
 
 import contextlib
+import enum
 import json
 import pathlib
 from collections.abc import Callable, Iterator
@@ -8,7 +9,7 @@ from typing import Any
 
 from afkd_jax import config as config_lib
 from afkd_jax.checkpoints.files import write_json
-from afkd_jax.checkpoints.lock import locked
+from afkd_jax.checkpoints.lock import held, locked
 from afkd_jax.config import Config
 from afkd_jax.errors import UserError
 
@@ -23,6 +24,35 @@ def finished_summary(workdir: pathlib.Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     return result if isinstance(result, dict) and result.get('finished') is True else None
+
+
+class State(enum.Enum):
+    """Where a run stands."""
+
+    DONE = 'done'
+    RUNNING = 'running'
+    WAITING = 'waiting'
+    FAILED = 'failed'
+
+
+FAILED = 'failed.json'  # written where a run of a study has failed
+
+
+def state_of(workdir: pathlib.Path, since: float = 0.0) -> State:
+    """Returns the state of a run.
+
+    Args:
+      workdir: of the run; need not exist.
+      since: failures before this time count as waiting.
+    """
+    if finished_summary(workdir):
+        return State.DONE
+    if held(workdir):
+        return State.RUNNING
+    failed = workdir / FAILED
+    if failed.exists() and failed.stat().st_mtime >= since:
+        return State.FAILED
+    return State.WAITING
 
 
 def check(workdir: pathlib.Path, config: Config, extend: bool = False) -> None:

@@ -107,14 +107,19 @@ class Evaluation:
     cross_entropy: list[float]  # mean over the images, nats
     top5: list[float] | None  # percent; None for up to TOP5_CLASSES classes
     counts: dict[str, np.ndarray] | None = None  # sums of eval_step; None where not stored
+    # label [N], predicted and confidence [N, K + 1] of the images, in order; None where not stored
+    outputs: dict[str, np.ndarray] | None = None
 
     @classmethod
-    def of(cls, counts: dict[str, np.ndarray]) -> 'Evaluation':
-        """Returns the evaluation of the sums over a whole split."""
+    def of(
+        cls, counts: dict[str, np.ndarray], outputs: dict[str, np.ndarray] | None = None
+    ) -> 'Evaluation':
+        """Returns the evaluation of the sums over a whole split, and its images' outputs."""
         images = counts['images'].sum()
         return cls(
             (100 * counts['correct'].sum(1) / images).tolist(),
             (counts['cross_entropy'] / images).tolist(),
             (100 * counts['top5'] / images).tolist() if 'top5' in counts else None,
             counts,
+            outputs,
         )

@@ -299,11 +299,13 @@ def eval_step(
     pixels_BxHxWxC: jax.Array,
     labels_B: jax.Array,
     mask_B: jax.Array,
-) -> dict[str, jax.Array]:
-    """Returns sums over the masked global batch, of each network and, last, of the ensemble.
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Returns sums over the masked global batch, and outputs of this device's images.
 
-    cross_entropy [K + 1], metrics.prediction_counts of K + 1, and images, int32 [C]: the number of
-    each class. The ensemble is the mean of the probabilities. Norms use the running statistics.
+    Sums, of each network and, last, the ensemble: cross_entropy [K + 1], metrics.prediction_counts
+    of K + 1, and images, int32 [C]: the number of each class. Outputs: label [B], -1 where the mask
+    is False, predicted [B, K + 1], the class, and confidence [B, K + 1], its probability. The
+    ensemble is the mean of the probabilities. Norms use the running statistics.
 
     Args:
       cohort: this device's part (Cohort.local).
@@ -323,7 +325,17 @@ def eval_step(
         counts = metrics.prediction_counts(log_p_KxBxC, labels_B, mask_B)
         return counts | {'cross_entropy': entropy_KxB.sum(1)}
 
-    own, ensemble = ring.gathered(sums(log_p_KxBxC)), sums(ensemble_BxC[None])
-    total = {name: jnp.concatenate([own[name], ensemble[name]]) for name in own}
+    def outputs(log_p_KxBxC: jax.Array) -> dict[str, jax.Array]:
+        return {
+            'predicted': log_p_KxBxC.argmax(-1).astype(jnp.int32),
+            'confidence': jnp.exp(log_p_KxBxC.max(-1)),
+        }
+
+    def of_all(function: Callable[[jax.Array], dict[str, jax.Array]]) -> dict[str, jax.Array]:
+        own, ensemble = ring.gathered(function(log_p_KxBxC)), function(ensemble_BxC[None])
+        return {name: jnp.concatenate([own[name], ensemble[name]]) for name in own}
+
     images_C = jnp.zeros(log_p_KxBxC.shape[-1], jnp.int32).at[labels_B].add(mask_B)
-    return jax.lax.psum(total | {'images': images_C}, DATA)
+    by_image = jax.tree.map(jnp.transpose, of_all(outputs))
+    by_image['label'] = jnp.where(mask_B, labels_B, -1)
+    return jax.lax.psum(of_all(sums) | {'images': images_C}, DATA), by_image

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pathlib
 import sys
 import threading
 from collections.abc import Iterator
@@ -26,6 +27,19 @@ class _Console(rich.console.Console):
 
 # Quiet unless primary.
 console = _Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def redirected(path: pathlib.Path) -> Iterator[None]:
+    """Appends what is printed inside to a file."""
+    before: Any = None if console.file in (sys.stdout, sys.stderr) else console.file
+    interactive = console.is_interactive
+    with path.open('a', encoding='utf-8') as file:
+        console.file, console.is_interactive = file, False
+        try:
+            yield
+        finally:
+            console.file, console.is_interactive = before, interactive
 
 
 def log(line: Any) -> None:

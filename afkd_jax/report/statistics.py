@@ -5,6 +5,7 @@ observation. Accuracies and differences are in percent points.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -30,6 +31,7 @@ class Comparison:
         equal differences. Unreliable below about eight seeds.
       p: of the exact two-sided sign-flip test; None below two seeds.
       p_holm: p, corrected by Holm over the comparisons of a report.
+      comparisons: how many those are.
       wins: seeds with a positive difference; ties and losses likewise.
     """
 
@@ -46,6 +48,7 @@ class Comparison:
     ties: int
     losses: int
     p_holm: float | None = None
+    comparisons: int = 1
 
     @property
     def verdict(self) -> str:
@@ -59,20 +62,21 @@ class Comparison:
         if low > -MARGIN and high < MARGIN:
             return f'no difference larger than {MARGIN} points'
         assert self.sd is not None
-        needed = max(seeds_for(self.sd), n + 1)
+        needed = max(seeds_for(self.sd, self.comparisons), n + 1)
         return f'cannot tell with {n} seeds; about {needed} would tell {MARGIN} points'
 
 
-def seeds_for(sd: float, margin: float = MARGIN) -> int:
-    """Returns the seeds at which half the 95 % t interval is at most `margin`; at least six.
+def seeds_for(sd: float, comparisons: int = 1, margin: float = MARGIN) -> int:
+    """Returns the seeds at which half the 95 % t interval is at most `margin`.
 
-    With fewer than six the sign-flip test cannot reach p < 0.05.
+    At least so many that the sign-flip test can reach p_holm < 0.05: 6 for one comparison.
 
     Args:
       sd: of the paired differences.
+      comparisons: over which p is corrected.
       margin: in percent points.
     """
-    n = 6
+    n = next(n for n in itertools.count(1) if comparisons * 2 / 2**n < 0.05)
     while stats.t.ppf(0.975, n - 1) * sd / math.sqrt(n) > margin and n < 10_000:
         n += 1
     return n
@@ -136,7 +140,10 @@ def holm(comparisons: Sequence[Comparison]) -> list[Comparison]:
         assert comparison.p is not None
         largest = max(largest, min(1.0, (len(known) - j) * comparison.p))
         corrected[id(comparison)] = largest
-    return [dataclasses.replace(c, p_holm=corrected.get(id(c))) for c in comparisons]
+    return [
+        dataclasses.replace(c, p_holm=corrected.get(id(c)), comparisons=max(len(known), 1))
+        for c in comparisons
+    ]
 
 
 def crossed_bootstrap(differences_SxN: np.ndarray, resamples: int = 2000) -> tuple[float, float]:

@@ -123,6 +123,15 @@ class _Loop:
         return (time.perf_counter() - begin) / steps
 
 
+def step_time(config: Config) -> float:
+    """Returns the seconds of a step, of three after two that warm up."""
+    run = _run(config)
+    step = run.lowered_step(*run.abstract_arguments()).compile()
+    loop = _Loop(run, step, run.devices.replicate(run.step_key))
+    loop.block(2)
+    return loop.block(3)
+
+
 def benchmark(config: Config) -> dict[str, Any]:
     """Returns the times, operations and memory of one step, as JSON; seconds, bytes, operations.
 

@@ -131,8 +131,16 @@ def _state_bytes(cohort: cohort_lib.Cohort, peers: int) -> dict[str, int]:
     }
 
 
-def _network_flops(cohort: cohort_lib.Cohort, k: int) -> int:
-    """Returns the operations per image of network k's forward pass and, if it learns, pullbacks.
+def image_flops(cohort: cohort_lib.Cohort, train: bool = True) -> int:
+    """Returns the operations of all networks per image, in training or evaluation, by formula.
+
+    Those of convolutions and matrix products of the networks; discriminators are left out.
+    """
+    return sum(_network_flops(cohort, k, train) for k in range(len(cohort.names)))
+
+
+def _network_flops(cohort: cohort_lib.Cohort, k: int, train: bool = True) -> int:
+    """Returns the operations per image of network k: the forward pass and, in training, pullbacks.
 
     Those of convolutions and matrix products, by formula, two per multiply-add.
     """
@@ -146,7 +154,7 @@ def _network_flops(cohort: cohort_lib.Cohort, k: int) -> int:
             return module.apply({'params': params, 'batch_stats': stats}, image, False)
 
         outputs, pull = jax.vjp(forward, params)
-        if not cohort.learns(k):
+        if not (train and cohort.learns(k)):
             return [outputs]
         pulled = [pull((logits, maps))]
         if cohort.method.adversarial:  # the same maps once more, for the other optimizer

@@ -1,11 +1,13 @@
 """Evaluation: every network and the ensemble over a whole split, each image counted once."""
 
+import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from afkd_jax.checkpoints import partial
 from afkd_jax.checkpoints import workdir as workdir_lib
@@ -14,7 +16,7 @@ from afkd_jax.command import Command, number_or
 from afkd_jax.config import Config
 from afkd_jax.data import augment
 from afkd_jax.devices import processes
-from afkd_jax.devices.mesh import BATCH_SHARDED
+from afkd_jax.devices.mesh import BATCH_SHARDED, REPLICATED
 from afkd_jax.errors import UserError
 from afkd_jax.method import similarity
 from afkd_jax.method import state as state_lib
@@ -31,13 +33,16 @@ class Evaluator:
 
     def __init__(self, run: run_lib.Run):
         self._run = run
-        self._step = self._compiled(step_lib.eval_step)
+        self._step = run.compiled(
+            'evaluate', lambda: self._compiled(step_lib.eval_step, (REPLICATED, BATCH_SHARDED))
+        )
 
-    def _compiled(self, per_device: Callable[..., Any]) -> Callable[..., Any]:
-        """Returns the compiled (networks, images, indices, mask) -> sums over a batch.
+    def _compiled(self, per_device: Callable[..., Any], out: Any = REPLICATED) -> Any:
+        """Returns the compiled (networks, images, indices, mask) -> results of a batch.
 
         Args:
           per_device: of (cohort, networks, images, labels, mask).
+          out: specs of its results.
         """
         run, cohort = self._run, self._run.cohort.local
         size, sharded = run.config.eval_batch_size, run.devices.peers > 1
@@ -50,7 +55,7 @@ class Evaluator:
         specs = run.layout.networks_specs, run.pipeline.images_spec, BATCH_SHARDED, BATCH_SHARDED
         mask = run.devices.abstract(np.zeros(size, bool), BATCH_SHARDED)
         batch = run.pipeline.abstract_batch(size)
-        mapped = run.devices.map(step, specs)
+        mapped = run.devices.map(step, specs, out)
         with working('compiling the evaluation'):
             return mapped.lower(run.abstract()[0].networks, *batch, mask).compile()
 
@@ -64,21 +69,37 @@ class Evaluator:
           split: which images.
           stop: called before each batch; True ends the evaluation, and the result is None.
         """
-        parts, indices = [], self._run.info.indices(split)
+        parts, outputs, indices = [], [], self._run.info.indices(split)
         with working(f'evaluating {split}'), self._run.pipeline.evaluation(indices) as batches:
             for batch in batches:
                 if stop():
                     return None
                 # One batch is computed while the one before is fetched.
-                parts.append(self._step(networks, *batch))
+                sums, by_image = self._step(networks, *batch)
+                parts.append(sums)
+                outputs.append(by_image)
                 parts[-2:-1] = jax.device_get(parts[-2:-1])
         parts[-1:] = jax.device_get(parts[-1:])
-        return Evaluation.of(
-            {
-                name: np.asarray(np.sum([part[name] for part in parts], axis=0, dtype=np.float64))
-                for name in parts[0]
-            }
-        )
+        counts = {
+            name: np.asarray(np.sum([part[name] for part in parts], axis=0, dtype=np.float64))
+            for name in parts[0]
+        }
+        return Evaluation.of(counts, self._fetched(outputs))
+
+    def _fetched(self, outputs: list[dict[str, jax.Array]]) -> dict[str, np.ndarray]:
+        """Returns the outputs of all images of a split, those that the mask leaves out dropped."""
+        fetch = jax.device_get
+        if self._run.devices.processes > 1:
+            fetch = functools.partial(multihost_utils.process_allgather, tiled=True)
+        parts = fetch(outputs)
+        columns = len(self._run.cohort.names) + 1
+        # pmap splits the images along two axes.
+        labels = np.concatenate([part['label'].reshape(-1) for part in parts])
+        found = {
+            name: np.concatenate([part[name].reshape(-1, columns) for part in parts])
+            for name in ('predicted', 'confidence')
+        }
+        return {name: values[labels >= 0] for name, values in ({'label': labels} | found).items()}
 
     def edges(self, networks: Any) -> list[dict[str, Any]]:
         """Returns the similarity of each network and its teacher on test (similarity.figures).
@@ -86,7 +107,7 @@ class Evaluator:
         A step of its own, compiled when it is called: the inner products between all images of a
         batch cost too much for every evaluation.
         """
-        compare = self._compiled(similarity.sums)
+        compare = self._run.compiled('compare', lambda: self._compiled(similarity.sums))
         # In the stored order a batch may hold a single class, which would bias CKA.
         order = np.random.RandomState(0).permutation(self._run.info.indices('test')).tolist()
         with working('comparing the networks'), self._run.pipeline.evaluation(order) as batches:

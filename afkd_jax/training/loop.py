@@ -13,7 +13,7 @@ from afkd_jax.config import Config
 from afkd_jax.devices import arrays, processes
 from afkd_jax.devices.signals import Interrupt
 from afkd_jax.errors import EXIT_RESUMABLE, typed_line
-from afkd_jax.report import figures, summary
+from afkd_jax.report import figures, predictions, summary
 from afkd_jax.report import trackers as trackers_lib
 from afkd_jax.report.console import log, log_from_any, print_json, working
 from afkd_jax.report.tables import result_tables
@@ -143,9 +143,10 @@ class Loop:
             if self._epoch() or self.step % self._run.config.log_every == 0:
                 self._lines.add(self.step, self._sums)
                 self._sums = self._zero_sums
+            save = save or self._save_due()
             if self._epoch():
-                self._end_epoch()
-            elif save or self._save_due():
+                self._end_epoch(save)
+            elif save:
                 self._save()
 
     def _take_step(self, batch: Any) -> None:
@@ -160,9 +161,10 @@ class Loop:
         epoch = int(self._run.order.epoch_at(self.step))
         return epoch if epoch and self.step == self._run.order.end_of(epoch) else 0
 
-    def _end_epoch(self) -> None:
-        """Evaluates where that is due, and saves, if an epoch ends here that has not ended yet."""
+    def _end_epoch(self, save: bool = False) -> None:
+        """Evaluates and saves where that is due, if an epoch ends here that has not ended yet."""
         epoch, evaluated = self._epoch(), True
+        save = save or epoch % self._run.config.checkpoint.every_epochs == 0
         if not epoch:
             return
         self._lines.write()
@@ -172,12 +174,13 @@ class Loop:
             with self._session.spent.on('evaluate'):
                 evaluated = self.evaluation(self.state.networks, self.step, epoch)
             self._clock.restart(self.step)
+            save = True  # it may be the best
         elif self._progress.epoch.empty:
             return
         if evaluated:
             self._log_epoch(epoch)
-        if evaluated or self.step > self._saved_step:
-            self._save()
+            if save or self.step == self._saved_step:  # then without the epoch's line
+                self._save()
 
     def _log_epoch(self, epoch: int) -> None:
         progress, ended = self._progress, self._progress.epoch
@@ -209,7 +212,7 @@ class Loop:
 
 
 def _write_result(session: Session, loop: Loop) -> dict[str, Any]:
-    """Writes summary.json and, of a finished run, classes.json and, after them, curves.png."""
+    """Writes summary.json and, of a finished run, classes.json, predictions.npz and curves.png."""
     run, workdir, networks = session.run, session.workdir, loop.state.networks
     progress, classes = session.snapshot.progress, None
     with session.spent.on('evaluate'):
@@ -238,8 +241,9 @@ def _write_result(session: Session, loop: Loop) -> dict[str, Any]:
 
     def write() -> None:
         session.check_held()
-        if classes:
+        if classes and test:
             files.write_json(workdir / 'classes.json', classes)
+            predictions.write(workdir, test)
         files.write_json(workdir / 'summary.json', result)
 
     processes.raise_on_all(write if processes.is_primary() else lambda: None)

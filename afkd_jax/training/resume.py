@@ -92,7 +92,7 @@ def _set_aside(workdir: pathlib.Path, restored: Restored) -> None:
         log(f'warning: {path}: this checkpoint {why}; it is set aside as {target}')
     # First the summary, because the run is no longer finished.
     if workdir_lib.finished_summary(workdir):
-        for name in ('summary.json', 'classes.json', 'curves.png'):
+        for name in ('summary.json', 'classes.json', 'predictions.npz', 'curves.png'):
             if (workdir / name).exists():
                 files.set_aside(workdir, workdir / name)
     for path in restored.newer:

@@ -1,5 +1,6 @@
 """A config brought to its devices: what training, evaluation and planning share."""
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -26,6 +27,10 @@ from afkd_jax.method import state as state_lib
 from afkd_jax.method import step as step_lib
 from afkd_jax.method.state import StackedState, State, TrainState
 from afkd_jax.report.console import log, working
+
+# Compiled programs of this process, the last used last: a study trains the same with other seeds.
+_programs: collections.OrderedDict[Any, Any] = collections.OrderedDict()
+_MOST_PROGRAMS = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,9 +167,28 @@ class Run:
         state's memory is donated.
         """
         key = self.devices.replicate(self.step_key)
-        with working('compiling the training step'):
-            compiled = self.lowered_step(*self.abstract_arguments()).compile()
+
+        def compile_step() -> Any:
+            with working('compiling the training step'):
+                return self.lowered_step(*self.abstract_arguments()).compile()
+
+        compiled = self.compiled('train', compile_step)
         return lambda state, sums, images, index: compiled(state, sums, images, index, key)
+
+    def compiled(self, name: str, build: Callable[[], Any]) -> Any:
+        """Returns the program `name` of this run, from an earlier run that differs in seed only.
+
+        Args:
+          name: of the program.
+          build: returns it compiled, if there is none yet.
+        """
+        key = name, self.config.replace(seed=0), self.info, self.devices, type(self.pipeline)
+        if key not in _programs:
+            while len(_programs) >= _MOST_PROGRAMS:
+                _programs.popitem(last=False)
+            _programs[key] = build()
+        _programs.move_to_end(key)
+        return _programs[key]
 
     def abstract_arguments(self) -> tuple[Any, ...]:
         """Returns shapes, dtypes and shardings of the step's arguments; see lowered_step."""

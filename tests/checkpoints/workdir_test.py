@@ -127,6 +127,7 @@ def test_a_lock_that_is_lost_is_noticed(tmp_path, monkeypatch):
 def test_fields_that_do_not_change_the_bits_may_change(tmp_path):
     changed = tiny_config(
         checkpoint__keep=7, checkpoint__every_steps=3, checkpoint__every_minutes=0.5,
+        checkpoint__every_epochs=2,
         on_nonfinite='skip', saturation_steps=9, data__data_dir='x', data__manual_dir='y',
     )  # fmt: skip
     for config in (tiny_config(), changed):

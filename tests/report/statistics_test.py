@@ -81,9 +81,12 @@ def test_verdicts(differences, p_holm, words):
 
 def test_the_number_of_seeds_that_would_tell():
     # 10 seeds at SD 0.3 have a half-width of 0.21; 6 of 0.31, 7 of 0.28.
-    assert stats.seeds_for(0.3, 0.215) == 10
-    assert stats.seeds_for(0.3, 0.3) == 7
+    assert stats.seeds_for(0.3, margin=0.215) == 10
+    assert stats.seeds_for(0.3) == 7
     assert stats.seeds_for(0.0) == 6
+    assert stats.seeds_for(0.0, 11) == 9  # 22 / 2^9 = 0.043
+    (one, _) = stats.holm([compared([0.3, -0.3]), compared([1.0, 2.0])])
+    assert one.comparisons == 2
 
 
 def test_the_crossed_bootstrap_covers_images_and_seeds():

@@ -22,7 +22,7 @@ from afkd_jax.devices.signals import Interrupt
 from afkd_jax.errors import UserError
 from afkd_jax.method import step as step_lib
 from afkd_jax.registry import register_tracker
-from afkd_jax.report import figures
+from afkd_jax.report import figures, jsonl
 from afkd_jax.report.trackers import Tracker, TrainValues
 from afkd_jax.training import epochs, evaluate, health
 from afkd_jax.training import loop as train
@@ -150,7 +150,7 @@ def test_the_workdir_is_complete(uninterrupted):
     workdir, _ = uninterrupted
     assert {path.name for path in workdir.iterdir()} == {
         'config.json', 'images.json', 'metrics.jsonl', 'checkpoints', 'summary.json', 'curves.png',
-        'classes.json', 'tensorboard',
+        'classes.json', 'predictions.npz', 'tensorboard',
     }  # fmt: skip
     steps = {path.name for path in (workdir / 'checkpoints').iterdir()}
     assert steps == {'0', '5', '10'}
@@ -294,6 +294,15 @@ def test_a_run_continues_from_any_checkpoint(step, every_step, uninterrupted, tm
         assert past == [line for line in before if json.loads(line)['step'] > step]
     after = (tmp_path / 'metrics.jsonl').read_text().splitlines()
     assert {line for line in before if json.loads(line)['step'] <= step} <= set(after)
+
+
+def test_epochs_without_an_evaluation_need_no_checkpoint(tmp_path):
+    config = short_config(epochs=5, eval_every=3, checkpoint__every_epochs=4, checkpoint__keep=99)
+    fit(config, tmp_path)
+    steps = {int(path.name) for path in (tmp_path / 'checkpoints').iterdir()}
+    assert steps == {0, 15, 19, 24}
+    lines = jsonl.read(tmp_path / 'metrics.jsonl')
+    assert [line['step'] for line in lines if line['kind'] == 'epoch'] == [5, 10, 15, 19, 24]
 
 
 def test_a_time_may_trigger_a_checkpoint_too(tmp_path):

@@ -1,0 +1,177 @@
+"""The runs under a directory, sorted into arms and seeds: what a report is made from."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import statistics
+from typing import Any
+
+import numpy as np
+
+from afkd_jax import config as config_lib
+from afkd_jax import studies
+from afkd_jax.checkpoints import workdir as workdir_lib
+from afkd_jax.checkpoints.workdir import State
+from afkd_jax.report import jsonl, predictions
+from afkd_jax.studies import Study
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Result:
+    """One run.
+
+    Attributes:
+      arm: label.
+      seed: of the run.
+      folder: of the run, relative to the directory of the report.
+      state: of the run.
+      config: flat, as config.json has it; {} if it has not begun.
+      summary: of a finished run; else None.
+    """
+
+    root: pathlib.Path
+    arm: str
+    seed: int
+    folder: pathlib.PurePath
+    state: State
+    config: dict[str, Any]
+    summary: dict[str, Any] | None
+
+    @functools.cached_property
+    def lines(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl; [] if there is none."""
+        try:
+            return jsonl.read(self.root / self.folder / 'metrics.jsonl')
+        except OSError:
+            return []
+
+    @functools.cached_property
+    def predictions(self) -> dict[str, np.ndarray] | None:
+        """What predictions.read returns, of the networks that learn alone."""
+        found = predictions.read(self.root / self.folder)
+        if found is None or not self.summary:
+            return None
+        learn = [k for k, n in enumerate(self.summary['networks']) if not n.get('frozen')]
+        return found | {name: found[name][:, learn] for name in ('predicted', 'confidence')}
+
+    @property
+    def error(self) -> str:
+        """Why the run failed."""
+        try:
+            return json.loads((self.root / self.folder / workdir_lib.FAILED).read_text())['error']
+        except (OSError, ValueError, KeyError, TypeError):
+            return ''
+
+    def networks(self, key: str) -> list[float]:
+        """Returns a value of each network in the summary, those that learn; [] without values."""
+        networks = self.summary['networks'] if self.summary else []
+        values = [network.get(key) for network in networks if not network.get('frozen')]
+        return values if values and None not in values else []
+
+    def mean(self, key: str = 'test_accuracy') -> float | None:
+        """Returns the mean of the networks' values: the outcome of a run is that of accuracies."""
+        values = self.networks(key)
+        return statistics.fmean(values) if values else None
+
+    @property
+    def training_s(self) -> float | None:
+        """Returns the seconds of the training steps, without compilation and evaluation."""
+        speed = self.summary and self.summary['images_per_s']
+        if not self.summary or not speed:
+            return None
+        return self.summary['steps'] * self.config['batch_size'] / speed
+
+    def evaluations(self, split: str) -> list[dict[str, Any]]:
+        """Returns the evaluation lines of a split, in order of steps."""
+        found = {
+            line['step']: line
+            for line in self.lines
+            if line['kind'] == 'evaluation' and line.get('split') == split
+        }
+        return [found[step] for step in sorted(found)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """The runs of a report.
+
+    Attributes:
+      study: what they are to show; made up for runs that nobody planned as a study.
+      runs: of every arm and seed of it.
+    """
+
+    root: pathlib.Path
+    study: Study
+    runs: list[Result]
+
+    def of(self, arm: str) -> list[Result]:
+        """Returns the finished runs of an arm."""
+        return [run for run in self.runs if run.arm == arm and run.summary]
+
+    def outcomes(self, arm: str) -> dict[int, float]:
+        """Returns seed -> mean of the networks' test accuracies at the last epoch, percent."""
+        found = {run.seed: run.mean() for run in self.of(arm)}
+        return {seed: value for seed, value in found.items() if value is not None}
+
+
+def collect(root: pathlib.Path) -> Results:
+    """Returns the runs under a directory.
+
+    Those of a study that has not begun are among them; without a study.json, arms are the runs
+    whose configs differ in the seed alone, and `vanilla` is the baseline if there is one.
+
+    Args:
+      root: of a study, or a directory with runs at any depth.
+
+    Raises:
+      UserError: study.json cannot be read.
+    """
+    if study := studies.read(root):
+        runs = [
+            _read(root, arm, seed, pathlib.PurePath(studies.slug(arm), f'seed={seed}'))
+            for arm in study.arms
+            for seed in study.seeds
+        ]
+        return Results(root, study, runs)
+    folders = [
+        path.parent.relative_to(root)
+        for path in sorted(root.rglob('config.json'))
+        if 'set_aside' not in path.parts
+    ]
+    runs = [_read(root, '', 0, folder) for folder in folders]
+    runs = [run for run in runs if run.config]
+    labels = _labels([run.config for run in runs])
+    runs = [
+        dataclasses.replace(run, arm=label, seed=run.config['seed'])
+        for run, label in zip(runs, labels, strict=True)
+    ]
+    arms = dict.fromkeys(labels)
+    baseline = next((label for label in arms if label.startswith('vanilla')), '')
+    seeds = sorted({run.seed for run in runs})
+    study = Study(root.name, '', {arm: {} for arm in arms}, seeds, baseline)
+    return Results(root, study, runs)
+
+
+def _read(root: pathlib.Path, arm: str, seed: int, folder: pathlib.PurePath) -> Result:
+    path = root / folder
+    try:
+        config = config_lib.flatten(json.loads((path / 'config.json').read_text()))
+    except (OSError, ValueError, AttributeError):
+        config = {}
+    summary = workdir_lib.finished_summary(path)
+    return Result(root, arm, seed, folder, workdir_lib.state_of(path), config, summary)
+
+
+def _labels(configs: list[dict[str, Any]]) -> list[str]:
+    """Returns a label of each config, of the fields in which they differ, but for the seed."""
+    names = [
+        name
+        for name in config_lib.DEFAULTS
+        if name not in ('seed', 'method')
+        and config_lib.defines_run(name)
+        and len({json.dumps(config.get(name)) for config in configs}) > 1
+    ]
+    return [
+        studies.label({name: config.get(name) for name in ('method', *names)}) for config in configs
+    ]
