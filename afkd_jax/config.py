@@ -168,6 +168,13 @@ class MomentumOptimizer(Optimizer):
 
 
 @dataclasses.dataclass(frozen=True)
+class Ema:
+    """Exponential moving averages of the networks, which are evaluated besides them."""
+
+    decay: float = _fraction(0.0)  # at most; min(1 - 1 / t, decay) in step t; 0: no averages
+
+
+@dataclasses.dataclass(frozen=True)
 class Checkpoint:
     """When checkpoints are written, beside after each evaluation. No bit of a run depends on it."""
 
@@ -209,6 +216,9 @@ class Config:
         lambda v: all(_is(x, int) for x in v) and list(v) == sorted(set(v)),
     )
     method: str = _field('afd', 'the name of a method', bool)  # see method/presets.py
+    # Logits and maps come from the teachers' 'live' weights, or from averages of them (ema.decay).
+    teacher: str = _one_of('live', 'live', 'ema')
+    ema: Ema = Ema()
     epochs: int = _positive(300)  # passes over the training images
     batch_size: int = _positive(128)  # images per step, over all devices
     eval_batch_size: int = _between(1000, 1, 2**16)  # likewise, in evaluation

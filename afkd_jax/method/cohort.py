@@ -30,6 +30,8 @@ class Cohort:
       frozen: the networks that never change and only teach, counted from 0.
       map_shapes: K, before the transfer layers.
       shared_map: the shape after the transfer layers; None if no maps are compared.
+      ema_decay: of the averages of the networks; 0 if there are none.
+      ema_teaches: whether teachers are the averages.
       local_statistics: whether batch statistics are over each device's shard of the batch.
     """
 
@@ -45,6 +47,8 @@ class Cohort:
     shared_map: Shape | None
     image_shape: Shape
     num_classes: int
+    ema_decay: float
+    ema_teaches: bool
     local_statistics: bool
 
     @property
@@ -105,6 +109,12 @@ def method_of(config: Config) -> presets.Method:
     if config.mesh.peer > 1 and method.hops(len(config.networks)) is None:
         rule = f'1 with the logit teacher "{method.logits}", which needs the logits of all networks'
         raise field_error('mesh.peer', rule, config.mesh.peer)
+    if config.teacher == 'ema':
+        if not config.ema.decay:
+            raise field_error('ema.decay', "above 0 where config.teacher is 'ema'", 0.0)
+        if not method.averages_can_teach:
+            rule = f'\'live\' with the method "{config.method}", whose teachers are no averages'
+            raise field_error('teacher', rule, config.teacher)
     if method.switches and len(config.networks) != 2:
         rule = f'two, teacher and student, with the method "{method.logits}"'
         raise field_error('networks', rule, config.networks)
@@ -238,5 +248,7 @@ def assemble(
         shared_map=shared,
         image_shape=image_shape,
         num_classes=num_classes,
+        ema_decay=config.ema.decay,
+        ema_teaches=config.teacher == 'ema',
         local_statistics=local,
     )

@@ -111,9 +111,11 @@ class Objective:
         labels_B: jax.Array,
         step: jax.Array,
         mixed: Mixed | None = None,
+        taught_KxBxC: jax.Array | None = None,
     ) -> tuple[jax.Array, Values]:
         """Returns the gradients of the networks' logit losses to their logits, and values [K].
 
+        The teachers' logits are made of taught_KxBxC, if it is given, in place of the networks'.
         CE(y, z_k) + w mean over k's teachers p of T^2 KL(softmax(z_p / T) || softmax(z_k / T)).
         Where images are mixed, CE is s CE(y, z_k) + (1 - s) CE(other's y, z_k).
         """
@@ -121,7 +123,8 @@ class Objective:
         def loss(logits_KxBxC: jax.Array) -> tuple[jax.Array, Values]:
             entropy_K = self._entropy(logits_KxBxC, labels_B, mixed)
             total_K, parts = entropy_K, {'cross_entropy': entropy_K}
-            teachers = self._logit_teachers(logits_KxBxC, labels_B)
+            known_KxBxC = logits_KxBxC if taught_KxBxC is None else taught_KxBxC
+            teachers = self._logit_teachers(known_KxBxC, labels_B)
             kls = [self._kl(logits_KxBxC, logits) for logits in teachers]
             if kls:
                 parts['mimicry_kl'] = self._of_learners(sum(kls[1:], kls[0]) / len(kls))
@@ -173,14 +176,20 @@ class Objective:
         teacher_pauses = losses.switches(values['l1_to_teacher'][0], teacher, student)
         return jnp.stack([teacher_pauses, jnp.zeros_like(teacher_pauses)])
 
-    def of_maps(self, maps_KxBxHxWxC: jax.Array, labels_B: jax.Array) -> tuple[jax.Array, Values]:
+    def of_maps(
+        self,
+        maps_KxBxHxWxC: jax.Array,
+        labels_B: jax.Array,
+        taught_KxBxHxWxC: jax.Array | None = None,
+    ) -> tuple[jax.Array, Values]:
         """Returns the gradients of the weighted losses between maps to the maps, and values [K]."""
         map_loss = self.method.map_loss
         assert map_loss
 
         def loss(maps_KxBxHxWxC: jax.Array) -> tuple[jax.Array, Values]:
             own = at_least_float32(maps_KxBxHxWxC)
-            teachers = at_least_float32(self.ring.teachers(maps_KxBxHxWxC))
+            known = maps_KxBxHxWxC if taught_KxBxHxWxC is None else taught_KxBxHxWxC
+            teachers = at_least_float32(self.ring.teachers(known))
             loss_K = self._of_learners(map_loss(own, teachers, labels_B).mean(1))
             return self.loss.map_weight * loss_K.sum(), {self.method.maps: loss_K}
 
@@ -191,13 +200,15 @@ class Objective:
         discriminators: Sequence[DiscriminatorFn | None],
         params: Sequence[Any],
         maps_KxBxHxWxC: jax.Array,
+        taught_KxBxHxWxC: jax.Array | None = None,
     ) -> tuple[jax.Array, list[Any], Values]:
         """Returns the gradients of L_G to the maps, of L_D to the parameters, and values [K].
 
         One forward pass of D_k on the student's map serves both losses. L_G reaches only the map,
         L_D only the discriminator.
         """
-        teacher_maps_KxBxHxWxC = self.ring.teachers(maps_KxBxHxWxC)
+        known = maps_KxBxHxWxC if taught_KxBxHxWxC is None else taught_KxBxHxWxC
+        teacher_maps_KxBxHxWxC = self.ring.teachers(known)
         map_gradients, gradients, parts = [], [], []
         for k, discriminator in enumerate(discriminators):
             if discriminator is None:  # a frozen network's

@@ -10,7 +10,7 @@ from typing import Any
 
 from afkd_jax.errors import UserError, nearest
 from afkd_jax.method.auxiliary import AUXILIARIES, Auxiliary
-from afkd_jax.method.teachers import HOPS
+from afkd_jax.method.teachers import HOPS, LIVE_ONLY
 from afkd_jax.registry import LOGIT_TEACHERS, MAP_LOSSES
 
 # ring, logits [K, B, C], labels [B] -> teachers' logits, each [K, B, C]
@@ -57,6 +57,12 @@ class Method:
     def switches(self) -> bool:
         """Whether the first network of a pair, the teacher, skips some of its updates."""
         return self.logits == 'switokd'
+
+    @property
+    def averages_can_teach(self) -> bool:
+        """Whether config.teacher may be 'ema'."""
+        has_teachers = self.logits != 'nobody' or self.uses_maps
+        return has_teachers and not self.auxiliary and self.logits not in LIVE_ONLY
 
     @property
     def auxiliary(self) -> Auxiliary | None:

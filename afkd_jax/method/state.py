@@ -23,11 +23,14 @@ class NetworkState:
       batch_stats: {'network': ..., 'transfer': ...}, the running statistics of the norms.
       opt: optimizer name -> its state over the parts that it updates (Cohort.updated_parts); {} of
         a frozen network.
+      ema: averages of 'params' and 'batch_stats'; None without (config.ema), and of a frozen
+        network.
     """
 
     params: dict[str, Any]
     batch_stats: dict[str, Any]
     opt: dict[str, Any]
+    ema: dict[str, Any] | None = None
 
     def variables(self) -> dict[str, Any]:
         """Returns the variables of the network's module."""
@@ -37,6 +40,10 @@ class NetworkState:
     def transfer_variables(self) -> dict[str, Any]:
         """Returns the variables of the transfer layer's module."""
         return {'params': self.params['transfer'], 'batch_stats': self.batch_stats['transfer']}
+
+    def averaged(self) -> 'NetworkState':
+        """Returns the network with the averages in place of its weights; itself without."""
+        return self.replace(**self.ema) if self.ema else self  # pyright: ignore - of flax.struct
 
 
 @flax.struct.dataclass
@@ -139,6 +146,13 @@ def _hosted(auxiliary: AuxiliaryState | None) -> dict[int | str, Any]:
 State = TrainState | StackedState
 
 
+def averaged(networks: Any) -> Any:
+    """Returns the networks of a state, a tuple or stacked, with averages in place of weights."""
+    if isinstance(networks, NetworkState):
+        return networks.averaged()
+    return tuple(network.averaged() for network in networks)
+
+
 def stack(parts: tuple) -> Any:
     """Returns trees of one structure as one tree of stacked arrays; () of none."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts) if parts else ()
@@ -239,7 +253,10 @@ def _create_network(
         name: rules[name].init({part: params[part] for part in parts})
         for name, parts in updated.items()
     }
-    return NetworkState(params, stats, opt)
+    averages = cohort.ema_decay and cohort.learns(index)
+    return NetworkState(
+        params, stats, opt, {'params': params, 'batch_stats': stats} if averages else None
+    )
 
 
 def _create_discriminator(cohort: Cohort, index: int, key: jax.Array) -> DiscriminatorState:

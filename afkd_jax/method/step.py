@@ -55,6 +55,7 @@ class _Pass:
     # (cotangent of logits, cotangent of maps) -> gradients of trunk, head and transfer; {} of a
     # frozen network
     pull: Callable[[jax.Array, jax.Array], dict[str, Any]]
+    taught: tuple[jax.Array, jax.Array]  # logits and maps as a teacher
 
 
 def _forward(
@@ -77,11 +78,16 @@ def _evaluated(module: nn.Module, variables: dict, inputs: jax.Array) -> Any:
 def _pass(
     cohort: Cohort, k: int, state: NetworkState, images_BxHxWxC: jax.Array, key: jax.Array
 ) -> _Pass:
-    if not cohort.learns(k):
+
+    def evaluated(state: NetworkState) -> tuple[jax.Array, jax.Array]:
         logits, maps = _evaluated(cohort.networks[k], state.variables(), images_BxHxWxC)
         if module := cohort.transfers[k]:
             maps = _evaluated(module, state.transfer_variables(), maps)
-        return _Pass(logits, maps, None, lambda *_: {})
+        return logits, maps
+
+    if not cohort.learns(k):
+        logits, maps = evaluated(state)
+        return _Pass(logits, maps, None, lambda *_: {}, (logits, maps))
     (logits, maps), pull_network, stats = _forward(
         cohort.networks[k], state.variables(), images_BxHxWxC, key
     )
@@ -98,7 +104,8 @@ def _pass(
         to_network, _ = pull_network((to_logits, to_maps))
         return {**to_network, 'transfer': to_transfer}
 
-    return _Pass(logits, maps, batch_stats, pull)
+    taught = evaluated(state.averaged()) if cohort.ema_teaches else (logits, maps)
+    return _Pass(logits, maps, batch_stats, pull, taught)
 
 
 def _updated(
@@ -125,7 +132,10 @@ def _updated(
         if paused is not None:
             keep = functools.partial(jnp.where, paused[k])
             params, opt = jax.tree.map(keep, (network.params, network.opt), (params, opt))
-        networks.append(NetworkState(params, batch_stats[k], opt))
+        ema = network.ema and _moved(
+            network.ema, {'params': params, 'batch_stats': batch_stats[k]}, cohort, state.step
+        )
+        networks.append(NetworkState(params, batch_stats[k], opt, ema))
     for k, discriminator in enumerate(state.discriminators):
         if discriminator is None:
             discriminators.append(None)
@@ -142,6 +152,16 @@ def _updated(
         )
         auxiliary = AuxiliaryState(new, auxiliary_stats, opt)
     return TrainState(state.step + 1, tuple(networks), tuple(discriminators), auxiliary)
+
+
+def _moved(averages: Any, new: Any, cohort: Cohort, step: jax.Array) -> Any:
+    """Returns the averages after this step, d old + (1 - d) new, d = min(1 - 1 / t, ema_decay).
+
+    t is the number of the step, counted from 1: at first the average is the plain mean.
+    Source: PCL, Wu and Gong 2021; there, of parameters.
+    """
+    decay = jnp.minimum(1 - 1 / (step + 1), cohort.ema_decay)
+    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, averages, new)
 
 
 def _discriminator_fn(module: nn.Module | None) -> DiscriminatorFn | None:
@@ -195,6 +215,7 @@ def update(
         for k, network in enumerate(state.networks)
     ]
     logits_KxBxC = jnp.stack([own.logits for own in passes])
+    taught_KxBxC = jnp.stack([own.taught[0] for own in passes]) if cohort.ema_teaches else None
     # What each optimizer pulls back: (to logits, to maps), entry k or zeros.
     no_maps = [jnp.zeros_like(own.maps) for own in passes]
     gradients: dict[str, Any] = {}
@@ -207,7 +228,9 @@ def update(
         )
         gradients['auxiliary'], to_logits, auxiliary_to_maps = pulled
     else:
-        to_logits, values = objective.of_logits(logits_KxBxC, labels_B, state.step, mixed)
+        to_logits, values = objective.of_logits(
+            logits_KxBxC, labels_B, state.step, mixed, taught_KxBxC
+        )
     if cohort.method.switches:
         values |= objective.distances(logits_KxBxC, labels_B)
     values['accuracy'] = 100.0 * (logits_KxBxC.argmax(-1) == labels_B[None]).mean(1)
@@ -216,15 +239,17 @@ def update(
     cotangents: dict[str, tuple[Any, Any]] = {'logit': (to_logits, auxiliary_to_maps)}
     if cohort.method.uses_maps:
         maps_KxBxHxWxC = jnp.stack([own.maps for own in passes])
+        taught = jnp.stack([own.taught[1] for own in passes]) if cohort.ema_teaches else None
         if cohort.method.adversarial:
             to_maps, gradients['discriminator'], more = objective.of_adversaries(
                 [_discriminator_fn(module) for module in cohort.discriminators],
                 [own and varying(own.params) for own in state.discriminators],
                 maps_KxBxHxWxC,
+                taught,
             )
             cotangents['feature'] = (no_logits, to_maps)
         else:
-            to_maps, more = objective.of_maps(maps_KxBxHxWxC, labels_B)
+            to_maps, more = objective.of_maps(maps_KxBxHxWxC, labels_B, taught)
             if cohort.auxiliary:
                 to_maps = list(map(jnp.add, to_maps, auxiliary_to_maps))
             cotangents['logit'] = (to_logits, to_maps)

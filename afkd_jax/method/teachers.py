@@ -24,6 +24,8 @@ HOPS: dict[str, Callable[[int], range]] = {
     'shuffled': lambda networks: range(1, 2),
     'switokd': lambda networks: range(1, 2),
 }
+# Teachers that depend on the student's own logits, or on the networks as they are.
+LIVE_ONLY = ('shuffled', 'switokd')
 
 
 def _along_the_ring(hops: Callable[[int], range]) -> Callable[..., list[jax.Array]]:

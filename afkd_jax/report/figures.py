@@ -86,7 +86,10 @@ def _panels(train: list[dict]) -> list[tuple[str, str, dict[str, tuple[str, str]
 
 
 def _draw_accuracies(axis: Any, splits: dict[str, dict[int, Any]], line2d: Any) -> None:
-    styles = {'validation': '-', 'test': '--'} if len(splits) > 1 else dict.fromkeys(splits, '-')
+    styles = dict.fromkeys(splits, '-')
+    if len(splits) > 1:
+        known = {'validation': '-', 'test': '--', 'validation_ema': '-.', 'test_ema': ':'}
+        styles = {split: style for split, style in known.items() if split in splits}
     for split, by_step in splits.items():
         evaluations = [by_step[step] for step in sorted(by_step)]
         epochs = [line['epoch'] for line in evaluations]

@@ -68,6 +68,8 @@ def describe(config: Config) -> dict[str, Any]:
         'steps': steps_in(config.epochs, info.train, config.batch_size),
         'epochs': config.epochs,
         'batch_size': config.batch_size,
+        'teacher': config.teacher,
+        'ema_decay': config.ema.decay,
         'auxiliary': _auxiliary(cohort, state),
         'loss': _weights(cohort.objective),
         'optimizers': {
@@ -138,6 +140,9 @@ def text(facts: dict[str, Any]) -> str:
             )
         if discriminator := row['discriminator']:
             lines.append(f'  discriminator, {discriminator["parameters"]:,} parameters')
+    if decay := facts['ema_decay']:
+        use = ', and teaches' if facts['teacher'] == 'ema' else ''
+        lines.append(f'an average of each network, with decay up to {decay:g}, is evaluated{use}')
     if auxiliary := facts['auxiliary']:
         lines.append(
             f'auxiliary module: {auxiliary["kind"]}, {auxiliary["parameters"]:,} parameters, '

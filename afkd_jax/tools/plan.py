@@ -128,6 +128,7 @@ def _state_bytes(cohort: cohort_lib.Cohort, peers: int) -> dict[str, int]:
         'parameters': byte_count([part.params for part in parts]) // peers,
         'optimizer_states': byte_count([part.opt for part in parts]) // peers,
         'batch_statistics': byte_count([part.batch_stats for part in with_stats]) // peers,
+        'averages': byte_count([part.ema for part in state.networks]) // peers,
     }
 
 

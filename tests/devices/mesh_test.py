@@ -141,6 +141,19 @@ def test_sharding_a_pair_that_switches_changes_nothing(x64):
     assert difference < 1e-9, where
 
 
+@pytest.mark.slow
+def test_teaching_by_averages_does_not_depend_on_the_devices(x64):
+    difference, where = relative_difference(
+        *(
+            after_three_steps(
+                'shard_map', count, peers, FOUR[:2], 'afd', ema__decay=0.5, teacher='ema'
+            )
+            for count, peers in ((4, 2), (1, 1))
+        )
+    )
+    assert difference < 1e-9, where
+
+
 def test_own_views_do_not_depend_on_the_devices(x64):
     one, *others = (
         after_three_steps('shard_map', count, peers, ('tiny-8-2',) * 2, 'dml', data__views=views)

@@ -1,23 +1,26 @@
 """Methods with more state than networks: a resumed run is the uninterrupted one, to the bit."""
 
-import json
-
 import jax
 import pytest
 from conftest import tiny_config
 
 from afkd_jax.devices import mesh
 from afkd_jax.devices.signals import Interrupt
-from afkd_jax.report import figures
-from afkd_jax.training import loop
+from afkd_jax.report import figures, jsonl
+from afkd_jax.training import evaluate, loop
 
 pytestmark = pytest.mark.usefixtures('compiled_once')
 TRIPLE = ('tiny-8-2', 'tiny-4-2', 'tiny-8-2')
 
 
+def lines(workdir, kind):
+    return [line for line in jsonl.read(workdir / 'metrics.jsonl') if line['kind'] == kind]
+
+
 @pytest.mark.parametrize(
     ('method', 'values', 'step_values'),
     [
+        pytest.param('afd-ema', {'d_teacher'}, set(), marks=pytest.mark.slow),
         ('one', {'mimicry_kl'}, {'auxiliary_cross_entropy', 'grad_norm_auxiliary'}),
         pytest.param('okddip', {'mimicry_kl'}, {'grad_norm_auxiliary'}, marks=pytest.mark.slow),
         pytest.param('ffl', {'mimicry_kl'}, {'auxiliary_kl'}, marks=pytest.mark.slow),
@@ -31,9 +34,13 @@ def test_a_resumed_run_is_the_uninterrupted_one(method, values, step_values, tmp
     monkeypatch.setattr(mesh, 'available', lambda: jax.devices()[:1])
     drawn = []
     monkeypatch.setattr(figures, '_plot', lambda *_: drawn.append(None))
+    averages = {}
+    if method in ('one', 'afd-ema'):
+        averages = {'ema__decay': 0.5, 'teacher': 'live' if method == 'one' else 'ema'}
     config = tiny_config(
         TRIPLE,
-        method=method,
+        method=method.removesuffix('-ema'),
+        **averages,
         epochs=2,
         batch_size=32,
         data__train_examples=167,
@@ -44,13 +51,24 @@ def test_a_resumed_run_is_the_uninterrupted_one(method, values, step_values, tmp
     def fit(step):
         with Interrupt() as interrupt:
             result = loop.train(config, tmp_path, step, interrupt)
-        text = (tmp_path / 'metrics.jsonl').read_text()
-        lines = [line for line in map(json.loads, text.splitlines()) if line['kind'] == 'epoch']
-        return result['fingerprint'], result['networks'], [line['networks'] for line in lines]
+        means = [line['networks'] for line in lines(tmp_path, 'epoch')]
+        return result['fingerprint'], result['networks'], means
 
     whole = fit(None)
     assert fit(7) == whole
-    rows = json.loads((tmp_path / 'metrics.jsonl').read_text().splitlines()[-1])
-    assert values <= rows['networks'][0].keys()
-    assert step_values <= rows.keys()
+    row = lines(tmp_path, 'epoch')[-1]
+    assert values <= row['networks'][0].keys()
+    assert step_values <= row.keys()
     assert len(drawn) > 0
+    if averages:
+        splits = [line['split'] for line in lines(tmp_path, 'evaluation')][-4:]
+        assert splits == ['test', 'test_ema', 'validation', 'validation_ema']
+        live, average = lines(tmp_path, 'evaluation')[-4:-2]
+        for k, network in enumerate(whole[1]):
+            assert network['test_accuracy'] == live['networks'][k]['accuracy']
+            assert network['test_ema_accuracy'] == average['networks'][k]['accuracy']
+        assert live['networks'] != average['networks']
+        again = evaluate.evaluate(config, tmp_path, None)['networks']
+        assert [row['test_ema_accuracy'] for row in again] == [
+            row['test_ema_accuracy'] for row in whole[1]
+        ]
