@@ -6,6 +6,7 @@ used in training, and not exported.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -50,6 +51,8 @@ class Auxiliary:
       names: of the values [K].
       step_names: of the values that are scalars.
       least: number of networks.
+      held_out: (error products [K, K] of the validation images (error_products), their number) ->
+        what takes the place of the module's batch statistics after each evaluation; None: nothing.
     """
 
     module: Callable[[Layers, int, int], nn.Module]
@@ -57,6 +60,7 @@ class Auxiliary:
     names: tuple[str, ...] = ('mimicry_kl',)
     step_names: tuple[str, ...] = ()
     least: int = 2
+    held_out: Callable[[np.ndarray, int], dict[str, np.ndarray]] | None = None
 
 
 def _pooled(maps: jax.Array) -> jax.Array:
@@ -255,6 +259,55 @@ def mcl_loss(
     }
 
 
+class Weights(nn.Module):
+    """The weights of KDCL-General: no parameters, but a variable that evaluations set."""
+
+    networks: int
+
+    @nn.compact
+    def __call__(
+        self, logits_KxBxC: jax.Array, maps: Sequence[jax.Array], train: bool
+    ) -> jax.Array:
+        """Returns the weights, [K], at first 1 / K."""
+        start = functools.partial(jnp.full, self.networks, 1 / self.networks)
+        return self.variable('batch_stats', 'weights', start).value
+
+
+def general_loss(
+    weights_K: jax.Array, logits_KxBxC: jax.Array, labels_B: jax.Array, terms: Terms
+) -> tuple[jax.Array, Values]:
+    """Returns w sum_k KL_T(sg t -> z_k), t = log sum_k w_k softmax(z_k), and values.
+
+    Source: KDCL-General, Guo et al. 2020.
+    """
+    log_p = jax.nn.log_softmax(jax.lax.stop_gradient(logits_KxBxC))
+    target_BxC = jax.nn.logsumexp(log_p, axis=0, b=weights_K[:, None, None])
+    kl_K = terms.kl(logits_KxBxC, target_BxC[None])
+    return terms.weight * kl_K.sum(), {'mimicry_kl': kl_K, 'teacher_weight': weights_K}
+
+
+def error_products(log_p_KxBxC: jax.Array, labels_B: jax.Array, mask_B: jax.Array) -> jax.Array:
+    """Returns the sum over the masked images of <p_k - y, p_j - y>, y the one-hot label: [K, K]."""
+    errors_KxBxC = jnp.exp(log_p_KxBxC) - jax.nn.one_hot(labels_B, log_p_KxBxC.shape[-1])[None]
+    errors_KxBxC = jnp.where(mask_B[None, :, None], errors_KxBxC, 0)
+    return jnp.einsum('kbc,jbc->kj', errors_KxBxC, errors_KxBxC)
+
+
+def general_weights(products_KxK: np.ndarray, images: int) -> dict[str, np.ndarray]:
+    """Returns w = C^-1 1 / (1' C^-1 1), C = products / images, and negative ones as 0: [K].
+
+    They are scaled to the sum 1 again, because the target is a logarithm: our choice. Of equal
+    networks C has no inverse; its pseudo-inverse gives equal weights.
+    Source: KDCL-General, Guo et al. 2020.
+    """
+    uniform = np.full(len(products_KxK), 1 / len(products_KxK), np.float32)
+    if not np.isfinite(products_KxK).all():
+        return {'weights': uniform}
+    weights = np.linalg.pinv(products_KxK / images, hermitian=True).sum(1).clip(0)
+    total = weights.sum()
+    return {'weights': (weights / total).astype(np.float32) if total > 0 else uniform}
+
+
 AUXILIARIES = {
     'one': Auxiliary(
         lambda layers, networks, classes: Gate(layers, networks),
@@ -271,5 +324,11 @@ AUXILIARIES = {
         lambda layers, networks, classes: Embeddings(layers),
         mcl_loss,
         names=('contrastive', 'contrastive_kl'),
+    ),
+    'kdcl_general': Auxiliary(
+        lambda layers, networks, classes: Weights(networks),
+        general_loss,
+        names=('mimicry_kl', 'teacher_weight'),
+        held_out=general_weights,
     ),
 }

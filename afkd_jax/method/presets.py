@@ -70,6 +70,11 @@ class Method:
         return AUXILIARIES.get(self.logits)
 
     @property
+    def held_out(self) -> bool:
+        """Whether it learns from the errors on validation images too."""
+        return bool(self.auxiliary and self.auxiliary.held_out)
+
+    @property
     def logit_teacher(self) -> LogitTeacher:
         """What the logits learn from."""
         return LOGIT_TEACHERS.get(self.logits)

@@ -275,6 +275,6 @@ def _create_auxiliary(cohort: Cohort, key: jax.Array) -> AuxiliaryState | None:
     logits = jnp.zeros((count, 1, cohort.num_classes))
     # The networks have the keys 0 .. K - 1.
     variables = cohort.auxiliary.init(jax.random.fold_in(key, count), logits, maps, False)
-    params = variables['params']
+    params = variables.get('params', {})
     opt = cohort.optimizers.logit.init(params)
     return AuxiliaryState(params, variables.get('batch_stats', {}), opt)

@@ -23,6 +23,7 @@ from afkd_jax.data import augment
 from afkd_jax.data.images import DeviceImages
 from afkd_jax.devices.spmd import DATA, varying
 from afkd_jax.method import losses, metrics
+from afkd_jax.method.auxiliary import error_products
 from afkd_jax.method.cohort import Cohort
 from afkd_jax.method.objective import AuxiliaryFn, DiscriminatorFn
 from afkd_jax.method.state import AuxiliaryState, DiscriminatorState, NetworkState, TrainState
@@ -328,7 +329,8 @@ def eval_step(
     """Returns sums over the masked global batch, and outputs of this device's images.
 
     Sums, of each network and, last, the ensemble: cross_entropy [K + 1], metrics.prediction_counts
-    of K + 1, and images, int32 [C]: the number of each class. Outputs: label [B], -1 where the mask
+    of K + 1, and images, int32 [C]: the number of each class; error_products [K, K], if the method
+    needs them. Outputs: label [B], -1 where the mask
     is False, predicted [B, K + 1], the class, and confidence [B, K + 1], its probability. The
     ensemble is the mean of the probabilities. Norms use the running statistics.
 
@@ -360,7 +362,10 @@ def eval_step(
         own, ensemble = ring.gathered(function(log_p_KxBxC)), function(ensemble_BxC[None])
         return {name: jnp.concatenate([own[name], ensemble[name]]) for name in own}
 
+    total = of_all(sums)
+    if cohort.method.held_out:
+        total['error_products'] = error_products(log_p_KxBxC, labels_B, mask_B)
     images_C = jnp.zeros(log_p_KxBxC.shape[-1], jnp.int32).at[labels_B].add(mask_B)
     by_image = jax.tree.map(jnp.transpose, of_all(outputs))
     by_image['label'] = jnp.where(mask_B, labels_B, -1)
-    return jax.lax.psum(of_all(sums) | {'images': images_C}, DATA), by_image
+    return jax.lax.psum(total | {'images': images_C}, DATA), by_image

@@ -143,7 +143,10 @@ def text(facts: dict[str, Any]) -> str:
     if decay := facts['ema_decay']:
         use = ', and teaches' if facts['teacher'] == 'ema' else ''
         lines.append(f'an average of each network, with decay up to {decay:g}, is evaluated{use}')
-    if auxiliary := facts['auxiliary']:
+    auxiliary = facts['auxiliary']
+    if auxiliary and not auxiliary['parameters']:
+        lines.append('weights of the networks are set after each evaluation on validation images')
+    elif auxiliary:
         lines.append(
             f'auxiliary module: {auxiliary["kind"]}, {auxiliary["parameters"]:,} parameters, '
             'updated by the logit optimizer, not exported'

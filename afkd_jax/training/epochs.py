@@ -19,11 +19,13 @@ class EpochEvaluation:
     Without a validation split every epoch is evaluated on test, for its curve; nothing is selected.
 
     Attributes:
+      validation: of the last evaluated epoch; None without a validation split.
       test: of the last evaluated epoch; None if that was not evaluated on test in this process.
     """
 
     def __init__(self, session: Session, requests: Requests):
         self._session, self._requests = session, requests
+        self.validation: Evaluation | None = None
         self.test: Evaluation | None = None
 
     def due(self, epoch: int) -> bool:
@@ -62,7 +64,7 @@ class EpochEvaluation:
             assert validation
             assert test
             progress.best[k] = Best(step, validation.accuracy[k], test.accuracy[k])
-        progress.evaluated, self.test = step, test
+        progress.evaluated, self.validation, self.test = step, validation, test
         return True
 
     def _evaluate(self, networks: Any, split: str) -> Evaluation | None:

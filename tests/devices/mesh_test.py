@@ -111,6 +111,7 @@ def test_devices_and_mapping_change_nothing(mapping, count, x64):
                 'kdcl_minlogit',
                 'kdcl_mean',
                 'kdcl_linear',
+                'kdcl_general',
                 'okddip',
                 'ffl+l1',
                 'mcl+adversarial',

@@ -5,7 +5,15 @@ import functools
 import jax
 import numpy as np
 import pytest
-from conftest import initial_state, softmax, take_devices, tiny_cohort, tiny_config
+from conftest import (
+    as_float64,
+    initial_state,
+    random_batch,
+    softmax,
+    take_devices,
+    tiny_cohort,
+    tiny_config,
+)
 
 from afkd_jax.config import Loss
 from afkd_jax.devices.arrays import scalar_count
@@ -13,10 +21,12 @@ from afkd_jax.devices.mesh import BATCH_SHARDED, REPLICATED
 from afkd_jax.devices.spmd import DATA, varying
 from afkd_jax.errors import UserError
 from afkd_jax.method import auxiliary, presets
+from afkd_jax.method import step as step_lib
 from afkd_jax.method.objective import Objective
 from afkd_jax.method.ring import Ring
 from afkd_jax.models import layers as layers_lib
 from afkd_jax.tools import describe
+from afkd_jax.training import run as run_lib
 
 NETWORKS, BATCH, CLASSES, T, WEIGHT = 3, 8, 4, 2.0, 0.7
 LABELS = np.array([0, 3, 1, 1, 2, 3, 1, 0])  # image 4 is alone in its class
@@ -124,7 +134,22 @@ def plain_mcl(at, stopped):
     return total, {'contrastive': hard, 'contrastive_kl': soft}
 
 
-PLAIN = {'one': plain_one, 'okddip': plain_okddip, 'ffl': plain_ffl, 'mcl': plain_mcl}
+WEIGHTS = np.array([0.5, 0.0, 0.5])
+
+
+def plain_general(at, stopped):
+    target = np.log(0.5 * softmax(stopped['logits'][0]) + 0.5 * softmax(stopped['logits'][2]))
+    kls = [kl(z, target) for z in at['logits']]
+    return WEIGHT * sum(kls), {'mimicry_kl': kls, 'teacher_weight': WEIGHTS}
+
+
+PLAIN = {
+    'kdcl_general': plain_general,
+    'one': plain_one,
+    'okddip': plain_okddip,
+    'ffl': plain_ffl,
+    'mcl': plain_mcl,
+}
 
 
 def inputs(method):
@@ -140,6 +165,8 @@ def inputs(method):
     if method == 'mcl':
         module = auxiliary.Embeddings(layers, 5)
     variables = module.init(jax.random.key(0), logits, maps, False)
+    if method == 'kdcl_general':
+        variables = {'params': {}, 'batch_stats': {'weights': WEIGHTS}}
     # No bias is 0 and no scale 1.
     variables['params'] = jax.tree.map(
         lambda leaf: np.asarray(leaf) + 0.2 * rng.standard_normal(leaf.shape), variables['params']
@@ -203,6 +230,45 @@ def test_losses_and_gradients_equal_numpy(method, x64):
         np.testing.assert_allclose((slopes[i] * direction).sum(), difference, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.parametrize('count', [1, 2])
+def test_error_products_are_summed_over_the_masked_images(count, x64):
+    config = tiny_config(method='kdcl_general')
+    cohort, networks = tiny_cohort(config, DATA), as_float64(initial_state(config)).networks
+    images, labels = as_float64(random_batch(8))
+    mask = np.arange(8) < 5
+    step = functools.partial(step_lib.eval_step, cohort)
+    out = REPLICATED, BATCH_SHARDED
+    mapped = take_devices(count).map(step, (REPLICATED, *(BATCH_SHARDED,) * 3), out)
+    sums, _ = mapped(networks, images, labels, mask)
+    errors = [
+        softmax(np.asarray(module.apply(network.variables(), images, False)[0]))
+        - np.eye(10)[labels]
+        for module, network in zip(cohort.networks, networks, strict=True)
+    ]
+    expected = [[(a * b)[:5].sum() for b in errors] for a in errors]
+    np.testing.assert_allclose(sums['error_products'], expected, rtol=1e-9)
+
+
+def test_general_weights_minimise_the_error_of_the_mixture():
+    # For two networks by hand: w_1 = (c_22 - c_12) / (c_11 + c_22 - 2 c_12).
+    weights = auxiliary.general_weights(np.array([[2.0, 0.5], [0.5, 1.0]]) * 7, 7)['weights']
+    np.testing.assert_allclose(weights, [0.25, 0.75], rtol=1e-6)
+    errors = np.random.default_rng(0).standard_normal((3, 100))
+    products = errors @ errors.T
+    weights = auxiliary.general_weights(products, 100)['weights']
+    assert weights.dtype == np.float32
+    np.testing.assert_allclose(weights.sum(), 1, rtol=1e-6)
+    least = weights @ products @ weights
+    for other in np.random.default_rng(1).dirichlet(np.ones(3), 200):
+        assert other @ products @ other >= least * (1 - 1e-6)
+    # A network that would get a negative weight gets none; equal ones get equal weights.
+    weights = auxiliary.general_weights(np.array([[4.0, 1.8], [1.8, 1.0]]), 1)['weights']
+    np.testing.assert_allclose(weights, [0, 1])
+    for products in (np.ones((3, 3)), np.zeros((3, 3)), np.full((3, 3), np.nan)):
+        found = auxiliary.general_weights(products, 1)['weights']
+        np.testing.assert_allclose(found, [1 / 3] * 3, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ('fields', 'message'),
     [
@@ -244,6 +310,14 @@ def test_the_module_is_described_and_is_no_part_of_a_network(method, kind, param
     state = initial_state(tiny_config(('tiny-8-2',) * 3, method=method))
     assert scalar_count(state.auxiliary.params) == parameters
     assert set(state.networks[0].params) == {'trunk', 'head', 'transfer'}
+
+
+def test_weights_of_held_out_images_are_described():
+    facts = described('kdcl_general')
+    assert facts['auxiliary'] == {'kind': 'weights', 'parameters': 0}
+    assert 'weights of the networks are set after each evaluation' in describe.text(facts)
+    with pytest.raises(UserError, match=r'config\.data\.validation_fraction: must be above 0 with'):
+        run_lib.prepare(tiny_config(method='kdcl_general', data__validation_fraction=0.0))
 
 
 def test_without_one_there_is_none():

@@ -335,6 +335,12 @@ OTHER_PARTS = {
         0,
         {'cross_entropy', 'mimicry_kl', 'l1_to_labels', 'l1_to_teacher', 'paused'},
     ),
+    'kdcl_general': (
+        {'logit'},
+        False,
+        0,
+        {'cross_entropy', 'mimicry_kl', 'teacher_weight'},
+    ),
     'mcl': ({'logit'}, False, 0, {'cross_entropy', 'contrastive', 'contrastive_kl'}),
 }
 
@@ -364,7 +370,8 @@ def test_unused_parts_are_not_built(method, networks):
     after, values = mapped_update(config, devices)(devices.replicate(state), *batch)
     used = optimizers | ({'discriminator'} if discriminators else set())
     if state.auxiliary:
-        assert moved(state.auxiliary.params, jax.device_get(after).auxiliary.params)
+        if state.auxiliary.params:
+            assert moved(state.auxiliary.params, jax.device_get(after).auxiliary.params)
         losses = losses | {*AUXILIARIES[method].step_names, 'grad_norm_auxiliary'}
     assert set(values) == losses | {'accuracy'} | {
         f'{kind}_{name}' for kind in ('grad_norm', 'learning_rate') for name in used

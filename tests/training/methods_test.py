@@ -1,6 +1,7 @@
 """Methods with more state than networks: a resumed run is the uninterrupted one, to the bit."""
 
 import jax
+import numpy as np
 import pytest
 from conftest import tiny_config
 
@@ -24,6 +25,7 @@ def lines(workdir, kind):
         ('one', {'mimicry_kl'}, {'auxiliary_cross_entropy', 'grad_norm_auxiliary'}),
         pytest.param('okddip', {'mimicry_kl'}, {'grad_norm_auxiliary'}, marks=pytest.mark.slow),
         pytest.param('ffl', {'mimicry_kl'}, {'auxiliary_kl'}, marks=pytest.mark.slow),
+        ('kdcl_general', {'mimicry_kl', 'teacher_weight'}, set()),
         pytest.param('mcl', {'contrastive', 'contrastive_kl'}, set(), marks=pytest.mark.slow),
         pytest.param('kdcl_linear', {'mimicry_kl'}, set(), marks=pytest.mark.slow),
         pytest.param('shuffled', {'mimicry_kl'}, set(), marks=pytest.mark.slow),
@@ -60,6 +62,11 @@ def test_a_resumed_run_is_the_uninterrupted_one(method, values, step_values, tmp
     assert values <= row['networks'][0].keys()
     assert step_values <= row.keys()
     assert len(drawn) > 0
+    if method == 'kdcl_general':  # the weights are of the evaluation before
+        first, second = ([row['teacher_weight'] for row in rows] for rows in whole[2])
+        np.testing.assert_allclose(first, [1 / 3] * 3, rtol=1e-6)
+        assert max(abs(weight - 1 / 3) for weight in second) > 0.01
+        assert sum(second) == pytest.approx(1)
     if averages:
         splits = [line['split'] for line in lines(tmp_path, 'evaluation')][-4:]
         assert splits == ['test', 'test_ema', 'validation', 'validation_ema']
