@@ -3,12 +3,15 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import (
     as_float64,
     initial_state,
+    mapped_update,
     random_batch,
+    relative_difference,
     softmax,
     take_devices,
     tiny_cohort,
@@ -20,7 +23,7 @@ from afkd_jax.devices.arrays import scalar_count
 from afkd_jax.devices.mesh import BATCH_SHARDED, REPLICATED
 from afkd_jax.devices.spmd import DATA, varying
 from afkd_jax.errors import UserError
-from afkd_jax.method import auxiliary, presets
+from afkd_jax.method import auxiliary, losses, presets
 from afkd_jax.method import step as step_lib
 from afkd_jax.method.objective import Objective
 from afkd_jax.method.ring import Ring
@@ -228,6 +231,45 @@ def test_losses_and_gradients_equal_numpy(method, x64):
         ]
         difference = (ends[0] - ends[1]) / (2 * step)
         np.testing.assert_allclose((slopes[i] * direction).sum(), difference, rtol=1e-5, atol=1e-8)
+
+
+def test_a_step_follows_the_gradient_of_the_whole_loss(x64):
+    """Of networks and module at once: also through the maps into the trunks."""
+    config = tiny_config(('tiny-4-2', 'tiny-6-1'), method='ffl', batch_size=BATCH)
+    state, cohort = as_float64(initial_state(config)), tiny_cohort(config)
+    images, labels = as_float64(random_batch(BATCH))
+    terms = auxiliary.Terms(
+        lambda logits: losses.cross_entropy(logits, labels).mean(-1),
+        lambda logits, teacher: losses.mimicry_kl(logits, teacher, 3.0).mean(-1),
+        temperature=3.0,
+        weight=1.0,
+    )
+
+    def total(networks, module):
+        outputs = [
+            own.apply({'params': params, 'batch_stats': network.batch_stats['network']},
+                      images, True, mutable=['batch_stats'])[0]
+            for own, params, network in zip(
+                cohort.networks, networks, state.networks, strict=True
+            )
+        ]  # fmt: skip
+        logits, maps = jnp.stack([logits for logits, _ in outputs]), [m for _, m in outputs]
+        variables = {'params': module, 'batch_stats': state.auxiliary.batch_stats}
+        fused, _ = cohort.auxiliary.apply(variables, logits, maps, True, mutable=['batch_stats'])
+        added, _ = auxiliary.ffl_loss(fused, logits, labels, terms)
+        return terms.cross_entropy(logits).sum() + added
+
+    before = [network.variables()['params'] for network in state.networks], state.auxiliary.params
+    expected = jax.tree.map(
+        lambda p, g: p - 0.1 * (g + 1e-4 * p), before, jax.grad(total, (0, 1))(*before)
+    )
+    devices = take_devices(2)
+    after, _ = mapped_update(config, devices)(
+        devices.replicate(state), devices.split(images), devices.split(labels)
+    )
+    networks = [network.variables()['params'] for network in after.networks]
+    difference, where = relative_difference((networks, after.auxiliary.params), expected)
+    assert difference < 1e-9, where
 
 
 @pytest.mark.parametrize('count', [1, 2])
