@@ -49,7 +49,6 @@ def result_tables(summary: dict[str, Any]) -> list[rich.table.Table]:
         'test %': 'test_accuracy',
         'at best val %': 'test_accuracy_at_best_validation',
         'top-5 %': 'test_top5_accuracy',
-        'EMA val %': 'validation_ema_accuracy',
         'EMA test %': 'test_ema_accuracy',
     }
     known = {
