@@ -123,6 +123,8 @@ class Data:
     eval_resize: int = _positive(256)  # ... and the shorter side before evaluation's centre crop.
     pad: int = _not_negative(4)  # pixels of zeros on each side before a random crop; 0: no crop
     flip: bool = _field(True)  # horizontal, with probability 1/2
+    # Whether all networks see the same crop, flip and colours of an image, or each its 'own'.
+    views: str = _one_of('shared', 'shared', 'own')
     color_jitter: float = _between(0.0, 0, 1)  # brightness, contrast, saturation in 1 +- this
     randaugment_operations: int = _between(0, 0, 14)  # RandAugment, 'stream' only; 0: none
     randaugment_magnitude: float = _between(9.0, 0, 30)
@@ -163,6 +165,13 @@ class MomentumOptimizer(Optimizer):
     """SGD with momentum; otherwise as Optimizer."""
 
     momentum: float = _fraction(0.9)  # 0: none
+
+
+@dataclasses.dataclass(frozen=True)
+class Ema:
+    """Exponential moving averages of the networks, which are evaluated besides them."""
+
+    decay: float = _fraction(0.0)  # at most; min(1 - 1 / t, decay) in step t; 0: no averages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,6 +216,9 @@ class Config:
         lambda v: all(_is(x, int) for x in v) and list(v) == sorted(set(v)),
     )
     method: str = _field('afd', 'the name of a method', bool)  # see method/presets.py
+    # Logits and maps come from the teachers' 'live' weights, or from averages of them (ema.decay).
+    teacher: str = _one_of('live', 'live', 'ema')
+    ema: Ema = Ema()
     epochs: int = _positive(300)  # passes over the training images
     batch_size: int = _positive(128)  # images per step, over all devices
     eval_batch_size: int = _between(1000, 1, 2**16)  # likewise, in evaluation

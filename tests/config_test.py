@@ -109,7 +109,7 @@ def test_unknown_and_missing_fields_are_refused():
         ('logit.scheduler', 'logit.schedule'),
         ('warmup', None),
         ('logit.warmup', None),
-        ('ema', None),
+        ('swa', None),
         ('loss.ema', None),
         ('dropout', None),
         ('optimizer', None),

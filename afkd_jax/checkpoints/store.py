@@ -338,7 +338,7 @@ def _stored(arrays: tuple[State, Sums]) -> tuple[State, Sums]:
     return (state.stack() if state.stackable else state), sums
 
 
-def _digests(parts: dict[int, Any], sums: Sums) -> dict[str, str]:
+def _digests(parts: dict[int | str, Any], sums: Sums) -> dict[str, str]:
     return state_lib.digests(parts) | {'sums': arrays_lib.fingerprint(sums)}
 
 
@@ -377,7 +377,7 @@ def _check_disk_space(folder: pathlib.Path, arrays: Any) -> None:
         raise OSError(f'{os.strerror(errno.ENOSPC)}: {figures}')
 
 
-def _reject_nonfinite(step: int, parts: dict[int, Any]) -> None:
+def _reject_nonfinite(step: int, parts: dict[int | str, Any]) -> None:
     """Rejects a state that has overflowed although the step's values were still finite."""
     if name := state_lib.nonfinite(parts):
         raise UserError(

@@ -187,6 +187,8 @@ class Loop:
                 return
             with self._session.spent.on('evaluate'):
                 evaluated = self.evaluation(self.state.networks, self.step, epoch)
+                if evaluated and self.evaluation.validation:
+                    self.state = self._run.with_held_out(self.state, self.evaluation.validation)
             self._clock.restart(self.step)
             save = True  # it may be the best
         elif self._progress.epoch.empty:
