@@ -22,6 +22,7 @@ from afkd_jax.data import augment
 from afkd_jax.data.images import DeviceImages
 from afkd_jax.devices.spmd import DATA, varying
 from afkd_jax.method import losses, metrics
+from afkd_jax.method.adversary import Discriminator
 from afkd_jax.method.cohort import Cohort
 from afkd_jax.method.objective import DiscriminatorFn
 from afkd_jax.method.state import DiscriminatorState, NetworkState, TrainState
@@ -31,12 +32,16 @@ def value_shapes(cohort: Cohort) -> dict[str, tuple[int, ...]]:
     """Returns the names and shapes of the values that a step reports.
 
     One per network, [K]: the losses (Objective.value_names); accuracy, in percent; grad_norm_*,
-    the L2 norms of the gradients. One per step: learning_rate_*, of each optimizer.
+    the L2 norms of the gradients. One per step: learning_rate_*, of each optimizer, unless the
+    networks' differ.
     """
     used = cohort.optimizers.used()
     names = [*cohort.objective.value_names(), 'accuracy', *(f'grad_norm_{name}' for name in used)]
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(names, (len(cohort.names),))
-    return shapes | {f'learning_rate_{name}': () for name in used}
+    return shapes | {
+        f'learning_rate_{name}': (len(cohort.names),) if rule.per_network else ()
+        for name, rule in used.items()
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +102,11 @@ def _pass(
 
 
 def _updated(
-    cohort: Cohort, state: TrainState, gradients: dict[str, list[Any]], batch_stats: list[Any]
+    cohort: Cohort,
+    state: TrainState,
+    gradients: dict[str, list[Any]],
+    batch_stats: list[Any],
+    discriminator_stats: list[Any],
 ) -> TrainState:
     rules, networks, discriminators = cohort.optimizers.used(), [], []
     for k, network in enumerate(state.networks):
@@ -107,7 +116,7 @@ def _updated(
         params, opt = network.params, {}
         for name, parts in cohort.updated_parts().items():
             old = {part: params[part] for part in parts}
-            new, opt[name] = rules[name].apply(
+            new, opt[name] = rules[name].of(k).apply(
                 gradients[name][k], network.opt[name], old, state.step
             )
             params = params | new
@@ -120,15 +129,23 @@ def _updated(
         new, opt = rules['discriminator'].apply(
             gradient, discriminator.opt, discriminator.params, state.step
         )
-        discriminators.append(DiscriminatorState(new, opt))
+        discriminators.append(DiscriminatorState(new, opt, discriminator_stats[k]))
     return TrainState(state.step + 1, tuple(networks), tuple(discriminators))
 
 
-def _discriminator_fn(module: nn.Module | None) -> DiscriminatorFn | None:
-    if module is None:
+def _discriminator_fn(
+    module: Discriminator | None, state: DiscriminatorState | None
+) -> DiscriminatorFn | None:
+    if module is None or state is None:
         return None
-    # The running statistics are dropped.
-    return lambda params, maps: module.apply({'params': params}, maps, mutable=['batch_stats'])[0]
+
+    def discriminate(params: Any, maps: jax.Array, condition: Any) -> tuple[jax.Array, Any]:
+        variables = {'params': params, 'batch_stats': state.batch_stats}
+        outputs, updated = module.apply(variables, maps, condition, mutable=['batch_stats'])
+        # The running statistics of batch norms are dropped.
+        return outputs, updated['batch_stats'] if module.has_state else {}
+
+    return discriminate
 
 
 def update(
@@ -167,15 +184,24 @@ def update(
     no_maps = [jnp.zeros_like(own.maps) for own in passes]
     cotangents: dict[str, tuple[Any, Any]] = {'logit': (to_logits, no_maps)}
     gradients: dict[str, list[Any]] = {}
+    discriminator_stats: list[Any] = []
     if cohort.method.uses_maps:
         maps_KxBxHxWxC = jnp.stack([own.maps for own in passes])
         if cohort.method.adversarial:
-            to_maps, gradients['discriminator'], more = objective.of_adversaries(
-                [_discriminator_fn(module) for module in cohort.discriminators],
-                [own and varying(own.params) for own in state.discriminators],
-                maps_KxBxHxWxC,
+            to_maps, gradients['discriminator'], discriminator_stats, more = (
+                objective.of_adversaries(
+                    list(map(_discriminator_fn, cohort.discriminators, state.discriminators)),
+                    [own and varying(own.params) for own in state.discriminators],
+                    maps_KxBxHxWxC,
+                    objective.conditions(logits_KxBxC, labels_B, mixed),
+                    state.step,
+                    objective.adversarial_weight(state.step),
+                )
             )
-            cotangents['feature'] = (no_logits, to_maps)
+            if cohort.optimizers.feature:
+                cotangents['feature'] = (no_logits, to_maps)
+            else:
+                cotangents['logit'] = (to_logits, to_maps)
         else:
             to_maps, more = objective.of_maps(maps_KxBxHxWxC)
             cotangents['logit'] = (to_logits, to_maps)
@@ -185,17 +211,18 @@ def update(
         parts = cohort.updated_parts()[name]
         gradients[name] = [own and {part: own[part] for part in parts} for own in pulled]
 
-    batch_stats = [own.batch_stats for own in passes]
+    batch_stats = [own.batch_stats for own in passes], discriminator_stats
     if cohort.local_statistics:
         gradients, values, batch_stats = jax.lax.pmean((gradients, values, batch_stats), DATA)
     else:
-        gradients, values = jax.lax.pmean((gradients, values), DATA)
+        gradients, values, spectral = jax.lax.pmean((gradients, values, batch_stats[1]), DATA)
+        batch_stats = batch_stats[0], spectral
     for name in used:
         values[f'grad_norm_{name}'] = jnp.stack([optax.tree.norm(own) for own in gradients[name]])
     values = ring.gathered(values)
     for name, optimizer in used.items():
-        values[f'learning_rate_{name}'] = optimizer.schedule(state.step)
-    return _updated(cohort, state, gradients, batch_stats), values
+        values[f'learning_rate_{name}'] = optimizer.rates(state.step)
+    return _updated(cohort, state, gradients, *batch_stats), values
 
 
 def train_step(
