@@ -61,6 +61,11 @@ class Objective:
             names += _ADVERSARIAL
         return names
 
+    @property
+    def balanced(self) -> bool:
+        """Whether the weight of L_G follows the gradients."""
+        return self.method.adversarial and self.adversarial.balance == 'gradnorm'
+
     def _of_learners(self, loss_K: jax.Array) -> jax.Array:
         return loss_K.at[np.array(self.frozen)].set(0.0) if self.frozen else loss_K
 

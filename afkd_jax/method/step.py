@@ -26,17 +26,20 @@ from afkd_jax.method.adversary import Discriminator
 from afkd_jax.method.cohort import Cohort
 from afkd_jax.method.objective import DiscriminatorFn
 from afkd_jax.method.state import DiscriminatorState, NetworkState, TrainState
+from afkd_jax.models import layers
 
 
 def value_shapes(cohort: Cohort) -> dict[str, tuple[int, ...]]:
     """Returns the names and shapes of the values that a step reports.
 
     One per network, [K]: the losses (Objective.value_names); accuracy, in percent; grad_norm_*,
-    the L2 norms of the gradients. One per step: learning_rate_*, of each optimizer, unless the
+    the L2 norms of the gradients; adversarial_balance, see _balance. One per step: learning_rate_*, of each optimizer, unless the
     networks' differ.
     """
     used = cohort.optimizers.used()
     names = [*cohort.objective.value_names(), 'accuracy', *(f'grad_norm_{name}' for name in used)]
+    if cohort.objective.balanced:
+        names.append('adversarial_balance')
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(names, (len(cohort.names),))
     return shapes | {
         f'learning_rate_{name}': (len(cohort.names),) if rule.per_network else ()
@@ -55,6 +58,8 @@ class _Pass:
     # (cotangent of logits, cotangent of maps) -> gradients of trunk, head and transfer; {} of a
     # frozen network
     pull: Callable[[jax.Array, jax.Array], dict[str, Any]]
+    # The same cotangents -> both gradients to the trunk's map, before the transfer layer
+    to_trunk: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
 def _forward(
@@ -70,6 +75,10 @@ def _forward(
     return outputs, pullback, updated.get('batch_stats', {})
 
 
+def _no_gradients(*cotangents: jax.Array) -> Any:
+    return jax.tree.map(jnp.zeros_like, cotangents)
+
+
 def _evaluated(module: nn.Module, variables: dict, inputs: jax.Array) -> Any:
     return module.apply(variables, inputs, False)
 
@@ -81,11 +90,11 @@ def _pass(
         logits, maps = _evaluated(cohort.networks[k], state.variables(), images_BxHxWxC)
         if module := cohort.transfers[k]:
             maps = _evaluated(module, state.transfer_variables(), maps)
-        return _Pass(logits, maps, None, lambda *_: {})
-    (logits, maps), pull_network, stats = _forward(
+        return _Pass(logits, maps, None, lambda *_: {}, _no_gradients)
+    (logits, own_maps), pull_network, stats = _forward(
         cohort.networks[k], state.variables(), images_BxHxWxC, key
     )
-    batch_stats, pull_transfer = {'network': stats, 'transfer': None}, None
+    maps, batch_stats, pull_transfer = own_maps, {'network': stats, 'transfer': None}, None
     if module := cohort.transfers[k]:
         maps, pull_transfer, batch_stats['transfer'] = _forward(
             module, state.transfer_variables(), maps, key
@@ -98,7 +107,12 @@ def _pass(
         to_network, _ = pull_network((to_logits, to_maps))
         return {**to_network, 'transfer': to_transfer}
 
-    return _Pass(logits, maps, batch_stats, pull)
+    def to_trunk(to_logits: jax.Array, to_maps: jax.Array) -> tuple[jax.Array, jax.Array]:
+        head, variables = cohort.networks[k].head, {'params': state.params['head']}
+        _, pull_head = jax.vjp(lambda maps: head.apply(variables, maps), own_maps)
+        return pull_head(to_logits)[0], pull_transfer(to_maps)[1] if pull_transfer else to_maps
+
+    return _Pass(logits, maps, batch_stats, pull, to_trunk)
 
 
 def _updated(
@@ -148,6 +162,55 @@ def _discriminator_fn(
     return discriminate
 
 
+def _of_adversaries(
+    cohort: Cohort,
+    state: TrainState,
+    passes: list[_Pass],
+    to_logits: jax.Array,
+    labels_B: jax.Array,
+    mixed: augment.Mixed | None,
+    entropy_K: jax.Array,
+) -> tuple[jax.Array, list[Any], list[Any], dict[str, jax.Array]]:
+    """Returns the gradients of L_G to the maps, and the others of Objective.of_adversaries."""
+    objective, step = cohort.objective, state.step
+    weight, balanced = objective.adversarial_weight(step), objective.balanced
+    to_maps, gradients, stats, values = objective.of_adversaries(
+        list(map(_discriminator_fn, cohort.discriminators, state.discriminators)),
+        [own and varying(own.params) for own in state.discriminators],
+        jnp.stack([own.maps for own in passes]),
+        objective.conditions(jnp.stack([own.logits for own in passes]), labels_B, mixed),
+        step,
+        1.0 if balanced else weight,
+    )
+    if balanced:
+        balance_K = _balance(objective.adversarial.balance_limit, passes, to_logits, to_maps)
+        to_maps *= weight * balance_K[:, None, None, None, None]
+        values['adversarial_balance'] = varying(balance_K)
+    if objective.adversarial.direction == 'better_only':
+        entropy_K = jax.lax.pmean(entropy_K, DATA)
+        better_K = cohort.ring.teachers(entropy_K) < entropy_K
+        to_maps *= better_K[:, None, None, None, None]
+    return to_maps, gradients, stats, values
+
+
+def _balance(
+    limit: float, passes: list[_Pass], to_logits: jax.Array, to_maps: jax.Array
+) -> jax.Array:
+    """Returns |gradient of the logit loss| / |gradient of L_G|, at most `limit`: [K].
+
+    Both at the trunk's map, over the global batch. Source: Esser et al. 2021 (VQGAN), there at the
+    last layer.
+    """
+
+    def squares(gradient: jax.Array) -> jax.Array:
+        return jnp.square(layers.at_least_float32(gradient)).sum()
+
+    pairs = [own.to_trunk(to_logits[k], to_maps[k]) for k, own in enumerate(passes)]
+    squares_Kx2 = jnp.stack([jnp.stack([*map(squares, pair)]) for pair in pairs])
+    logit_K, adversarial_K = jnp.sqrt(jax.lax.psum(squares_Kx2, DATA)).T
+    return jnp.minimum(logit_K / (adversarial_K + 1e-12), limit)
+
+
 def update(
     cohort: Cohort,
     state: TrainState,
@@ -186,24 +249,16 @@ def update(
     gradients: dict[str, list[Any]] = {}
     discriminator_stats: list[Any] = []
     if cohort.method.uses_maps:
-        maps_KxBxHxWxC = jnp.stack([own.maps for own in passes])
         if cohort.method.adversarial:
-            to_maps, gradients['discriminator'], discriminator_stats, more = (
-                objective.of_adversaries(
-                    list(map(_discriminator_fn, cohort.discriminators, state.discriminators)),
-                    [own and varying(own.params) for own in state.discriminators],
-                    maps_KxBxHxWxC,
-                    objective.conditions(logits_KxBxC, labels_B, mixed),
-                    state.step,
-                    objective.adversarial_weight(state.step),
-                )
+            to_maps, gradients['discriminator'], discriminator_stats, more = _of_adversaries(
+                cohort, state, passes, to_logits, labels_B, mixed, values['cross_entropy']
             )
             if cohort.optimizers.feature:
                 cotangents['feature'] = (no_logits, to_maps)
             else:
                 cotangents['logit'] = (to_logits, to_maps)
         else:
-            to_maps, more = objective.of_maps(maps_KxBxHxWxC)
+            to_maps, more = objective.of_maps(jnp.stack([own.maps for own in passes]))
             cotangents['logit'] = (to_logits, to_maps)
         values |= more
     for name, (to_logits, to_maps) in cotangents.items():
