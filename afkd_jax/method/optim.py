@@ -112,7 +112,8 @@ def create(
         facts['weight_decay'] = section.weight_decay
         if config.accumulate > 1:
             facts['accumulate'] = config.accumulate
-            direction = optax.MultiSteps(direction, config.accumulate).gradient_transformation()
+            many = optax.MultiSteps(direction, config.accumulate, accumulator_dtype=None)
+            direction = many.gradient_transformation()
         return Optimizer(tuple(facts.items()), direction, schedule)
 
     def of_logits(section: config_lib.LogitOptimizer) -> Optimizer:
