@@ -126,7 +126,7 @@ def _state_bytes(cohort: cohort_lib.Cohort, peers: int) -> dict[str, int]:
     return {
         'parameters': byte_count([part.params for part in parts]) // peers,
         'optimizer_states': byte_count([part.opt for part in parts]) // peers,
-        'batch_statistics': byte_count([part.batch_stats for part in state.networks]) // peers,
+        'batch_statistics': byte_count([part.batch_stats for part in parts]) // peers,
     }
 
 
@@ -156,7 +156,7 @@ def _network_flops(cohort: cohort_lib.Cohort, k: int, train: bool = True) -> int
         if not (train and cohort.learns(k)):
             return [outputs]
         pulled = [pull((logits, maps))]
-        if cohort.method.adversarial:  # the same maps once more, for the other optimizer
+        if cohort.optimizers.feature:  # the same maps once more, for the other optimizer
             pulled.append(pull((logits, maps)))
         return pulled
 
