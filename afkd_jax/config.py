@@ -71,7 +71,7 @@ def _fraction(default: float) -> Any:
 
 def _per_network(zero: str) -> Any:
     def test(v: Any) -> bool:
-        return all(_is(x, float) and (x > 0 or zero and x == 0) for x in v)
+        return all(_is(x, float) and (x > 0 or (zero and x == 0)) for x in v)
 
     words = f'a tuple of numbers{zero or " above 0"}, one per network, as in "(0.1,0.02)", or ()'
     return _field((), words, test)

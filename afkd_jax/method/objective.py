@@ -15,8 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from afkd_jax import config
-from afkd_jax.config import Loss
+from afkd_jax.config import Adversarial, Discriminator, Loss
 from afkd_jax.data.augment import Mixed
 from afkd_jax.errors import UserError
 from afkd_jax.method import losses
@@ -40,8 +39,8 @@ class Objective:
     loss: Loss
     kl_ramp_steps: int  # steps in which the KL's weight grows; 0: none
     frozen: tuple[int, ...] = ()  # networks that have no loss, counted from 0
-    discriminator: config.Discriminator = config.Discriminator()
-    adversarial: config.Adversarial = config.Adversarial()
+    discriminator: Discriminator = dataclasses.field(default_factory=Discriminator)
+    adversarial: Adversarial = dataclasses.field(default_factory=Adversarial)
     adversarial_ramp_steps: int = 0  # steps in which the weight of L_G grows; 0: none
 
     def value_names(self) -> list[str]:
@@ -168,7 +167,7 @@ class Objective:
         step: Any = 0,
         weight: Any = None,
     ) -> tuple[jax.Array, list[Any], list[Any], Values]:
-        """Returns the gradients of L_G to the maps, of L_D to the parameters, states and values [K].
+        """Returns gradients of L_G to the maps, of L_D to the parameters, states and values [K].
 
         One forward pass of D_k on the student's map serves both losses. L_G reaches only the map,
         L_D only the discriminator.
@@ -217,8 +216,8 @@ class Objective:
             states.append(state)
             outputs = (adversarial.between(d).mean() for d in (d_own, d_teacher))
             parts.append((generator, loss, *outputs))
-        values = map(jnp.stack, zip(*parts, strict=True))
-        values = dict(zip(_ADVERSARIAL, values, strict=True))
+        stacked = map(jnp.stack, zip(*parts, strict=True))
+        values: Values = dict(zip(_ADVERSARIAL, stacked, strict=True))
         return jnp.stack(map_gradients), gradients, states, values
 
     def _of_penalty(self, pair: '_Pair', step: Any) -> Any:

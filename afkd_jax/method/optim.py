@@ -112,7 +112,8 @@ def create(
         facts['weight_decay'] = section.weight_decay
         if config.accumulate > 1:
             facts['accumulate'] = config.accumulate
-            many = optax.MultiSteps(direction, config.accumulate, accumulator_dtype=None)
+            own: Any = None  # the gradients' dtype
+            many = optax.MultiSteps(direction, config.accumulate, accumulator_dtype=own)
             direction = many.gradient_transformation()
         return Optimizer(tuple(facts.items()), direction, schedule)
 
@@ -120,7 +121,8 @@ def create(
         return optimizer(section, _direction(section), section.warm_up, **_facts(section))
 
     def adam(section: config_lib.Optimizer) -> Optimizer:
-        return optimizer(section, optax.chain(_decay(section.weight_decay), optax.scale_by_adam()), rule='Adam')
+        direction = optax.chain(_decay(section.weight_decay), optax.scale_by_adam())
+        return optimizer(section, direction, rule='Adam')
 
     logit = of_logits(config.logit)
     if sections := _sections(config):

@@ -33,8 +33,8 @@ def value_shapes(cohort: Cohort) -> dict[str, tuple[int, ...]]:
     """Returns the names and shapes of the values that a step reports.
 
     One per network, [K]: the losses (Objective.value_names); accuracy, in percent; grad_norm_*,
-    the L2 norms of the gradients; adversarial_balance, see _balance. One per step: learning_rate_*, of each optimizer, unless the
-    networks' differ.
+    the L2 norms of the gradients; adversarial_balance, see _balance. One per step: learning_rate_*,
+    of each optimizer, unless the networks' differ.
     """
     used = cohort.optimizers.used()
     names = [*cohort.objective.value_names(), 'accuracy', *(f'grad_norm_{name}' for name in used)]
@@ -130,9 +130,8 @@ def _updated(
         params, opt = network.params, {}
         for name, parts in cohort.updated_parts().items():
             old = {part: params[part] for part in parts}
-            new, opt[name] = rules[name].of(k).apply(
-                gradients[name][k], network.opt[name], old, state.step
-            )
+            rule, gradient = rules[name].of(k), gradients[name][k]
+            new, opt[name] = rule.apply(gradient, network.opt[name], old, state.step)
             params = params | new
         networks.append(NetworkState(params, batch_stats[k], opt))
     for k, discriminator in enumerate(state.discriminators):

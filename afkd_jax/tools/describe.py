@@ -73,7 +73,8 @@ def describe(config: Config) -> dict[str, Any]:
         'loss': _weights(cohort.objective),
         'adversary': _adversary(config, cohort) if cohort.method.adversarial else None,
         'optimizers': {
-            name: dict(rule.facts) | _schedule(rule) for name, rule in cohort.optimizers.used().items()
+            name: dict(rule.facts) | _schedule(rule)
+            for name, rule in cohort.optimizers.used().items()
         },
     }
 
@@ -177,6 +178,7 @@ def _ring_lines(rows: list[dict[str, Any]]) -> list[str]:
 def _schedule_words(rule: dict[str, Any]) -> str:
     def numbers(name: str) -> str:
         values = rule.get(f'{name}s') or [rule[name]]
+        values = values if len(set(values)) > 1 else values[:1]
         return f'{name.replace("_", " ")} {" and ".join(f"{value:g}" for value in values)}'
 
     words = [rule['rule']]

@@ -448,7 +448,8 @@ def test_arrays_that_are_read_as_others_than_were_written_are_rejected(
         def other(*arguments, **named):
             state, sums = read(*arguments, **named)
             if changed == 'a network':
-                head = state['networks']['params']['head']['Dense_0']  # both, stacked; one is changed
+                # Both, stacked; one is changed.
+                head = state['networks']['params']['head']['Dense_0']
                 head['bias'] = head['bias'].at[1, 3].add(1e-6)
             else:
                 sums = sums | {'steps': sums['steps'] + 1}

@@ -234,9 +234,7 @@ def test_one_rate_and_decay_per_network_are_those_of_separate_runs(x64):
     for k, (rate, decay) in enumerate(zip(*both.values(), strict=True)):
         own = {'logit__learning_rate': rate, 'logit__weight_decay': decay}
         alone, _ = after_steps(tiny_config(**fields, **own), batches)
-        difference, where = relative_difference(
-            state.networks[k].params, alone.networks[k].params
-        )
+        difference, where = relative_difference(state.networks[k].params, alone.networks[k].params)
         assert difference < 1e-12, where
     np.testing.assert_allclose(values['learning_rate_logit'] / values['learning_rate_logit'][0],
                                [1, 0.2])  # fmt: skip
