@@ -191,13 +191,14 @@ def _run(config_flag: flags.FlagHolder, options: Options) -> int:
     with Interrupt() if options.mode == 'train' else Cancel() as interrupt:
         if not mode.distributed:
             with working('starting'):
-                module = importlib.import_module(mode.module)
+                module, command = importlib.import_module(mode.module), _resolved(command)
             return module.main(command, None)
         with working('starting'):
             from afkd_jax.devices import mesh, processes
 
             module = importlib.import_module(mode.module)
         processes.start(options.coordinator_address, options.num_processes, options.process_id)
+        command = processes.raise_on_all(lambda: _resolved(command))
         processes.assert_equal(
             {'--mode': options.mode, '--step': options.step, '--extend': options.extend}
             | config_lib.command_fields(command.config)
@@ -244,12 +245,19 @@ def _command(config_flag: flags.FlagHolder, options: Options) -> Command:
     }
     folder = 'runs/studies' if options.mode == 'study' else 'runs'
     workdir = options.workdir or f'{folder}/{_run_name(path.stem, argument, overrides)}'
-    checked = Config.of(config)
-    if any(map(config_lib.names_weights, checked.networks)):  # the usual case imports nothing
-        from afkd_jax.checkpoints import starts
+    return Command(Config.of(config), options, pathlib.Path(workdir), study)
 
-        checked = starts.resolved(checked)
-    return Command(checked, options, pathlib.Path(workdir), study)
+
+def _resolved(command: Command) -> Command:
+    """Returns the command with the architectures of networks that are named by their weights."""
+    if command.options.mode == 'study' or not any(  # a study does so for each run
+        map(config_lib.names_weights, command.config.networks)
+    ):
+        return command  # the usual case imports nothing
+    from afkd_jax.checkpoints import starts
+
+    config = starts.resolved(command.config, command.workdir)
+    return dataclasses.replace(command, config=config)
 
 
 def _check_options(options: Options) -> None:

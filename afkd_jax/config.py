@@ -34,7 +34,8 @@ _MAY_CHANGE = re.compile(
 
 # Fields that are newer than the first runs, which did what the default does.
 _ADDED = re.compile(
-    r'accumulate|adversarial\..*|discriminator\.(loss|norm|condition|input|layers|width|r1|r1_every)'
+    r'accumulate|teacher|ema\.decay|data\.views|adversarial\..*'
+    r'|discriminator\.(loss|norm|condition|input|layers|width|r1|r1_every)'
     r'|logit\.(rule|nesterov|learning_rates|weight_decays|warm_up|clip_norm|decay_all)'
 )
 
@@ -137,6 +138,8 @@ class Data:
     eval_resize: int = _positive(256)  # ... and the shorter side before evaluation's centre crop.
     pad: int = _not_negative(4)  # pixels of zeros on each side before a random crop; 0: no crop
     flip: bool = _field(True)  # horizontal, with probability 1/2
+    # Whether all networks see the same crop, flip and colours of an image, or each its 'own'.
+    views: str = _one_of('shared', 'shared', 'own')
     color_jitter: float = _between(0.0, 0, 1)  # brightness, contrast, saturation in 1 +- this
     randaugment_operations: int = _between(0, 0, 14)  # RandAugment, 'stream' only; 0: none
     randaugment_magnitude: float = _between(9.0, 0, 30)
@@ -230,6 +233,13 @@ class Adversarial:
 
 
 @dataclasses.dataclass(frozen=True)
+class Ema:
+    """Exponential moving averages of the networks, which are evaluated besides them."""
+
+    decay: float = _fraction(0.0)  # at most; min(1 - 1 / t, decay) in step t; 0: no averages
+
+
+@dataclasses.dataclass(frozen=True)
 class Checkpoint:
     """When checkpoints are written, beside after each evaluation. No bit of a run depends on it."""
 
@@ -271,6 +281,9 @@ class Config:
         lambda v: all(_is(x, int) for x in v) and list(v) == sorted(set(v)),
     )
     method: str = _field('afd', 'the name of a method', bool)  # see method/presets.py
+    # Logits and maps come from the teachers' 'live' weights, or from averages of them (ema.decay).
+    teacher: str = _one_of('live', 'live', 'ema')
+    ema: Ema = Ema()
     epochs: int = _positive(300)  # passes over the training images
     batch_size: int = _positive(128)  # images per step, over all devices
     eval_batch_size: int = _between(1000, 1, 2**16)  # likewise, in evaluation

@@ -97,11 +97,12 @@ def _import(*modules: str) -> Callable[[], Any]:
 
 # name, layers, large -> trunk: see afkd_jax/models/__init__.py.
 NETWORKS: Registry = Registry('networks', 'network', _import('afkd_jax.models'))
-# maps, teacher's maps [..., B, H, W, C] -> values [..., B]: see afkd_jax.method.losses.
+# maps, teacher's maps [..., B, H, W, C] and, if there is a third parameter, labels [B] -> values
+# [..., B]: see afkd_jax.method.losses.
 MAP_LOSSES: Registry = Registry('method', 'loss between maps', _import('afkd_jax.method.losses'))
 # ring, logits [K, B, C], labels [B] -> list of teachers' logits, each [K, B, C]: see
-# afkd_jax.method.presets.
-LOGIT_TEACHERS: Registry = Registry('method', 'logit teacher', _import('afkd_jax.method.presets'))
+# afkd_jax.method.teachers.
+LOGIT_TEACHERS: Registry = Registry('method', 'logit teacher', _import('afkd_jax.method.teachers'))
 # config, argument -> Source: see afkd_jax/data/sources. 'name:' takes an argument.
 SOURCES: Registry = Registry('dataset', 'source', _import('afkd_jax.data.dataset'))
 # config, workdir -> Tracker: see afkd_jax/report/trackers.py.

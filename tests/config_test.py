@@ -110,7 +110,7 @@ def test_unknown_and_missing_fields_are_refused():
         ('logit.scheduler', 'logit.schedule'),
         ('warmup', 'logit.warm_up'),
         ('logit.warmup', 'logit.warm_up'),
-        ('ema', None),
+        ('swa', None),
         ('loss.ema', None),
         ('dropout', None),
         ('optimizer', 'adversarial.optimizer'),

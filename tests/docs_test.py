@@ -184,6 +184,15 @@ def test_every_file_and_field_that_is_named_exists(page):
             assert match[1] in {*config_lib.DEFAULTS, *sections, *old, 'json'}, code
 
 
+def test_the_fields_that_may_change_are_listed():
+    _, section = TEXTS['docs/reliability.md'].split('### Fields that may change\n')
+    lines = [line for line in section.split('\n#')[0].splitlines() if line.startswith('- ')]
+    names = re.findall(r'`([\w.]+)`', '\n'.join(lines))
+    listed = [name for name in names if name in config_lib.DEFAULTS]
+    may_change = [name for name in config_lib.DEFAULTS if not config_lib.defines_run(name)]
+    assert sorted(listed) == sorted(may_change)
+
+
 @pytest.mark.parametrize('page', TEXTS)
 def test_words_are_plain(page):
     assert not [match[0] for match in _WORDS.finditer(prose(page))]

@@ -24,7 +24,13 @@ from PIL import Image
 from sklearn import datasets
 
 from afkd_jax import cli
+from afkd_jax.checkpoints import starts
+from afkd_jax.command import Command, Options
+from afkd_jax.config import Config
+from afkd_jax.devices import processes
+from afkd_jax.devices.signals import Interrupt
 from afkd_jax.errors import UserError
+from configs import digits
 
 ROOT = pathlib.Path(__file__).parent.parent
 SHORT = kills.RUN
@@ -172,6 +178,24 @@ def test_a_signal_before_the_run_begins_is_no_loss(tmp_path):
     assert not (tmp_path / 'run').exists()
 
 
+def test_networks_that_name_weights_are_read_where_signals_stop_a_run(tmp_path, monkeypatch):
+    config = Config.of(digits.get_config()).replace(networks=('runs/a:1', 'resnet8'))
+    options = Options('train', *[None] * 6, False, None, False)
+    command = Command(config, options, tmp_path)
+    monkeypatch.setattr(cli, '_command', lambda *_: command)
+    monkeypatch.setattr(processes, 'start', lambda *_: None)
+    stoppable = []
+
+    def resolved(*_):
+        stoppable.append(isinstance(signal.getsignal(signal.SIGTERM).__self__, Interrupt))
+        raise UserError('runs/a')
+
+    monkeypatch.setattr(starts, 'resolved', resolved)
+    with pytest.raises(UserError, match='runs/a'):
+        cli._run(None, options)
+    assert stoppable == [True]
+
+
 def test_a_second_signal_ends_at_once(tmp_path):
     # Both come while it compiles: the main thread can act on neither.
     process = start(tmp_path)
@@ -241,7 +265,7 @@ def test_fields_that_equal_the_config_files_do_not_name_the_workdir(overrides, n
     holder = config_flags.DEFINE_config_file('config', flag_values=values)
     values(cli._last_values(argv))
     monkeypatch.setattr(flags, 'FLAGS', values)
-    options = types.SimpleNamespace(workdir=None)
+    options = types.SimpleNamespace(workdir=None, mode='train')
     assert cli._command(holder, options).workdir == pathlib.Path('runs', name)
 
 
@@ -660,6 +684,7 @@ BAD_COMMANDS = {
     'best of a run that trains': ([*RUN, '--step=best'], "--step: .*from 0 on, but is 'best'"),
     'negative step': ([*RUN, '--mode=eval', '--step=-1'], 'step'),
     'a step to describe': ([*SHORT, '--mode=describe', '--step=3'], '--step: 3 is only for'),
+    'export to nothing': ([*RUN, '--mode=export'], '--format: is missing; give one of saf'),
     'no truth value for a flag': ([*SHORT, '--debug=perhaps'], 'debug'),
 }
 

@@ -12,6 +12,7 @@ from afkd_jax.checkpoints import record
 from afkd_jax.checkpoints.progress import Progress
 from afkd_jax.checkpoints.store import check_content, checkpoint_paths, step_of
 from afkd_jax.config import Config
+from afkd_jax.devices import processes
 from afkd_jax.errors import UserError, first_line
 from afkd_jax.method.state import TrainState
 
@@ -98,7 +99,12 @@ def read_variables(path: pathlib.Path, abstract: TrainState, wanted: Sequence[in
     )
     restore_args = ocp.checkpoint_utils.construct_restore_args(item)
     args = ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
+    # Each process reads by itself and waits for no other, whose files may be damaged.
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=processes.index(), active_processes={processes.index()}
+    )
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as orbax:
         try:
             found = orbax.restore(path / 'arrays', args=args)[0]['networks']
         except (ValueError, KeyError, TypeError) as error:

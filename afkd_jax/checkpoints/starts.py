@@ -1,5 +1,6 @@
 """Where networks start: trained weights of config.init_from, also of those that are frozen."""
 
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 from flax import traverse_util
 
 from afkd_jax import config as config_lib
+from afkd_jax.checkpoints import artefact
 from afkd_jax.checkpoints import weights as weights_lib
 from afkd_jax.checkpoints.artefact import ImageFacts
 from afkd_jax.checkpoints.weights import Weights
@@ -18,10 +20,11 @@ from afkd_jax.method import state as state_lib
 from afkd_jax.method.cohort import Cohort
 
 
-def resolved(config: Config) -> Config:
+def resolved(config: Config, workdir: pathlib.Path) -> Config:
     """Returns the config with each entry of config.networks that names weights resolved.
 
-    That is, to the name of its architecture, with init_from and frozen set.
+    That is, to the name of its architecture, with init_from and frozen set. A run that has begun
+    knows the architectures of its networks: what they started from may be gone, or another by now.
 
     Raises:
       UserError: the run or file cannot be read.
@@ -32,7 +35,7 @@ def resolved(config: Config) -> Config:
     sources = list(config.init_from or ('',) * len(names))
     if len(sources) != len(names):
         cohort_lib.frozen_of(config)  # raises
-    frozen = set(config.frozen)
+    frozen, known = set(config.frozen), _known(workdir)
     for k, name in enumerate(names):
         if not config_lib.names_weights(name):
             continue
@@ -43,8 +46,17 @@ def resolved(config: Config) -> Config:
             )
         sources[k] = name
         frozen.add(k + 1)
-        names[k] = weights_lib.architecture_of(name)
+        names[k] = known.get(name) or weights_lib.architecture_of(name)
     return config.replace(networks=names, init_from=sources, frozen=sorted(frozen))
+
+
+def _known(workdir: pathlib.Path) -> dict[str, str]:
+    """Returns the weights that the networks of a run started from -> their architectures."""
+    try:
+        config = artefact.read_config(workdir)
+    except UserError:  # there is no run yet; what is wrong with one that is there is found later
+        return {}
+    return dict(zip(config.init_from, config.networks, strict=False))
 
 
 def read(
@@ -58,7 +70,7 @@ def read(
       cohort: of all networks.
       config: of the run.
       images: of the run.
-      log: takes a line about each.
+      log: takes a line about each, and warnings.
 
     Raises:
       UserError: weights cannot be read, are of another architecture, or a frozen network was
@@ -70,10 +82,12 @@ def read(
             continue
         weights = weights_lib.read(source)
         variables = {**weights.variables, 'params': dict(weights.variables['params'])}
-        line = f'network {k + 1} ({cohort.names[k]}) starts from {source}'
+        for line in weights.warnings:
+            log(line)
+        line = f'network {k + 1} ({cohort.names[k]}) starts from {source}, step {weights.step}'
         if not cohort.learns(k):
             _check_frozen(weights, images)
-            line += ' and is frozen'
+            line += ', frozen'
         elif weights.classes != images.info.classes:
             del variables['params']['head']
             line += ', with a new classifier: the classes are others'

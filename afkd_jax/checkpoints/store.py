@@ -368,7 +368,7 @@ def _restored(wanted: tuple[State, Sums], found: Any) -> tuple[State, Sums]:
     return jax.tree_util.tree_map_with_path(lambda path, _: leaves[name(path)], wanted)
 
 
-def _digests(parts: dict[int, Any], sums: Sums) -> dict[str, str]:
+def _digests(parts: dict[int | str, Any], sums: Sums) -> dict[str, str]:
     return state_lib.digests(parts) | {'sums': arrays_lib.fingerprint(sums)}
 
 
@@ -407,7 +407,7 @@ def _check_disk_space(folder: pathlib.Path, arrays: Any) -> None:
         raise OSError(f'{os.strerror(errno.ENOSPC)}: {figures}')
 
 
-def _reject_nonfinite(step: int, parts: dict[int, Any]) -> None:
+def _reject_nonfinite(step: int, parts: dict[int | str, Any]) -> None:
     """Rejects a state that has overflowed although the step's values were still finite."""
     if name := state_lib.nonfinite(parts):
         raise UserError(

@@ -42,6 +42,13 @@ class Trained:
     step: int
     rejected: dict[pathlib.Path, str]
 
+    def warnings(self) -> list[str]:
+        """Returns a line about each newer checkpoint that is not used."""
+        return [
+            f'warning: {path}: this checkpoint {why}; that of step {self.step} is used'
+            for path, why in self.rejected.items()
+        ]
+
 
 def read_run(workdir: pathlib.Path, networks: Sequence[int] | None, step: int | str) -> Trained:
     """Returns networks of a run directory; reads neither its training images nor its optimizers.
@@ -87,18 +94,22 @@ class Weights:
 
     Attributes:
       architecture: its name in config.networks.
+      step: of the checkpoint.
       variables: params and batch_stats.
       mean: per channel, of pixels in 0 .. 1, by which its images were standardised.
       std: likewise.
+      warnings: lines about newer checkpoints that are not used.
     """
 
     source: str
     architecture: str
+    step: int
     variables: dict[str, Any]
     classes: tuple[str, ...]
     image_shape: tuple[int, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    warnings: Sequence[str] = ()
 
 
 def _split(source: str) -> tuple[pathlib.Path, int]:
@@ -169,6 +180,7 @@ def read(source: str) -> Weights:
             return Weights(
                 source,
                 facts['architecture'][0],
+                facts['step'],
                 _from_tensors(tensors),
                 *(tuple(facts[name]) for name in ('classes', 'image_shape', 'mean', 'std')),
             )
@@ -180,9 +192,11 @@ def read(source: str) -> Weights:
     return Weights(
         source,
         architecture,
+        trained.step,
         jax.device_get(trained.variables[0]),
         info.classes,
         info.image_shape,
         trained.images.mean,
         trained.images.std,
+        trained.warnings(),
     )

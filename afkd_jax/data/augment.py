@@ -114,24 +114,31 @@ def mixed(
 
 
 def training_batch(
-    images: DeviceImages, index_B: jax.Array, key: jax.Array, data: Data
+    images: DeviceImages,
+    index_B: jax.Array,
+    key: jax.Array,
+    data: Data,
+    network: jax.Array | int | None = None,
 ) -> tuple[jax.Array, jax.Array, Mixed | None]:
     """Returns (standardised images [B, H, W, C], labels [B], second labels of mixed images).
 
     The augmentation of an image is a function of (key of the step, its index), so it does not
-    depend on the device that computes it.
+    depend on the device that computes it. Given a network, counted from 0, the crop, flip and
+    colours are also a function of it; what is mixed with what, and how, is not.
     """
     keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, index_B)
     pixels, labels = images.rows(index_B)
-    pixels = jax.vmap(lambda k, p: crop_and_flip(k, p, data.pad, data.flip))(keys_B, pixels)
-    inputs = unit(pixels, images.mean.dtype)
 
-    def keys(number):
+    def keys(number, keys_B=keys_B):
         # 0 and 1 may be the keys that crop_and_flip() splits off: fold_in and split agree there.
         return jax.vmap(lambda k: jax.random.fold_in(k, number))(keys_B)
 
+    view_B = keys_B if network is None else keys(4 + network)
+    pixels = jax.vmap(lambda k, p: crop_and_flip(k, p, data.pad, data.flip))(view_B, pixels)
+    inputs = unit(pixels, images.mean.dtype)
     if data.color_jitter:
-        inputs = jax.vmap(lambda k, x: color_jittered(k, x, data.color_jitter))(keys(2), inputs)
+        jitter_B = keys(2, view_B)
+        inputs = jax.vmap(lambda k, x: color_jittered(k, x, data.color_jitter))(jitter_B, inputs)
     inputs = standardise(inputs, images.mean, images.std)
     if not (data.mixup or data.cutmix):
         return inputs, labels, None

@@ -151,7 +151,7 @@ def stratified_split(
     order = fixed_permutation(len(examples))[: used or None]
     if not fraction:  # reading the labels may be slow
         return order, order[:0]
-    labels = examples.read_labels()[order]
+    labels = examples.read_labels(order)
     # The position of each image in its class, in (0, 1): the first ones are held out.
     position = np.empty(len(labels))
     for label in np.unique(labels):

@@ -10,7 +10,7 @@ import io
 import math
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import simplejpeg
@@ -20,6 +20,9 @@ from afkd_jax.config import Data
 from afkd_jax.data import randaugment
 
 _JPEG = b'\xff\xd8'
+# Beginnings of JPEG, PNG, GIF and BMP files, which have their header first, and how much is read of
+# them for it. It may be longer: a JPEG may have a colour profile before it.
+_HEADER_FIRST, _HEADER_BYTES = (_JPEG, b'\x89PNG', b'GIF8', b'BM'), 2**15
 _COLOURS = {1: ('GRAY', 'L'), 3: ('RGB', 'RGB')}
 _GREY = '1', 'L', 'LA'  # Pillow's modes of images without colours; a palette counts as colours
 _SPARE = 2  # as in Pillow's reducing_gap, "almost indistinguishable"
@@ -161,3 +164,12 @@ def header(image: Stored) -> Shape:
             return int(height), int(width), 1 if colours == 'Gray' else 3
     with _opened(image) as file:
         return file.height, file.width, 1 if file.mode in _GREY else 3
+
+
+def read_header(file: BinaryIO) -> Shape:
+    """Returns the header() of an image file; reads only its beginning where that is enough."""
+    content = file.read(_HEADER_BYTES)
+    if content.startswith(_HEADER_FIRST):
+        with contextlib.suppress(DecodeError):
+            return header(content)
+    return header(content + file.read())

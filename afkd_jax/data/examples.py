@@ -55,8 +55,8 @@ class Examples(abc.ABC):
         """Returns (image, label)."""
 
     @abc.abstractmethod
-    def read_labels(self) -> np.ndarray:
-        """Returns int32 [N]; may read every record."""
+    def read_labels(self, indices: np.ndarray) -> np.ndarray:
+        """Returns int32 [n], of these images; may read the record of each."""
 
     @abc.abstractmethod
     def name(self, index: int) -> str:
@@ -118,9 +118,9 @@ class Images(Examples):
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         return self.pixels[index], int(self.labels[index])
 
-    def read_labels(self) -> np.ndarray:
-        """Returns the labels."""
-        return self.labels
+    def read_labels(self, indices: np.ndarray) -> np.ndarray:
+        """Returns the labels of these images."""
+        return self.labels[indices]
 
     def name(self, index: int) -> str:
         """Returns its number."""

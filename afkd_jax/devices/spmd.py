@@ -36,3 +36,13 @@ def roll_across_devices(x_Lx: jax.Array, shift: int, axis: str) -> jax.Array:
 
     parts = [(x_Lx[first:], devices + 1), (x_Lx[:first], devices)]
     return jnp.concatenate([received(part, hops) for part, hops in parts if len(part)])
+
+
+def whole_batch(x: jax.Array, axis: int = 0) -> jax.Array:
+    """Returns the array of the global batch, on every device, from this device's shard."""
+    return jax.lax.all_gather(x, DATA, axis=axis, tiled=True)
+
+
+def batch_index(size: int) -> jax.Array:
+    """Returns the places in the global batch of this device's shard, which has this size."""
+    return jax.lax.axis_index(DATA) * size + jnp.arange(size)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from typing import Any
 
+import flax.linen as nn
 import jax
 
 from afkd_jax import models
@@ -25,9 +26,12 @@ class Cohort:
     Attributes:
       transfers: K; None where the map fits as it is, or no maps are compared.
       discriminators: K, None of a frozen network; () if the method has none.
+      auxiliary: the module that the logit loss needs besides the networks; None if none.
       frozen: the networks that never change and only teach, counted from 0.
       map_shapes: K, before the transfer layers.
       shared_map: the shape after the transfer layers; None if no maps are compared.
+      ema_decay: of the averages of the networks; 0 if there are none.
+      ema_teaches: whether teachers are the averages.
       local_statistics: whether batch statistics are over each device's shard of the batch.
     """
 
@@ -35,12 +39,16 @@ class Cohort:
     networks: tuple[models.Network, ...]
     transfers: tuple[Transfer | None, ...]
     discriminators: tuple[Discriminator | None, ...]
+    auxiliary: nn.Module | None
     frozen: tuple[int, ...]
     optimizers: optim.Optimizers
     objective: Objective
     map_shapes: tuple[Shape, ...]
     shared_map: Shape | None
     image_shape: Shape
+    num_classes: int
+    ema_decay: float
+    ema_teaches: bool
     local_statistics: bool
 
     @property
@@ -94,12 +102,30 @@ def method_of(config: Config) -> presets.Method:
     """Returns the method.
 
     Raises:
-      UserError: there is none of this name, or the networks that it needs are sharded.
+      UserError: there is none of this name, or the networks are too few for it, or sharded or
+        frozen where it cannot use them.
     """
     method = presets.named(config.method)
     if config.mesh.peer > 1 and method.hops(len(config.networks)) is None:
         rule = f'1 with the logit teacher "{method.logits}", which needs the logits of all networks'
         raise field_error('mesh.peer', rule, config.mesh.peer)
+    if config.teacher == 'ema':
+        if not config.ema.decay:
+            raise field_error('ema.decay', "above 0 where config.teacher is 'ema'", 0.0)
+        if not method.averages_can_teach:
+            rule = f'\'live\' with the method "{config.method}", whose teachers are no averages'
+            raise field_error('teacher', rule, config.teacher)
+    if method.switches and len(config.networks) != 2:
+        rule = f'two, teacher and student, with the method "{method.logits}"'
+        raise field_error('networks', rule, config.networks)
+    if method.auxiliary:
+        least, names = method.auxiliary.least, config.networks
+        if len(names) < least:
+            rule = f'at least {least} with the method "{method.logits}"'
+            raise field_error('networks', rule, names)
+        if config.frozen:
+            rule = f'() with the method "{method.logits}", which updates all networks at once'
+            raise field_error('frozen', rule, config.frozen)
     return method
 
 
@@ -217,6 +243,7 @@ def assemble(
             None if k in frozen else Discriminator(parts, config.discriminator, conditioned)
             for k in range(len(names) if method.adversarial else 0)
         ),
+        auxiliary=method.auxiliary and method.auxiliary.module(parts, len(names), num_classes),
         frozen=frozen,
         optimizers=optim.create(config, method.adversarial, run_steps),
         objective=Objective(
@@ -232,5 +259,8 @@ def assemble(
         map_shapes=tuple(shapes[name] for name in names),
         shared_map=shared,
         image_shape=image_shape,
+        num_classes=num_classes,
+        ema_decay=config.ema.decay,
+        ema_teaches=config.teacher == 'ema',
         local_statistics=local,
     )

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from afkd_jax.devices.spmd import whole_batch
 from afkd_jax.registry import register_map_loss
 
 
@@ -52,6 +53,48 @@ def l1(maps: jax.Array, teacher_maps: jax.Array) -> jax.Array:
     Source: the paper's L1 baseline, by a third party's report; the mean is our choice.
     """
     return jnp.abs(maps - teacher_maps).mean((-3, -2, -1))
+
+
+def l1_to_labels(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Returns |softmax(logits) - one-hot(label)|_1, in 0 .. 2. [..., B, C], [B] -> [..., B]."""
+    index = jnp.broadcast_to(labels, logits.shape[:-1])[..., None]
+    return 2 * (1 - jnp.take_along_axis(jax.nn.softmax(logits), index, axis=-1)[..., 0])
+
+
+def l1_to_teacher(logits: jax.Array, teacher_logits: jax.Array) -> jax.Array:
+    """Returns |softmax(logits) - softmax(teacher)|_1, in 0 .. 2. [..., B, C] -> [..., B]."""
+    return jnp.abs(jax.nn.softmax(logits) - jax.nn.softmax(teacher_logits)).sum(-1)
+
+
+def switches(gap: jax.Array, teacher: jax.Array, student: jax.Array) -> jax.Array:
+    """Returns whether the teacher of a pair skips its update: gap > s - exp(-t / (s + t)) t, t < s.
+
+    gap: the mean of l1_to_teacher over the batch; t = teacher and s = student: of l1_to_labels.
+    Source: SwitOKD, Qian et al. 2022, and the authors' code.
+    """
+    ratio = teacher / jnp.maximum(student + teacher, 1e-12)
+    return (gap > student - jnp.exp(-ratio) * teacher) & (teacher < student)
+
+
+@register_map_loss('moments')
+def moments(maps: jax.Array, teacher_maps: jax.Array, labels: jax.Array) -> jax.Array:
+    """Returns the mean over channels of (m - m')^2 + (v - v')^2, of each image's class.
+
+    m and v are mean and variance of a channel over height, width and the images of the class in the
+    global batch, m' and v' the teacher's. Maps [..., B, H, W, C], labels [B]: [..., B] >= 0. The
+    mean over the batch weights classes by their images. The caller stops the teacher's gradient.
+    Source: none; our control for the adversarial loss, which may match such moments.
+    """
+    same_BxA = (labels[:, None] == whole_batch(labels)[None]).astype(maps.dtype)
+    weights_BxA = same_BxA / same_BxA.sum(1, keepdims=True)
+
+    def of_class(x: jax.Array) -> jax.Array:
+        return jnp.einsum('ba,...ac->...bc', weights_BxA, whole_batch(x.mean((-3, -2)), axis=-2))
+
+    mean, teacher_mean = of_class(maps), of_class(teacher_maps)
+    variance = of_class(jnp.square(maps)) - jnp.square(mean)
+    teacher_variance = of_class(jnp.square(teacher_maps)) - jnp.square(teacher_mean)
+    return (jnp.square(mean - teacher_mean) + jnp.square(variance - teacher_variance)).mean(-1)
 
 
 def generator_loss(d_own: jax.Array) -> jax.Array:

@@ -19,6 +19,7 @@ from afkd_jax.config import Adversarial, Discriminator, Loss
 from afkd_jax.data.augment import Mixed
 from afkd_jax.errors import UserError
 from afkd_jax.method import losses
+from afkd_jax.method.auxiliary import Terms
 from afkd_jax.method.presets import Method
 from afkd_jax.method.ring import Ring
 from afkd_jax.models.layers import at_least_float32
@@ -26,7 +27,10 @@ from afkd_jax.models.layers import at_least_float32
 # A discriminator: (parameters, maps [B, H, W, C], conditions [B, E] or None) -> (outputs [B] or
 # [B, h, w], new state).
 DiscriminatorFn = Callable[[Any, jax.Array, jax.Array | None], tuple[jax.Array, Any]]
+# An auxiliary module: (parameters, logits [K, B, C], maps) -> (outputs, new batch statistics).
+AuxiliaryFn = Callable[[Any, jax.Array, Sequence[jax.Array]], tuple[Any, Any]]
 Values = dict[str, jax.Array]
+_SWITCH = ('l1_to_labels', 'l1_to_teacher', 'paused')
 _ADVERSARIAL = ('adversarial', 'discriminator', 'd_own', 'd_teacher')
 
 
@@ -46,19 +50,29 @@ class Objective:
     def value_names(self) -> list[str]:
         """Returns the names of the values [K] that the losses report, each without its weight.
 
-        cross_entropy, with label smoothing; mimicry_kl, with its T^2; the loss between maps under
-        its name (l1); adversarial is L_G and discriminator L_D; d_own and d_teacher are the
+        cross_entropy, with label smoothing; mimicry_kl, with its T^2; l1_to_labels, l1_to_teacher,
+        of probabilities, and paused, 1 or 0, where a pair switches; the loss between maps under its
+        name (l1); adversarial is L_G and discriminator L_D; d_own and d_teacher are the
         discriminator's mean outputs on the student's ("fake") and the teacher's ("real") maps, from
-        0, its goal for fake, to 1, for real. All but cross_entropy are 0 of a frozen network.
+        0, its goal for fake, to 1, for real. The losses are 0 of a frozen network, but for its
+        cross_entropy.
         """
         names = ['cross_entropy']
-        if self.method.logits != 'nobody':
+        if self.method.auxiliary:
+            names += self.method.auxiliary.names
+        elif self.method.logits != 'nobody':
             names.append('mimicry_kl')
+        if self.method.switches:
+            names += _SWITCH
         if self.method.map_loss:
             names.append(self.method.maps)
         if self.method.adversarial:
             names += _ADVERSARIAL
         return names
+
+    def step_value_names(self) -> list[str]:
+        """Returns the names of the values that are scalars: of the auxiliary module's own loss."""
+        return list(self.method.auxiliary.step_names) if self.method.auxiliary else []
 
     @property
     def balanced(self) -> bool:
@@ -84,49 +98,110 @@ class Objective:
             )
         return jax.lax.stop_gradient(teachers)
 
+    def entropy(self, logits: jax.Array, labels_B: jax.Array, mixed: Mixed | None) -> jax.Array:
+        """Returns the mean of CE(y, z) of logits [..., B, C], of mixed images by their weights."""
+        smoothing = self.loss.label_smoothing
+        entropy = losses.cross_entropy(logits, labels_B, smoothing)
+        if mixed is not None:
+            other = losses.cross_entropy(logits, mixed.labels, smoothing)
+            entropy = other + jnp.broadcast_to(mixed.weight, entropy.shape) * (entropy - other)
+        return entropy.mean(-1)
+
+    def _kl(self, logits: jax.Array, teacher_logits: jax.Array) -> jax.Array:
+        return losses.mimicry_kl(logits, teacher_logits, self.loss.temperature).mean(-1)
+
+    def _kl_weight(self, step: jax.Array) -> Any:
+        weight: Any = self.loss.kl_weight
+        if self.kl_ramp_steps:
+            weight *= losses.ramp_up(step, self.kl_ramp_steps)
+        return weight
+
     def of_logits(
         self,
         logits_KxBxC: jax.Array,
         labels_B: jax.Array,
         step: jax.Array,
         mixed: Mixed | None = None,
+        taught_KxBxC: jax.Array | None = None,
     ) -> tuple[jax.Array, Values]:
         """Returns the gradients of the networks' logit losses to their logits, and values [K].
 
+        The teachers' logits are made of taught_KxBxC, if it is given, in place of the networks'.
         CE(y, z_k) + w mean over k's teachers p of T^2 KL(softmax(z_p / T) || softmax(z_k / T)).
         Where images are mixed, CE is s CE(y, z_k) + (1 - s) CE(other's y, z_k).
         """
 
         def loss(logits_KxBxC: jax.Array) -> tuple[jax.Array, Values]:
-            smoothing = self.loss.label_smoothing
-            entropy_KxB = losses.cross_entropy(logits_KxBxC, labels_B, smoothing)
-            if mixed is not None:
-                other_KxB = losses.cross_entropy(logits_KxBxC, mixed.labels, smoothing)
-                entropy_KxB = other_KxB + mixed.weight[None] * (entropy_KxB - other_KxB)
-            entropy_K = entropy_KxB.mean(1)
+            entropy_K = self.entropy(logits_KxBxC, labels_B, mixed)
             total_K, parts = entropy_K, {'cross_entropy': entropy_K}
-            kls = []
-            for teachers in self._logit_teachers(logits_KxBxC, labels_B):
-                kls.append(losses.mimicry_kl(logits_KxBxC, teachers, self.loss.temperature).mean(1))
+            known_KxBxC = logits_KxBxC if taught_KxBxC is None else taught_KxBxC
+            teachers = self._logit_teachers(known_KxBxC, labels_B)
+            kls = [self._kl(logits_KxBxC, logits) for logits in teachers]
             if kls:
                 parts['mimicry_kl'] = self._of_learners(sum(kls[1:], kls[0]) / len(kls))
-                weight: Any = self.loss.kl_weight
-                if self.kl_ramp_steps:
-                    weight *= losses.ramp_up(step, self.kl_ramp_steps)
-                total_K += weight * parts['mimicry_kl']
+                total_K += self._kl_weight(step) * parts['mimicry_kl']
             return total_K.sum(), parts
 
         return jax.grad(loss, has_aux=True)(logits_KxBxC)
 
-    def of_maps(self, maps_KxBxHxWxC: jax.Array) -> tuple[jax.Array, Values]:
+    def of_auxiliary(
+        self,
+        module: AuxiliaryFn,
+        params: Any,
+        logits_KxBxC: jax.Array,
+        maps: Sequence[jax.Array],
+        labels_B: jax.Array,
+        step: jax.Array,
+        mixed: Mixed | None = None,
+    ) -> tuple[tuple[Any, jax.Array, Sequence[jax.Array]], tuple[Values, Any]]:
+        """Returns the gradients of the logit losses to (parameters, logits, maps), and more.
+
+        The second part is (values, the module's new batch statistics). The losses are those of
+        of_logits with the loss of the auxiliary module in place of the KL.
+        """
+        auxiliary = self.method.auxiliary
+        assert auxiliary
+
+        def entropy(logits: jax.Array) -> jax.Array:
+            return self.entropy(logits, labels_B, mixed)
+
+        terms = Terms(entropy, self._kl, self.loss.temperature, self._kl_weight(step))
+
+        def loss(params: Any, logits_KxBxC: jax.Array, maps: Sequence[jax.Array]) -> Any:
+            outputs, stats = module(params, logits_KxBxC, maps)
+            entropy_K = entropy(logits_KxBxC)
+            added, parts = auxiliary.loss(outputs, logits_KxBxC, labels_B, terms)
+            return entropy_K.sum() + added, ({'cross_entropy': entropy_K} | parts, stats)
+
+        return jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(params, logits_KxBxC, maps)
+
+    def distances(self, logits_KxBxC: jax.Array, labels_B: jax.Array) -> Values:
+        """Returns the means [K] on which paused() depends."""
+        to_labels_KxB = losses.l1_to_labels(logits_KxBxC, labels_B)
+        to_teacher_KxB = losses.l1_to_teacher(logits_KxBxC, self.ring.teachers(logits_KxBxC))
+        return {'l1_to_labels': to_labels_KxB.mean(1), 'l1_to_teacher': to_teacher_KxB.mean(1)}
+
+    def paused(self, values: Values) -> jax.Array:
+        """Returns which of the pair skip this update, bool [2], of distances() of all images."""
+        teacher, student = values['l1_to_labels']
+        teacher_pauses = losses.switches(values['l1_to_teacher'][0], teacher, student)
+        return jnp.stack([teacher_pauses, jnp.zeros_like(teacher_pauses)])
+
+    def of_maps(
+        self,
+        maps_KxBxHxWxC: jax.Array,
+        labels_B: jax.Array,
+        taught_KxBxHxWxC: jax.Array | None = None,
+    ) -> tuple[jax.Array, Values]:
         """Returns the gradients of the weighted losses between maps to the maps, and values [K]."""
         map_loss = self.method.map_loss
         assert map_loss
 
         def loss(maps_KxBxHxWxC: jax.Array) -> tuple[jax.Array, Values]:
             own = at_least_float32(maps_KxBxHxWxC)
-            teachers = at_least_float32(self.ring.teachers(maps_KxBxHxWxC))
-            loss_K = self._of_learners(map_loss(own, teachers).mean(1))
+            known = maps_KxBxHxWxC if taught_KxBxHxWxC is None else taught_KxBxHxWxC
+            teachers = at_least_float32(self.ring.teachers(known))
+            loss_K = self._of_learners(map_loss(own, teachers, labels_B).mean(1))
             return self.loss.map_weight * loss_K.sum(), {self.method.maps: loss_K}
 
         return jax.grad(loss, has_aux=True)(maps_KxBxHxWxC)
@@ -139,7 +214,11 @@ class Objective:
         return weight
 
     def conditions(
-        self, logits_KxBxC: jax.Array, labels_B: jax.Array, mixed: Mixed | None = None
+        self,
+        logits_KxBxC: jax.Array,
+        taught_KxBxC: jax.Array,
+        labels_B: jax.Array,
+        mixed: Mixed | None = None,
     ) -> tuple[Any, Any]:
         """Returns what D is told of the students' and the teachers' maps, each [K, B, C] or K None.
 
@@ -156,13 +235,14 @@ class Objective:
                 hot_BxC = other_BxC + mixed.weight[:, None] * (hot_BxC - other_BxC)
             return networks * (hot_BxC,), networks * (hot_BxC,)
         own_KxBxC = jax.lax.stop_gradient(jax.nn.softmax(logits_KxBxC))
-        return own_KxBxC, self.ring.teachers(own_KxBxC)
+        return own_KxBxC, self.ring.teachers(jax.nn.softmax(taught_KxBxC))
 
     def of_adversaries(
         self,
         discriminators: Sequence[DiscriminatorFn | None],
         params: Sequence[Any],
         maps_KxBxHxWxC: jax.Array,
+        taught_KxBxHxWxC: jax.Array | None = None,
         conditions: tuple[Any, Any] | None = None,
         step: Any = 0,
         weight: Any = None,
@@ -176,11 +256,13 @@ class Objective:
           discriminators: K, None of a frozen network.
           params: of each.
           maps_KxBxHxWxC: the students' after the transfer layers.
+          taught_KxBxHxWxC: the networks' as teachers; None: the same.
           conditions: of students and teachers, see conditions(); None: none.
           step: counted from 0.
           weight: of L_G; None: loss.adversarial_weight.
         """
-        teacher_maps_KxBxHxWxC = self.ring.teachers(maps_KxBxHxWxC)
+        known = maps_KxBxHxWxC if taught_KxBxHxWxC is None else taught_KxBxHxWxC
+        teacher_maps_KxBxHxWxC = self.ring.teachers(known)
         own_conditions, teacher_conditions = conditions or 2 * (len(discriminators) * (None,),)
         adversarial = losses.ADVERSARIAL[self.discriminator.loss]
         weight = self.loss.adversarial_weight if weight is None else weight

@@ -23,11 +23,14 @@ class NetworkState:
       batch_stats: {'network': ..., 'transfer': ...}, the running statistics of the norms.
       opt: optimizer name -> its state over the parts that it updates (Cohort.updated_parts); {} of
         a frozen network.
+      ema: averages of 'params' and 'batch_stats'; None without (config.ema), and of a frozen
+        network.
     """
 
     params: dict[str, Any]
     batch_stats: dict[str, Any]
     opt: dict[str, Any]
+    ema: dict[str, Any] | None = None
 
     def variables(self) -> dict[str, Any]:
         """Returns the variables of the network's module."""
@@ -37,6 +40,10 @@ class NetworkState:
     def transfer_variables(self) -> dict[str, Any]:
         """Returns the variables of the transfer layer's module."""
         return {'params': self.params['transfer'], 'batch_stats': self.batch_stats['transfer']}
+
+    def averaged(self) -> 'NetworkState':
+        """Returns the network with the averages in place of its weights; itself without."""
+        return self.replace(**self.ema) if self.ema else self  # pyright: ignore - of flax.struct
 
 
 @flax.struct.dataclass
@@ -54,6 +61,15 @@ class DiscriminatorState:
 
 
 @flax.struct.dataclass
+class AuxiliaryState:
+    """The auxiliary module (Cohort.auxiliary), and the state of its logit optimizer."""
+
+    params: Any
+    batch_stats: Any
+    opt: Any
+
+
+@flax.struct.dataclass
 class TrainState:
     """The state of a run."""
 
@@ -61,6 +77,7 @@ class TrainState:
     networks: tuple[NetworkState, ...]
     # None of a frozen network; () if the method has none
     discriminators: tuple[DiscriminatorState | None, ...]
+    auxiliary: AuxiliaryState | None = None
 
     @property
     def stackable(self) -> bool:
@@ -70,17 +87,21 @@ class TrainState:
 
     def stack(self) -> 'StackedState':
         """Returns the same state, stacked on a leading axis K."""
-        return StackedState(self.step, stack(self.networks), stack(self.discriminators))
+        networks, discriminators = stack(self.networks), stack(self.discriminators)
+        return StackedState(self.step, networks, discriminators, self.auxiliary)
 
     def unstack(self) -> 'TrainState':
         """Returns itself."""
         return self
 
-    def local_parts(self) -> dict[int, Any]:
-        """Returns k -> (network, discriminator or ()), on the host, of this process's networks."""
+    def local_parts(self) -> dict[int | str, Any]:
+        """Returns k -> (network, discriminator or ()), on the host, of this process's networks.
+
+        And 'auxiliary' -> the auxiliary module, if there is one.
+        """
         discriminators = self.discriminators or ((),) * len(self.networks)
         parts = jax.device_get(list(zip(self.networks, discriminators, strict=True)))
-        return dict(enumerate(parts))
+        return dict(enumerate(parts)) | _hosted(self.auxiliary)
 
 
 @flax.struct.dataclass
@@ -95,6 +116,7 @@ class StackedState:
     step: jax.Array
     networks: Any
     discriminators: Any
+    auxiliary: AuxiliaryState | None = None
     stackable = True
 
     def stack(self) -> 'StackedState':
@@ -103,9 +125,10 @@ class StackedState:
 
     def unstack(self) -> TrainState:
         """Returns the same state as a tuple of networks."""
-        return TrainState(self.step, unstack(self.networks), unstack(self.discriminators))
+        networks, discriminators = unstack(self.networks), unstack(self.discriminators)
+        return TrainState(self.step, networks, discriminators, self.auxiliary)
 
-    def local_parts(self) -> dict[int, Any]:
+    def local_parts(self) -> dict[int | str, Any]:
         """See TrainState."""
         whole = self.networks, self.discriminators
 
@@ -114,14 +137,26 @@ class StackedState:
 
         leaves, structure = jax.tree.flatten(whole)
         hosted = [jax.device_get(shards(leaf)) for leaf in leaves]
-        return {
+        parts = {
             first + i: structure.unflatten([parts[first][i] for parts in hosted])
             for first in sorted(hosted[0])
             for i in range(len(hosted[0][first]))
         }
+        return parts | _hosted(self.auxiliary)
+
+
+def _hosted(auxiliary: AuxiliaryState | None) -> dict[int | str, Any]:
+    return {'auxiliary': jax.device_get(auxiliary)} if auxiliary else {}
 
 
 State = TrainState | StackedState
+
+
+def averaged(networks: Any) -> Any:
+    """Returns the networks of a state, a tuple or stacked, with averages in place of weights."""
+    if isinstance(networks, NetworkState):
+        return networks.averaged()
+    return tuple(network.averaged() for network in networks)
 
 
 def stack(parts: tuple) -> Any:
@@ -136,18 +171,26 @@ def unstack(whole: Any) -> tuple:
     return tuple(jax.tree.map(operator.itemgetter(k), whole) for k in range(count))
 
 
-def digests(parts: Mapping[int, Any]) -> dict[str, str]:
-    """Returns k -> fingerprint of network k and its discriminator, of State.local_parts()."""
+def digests(parts: Mapping[int | str, Any]) -> dict[str, str]:
+    """Returns k -> fingerprint of network k and its discriminator, of State.local_parts().
+
+    And that of the auxiliary module.
+    """
     return {str(k): arrays.fingerprint(part) for k, part in parts.items()}
 
 
-def nonfinite(parts: Mapping[int, Any]) -> str | None:
+def nonfinite(parts: Mapping[int | str, Any]) -> str | None:
     """Returns the name of an array that is not finite, of State.local_parts(); None if all are."""
-    for k, pair in parts.items():
-        for kind, part in zip(('networks', 'discriminators'), pair, strict=True):
-            for path, leaf in jax.tree_util.tree_leaves_with_path(part):
-                if jnp.issubdtype(leaf.dtype, jnp.inexact) and not np.isfinite(leaf).all():
-                    return f'.{kind}[{k}]{jax.tree_util.keystr(path)}'
+    named = {}
+    for k, part in parts.items():
+        if k == 'auxiliary':
+            named['.auxiliary'] = part
+        else:
+            named[f'.networks[{k}]'], named[f'.discriminators[{k}]'] = part
+    for name, part in named.items():
+        for path, leaf in jax.tree_util.tree_leaves_with_path(part):
+            if jnp.issubdtype(leaf.dtype, jnp.inexact) and not np.isfinite(leaf).all():
+                return f'{name}{jax.tree_util.keystr(path)}'
     return None
 
 
@@ -165,7 +208,8 @@ def create(
     count = range(len(cohort.networks))
     parts = [_create_parts(cohort, k, key, (starts or {}).get(k, {})) for k in count]
     networks, discriminators = zip(*parts, strict=True)
-    return TrainState(jnp.int32(0), networks, discriminators if cohort.discriminators else ())
+    discriminators = discriminators if cohort.discriminators else ()
+    return TrainState(jnp.int32(0), networks, discriminators, _create_auxiliary(cohort, key))
 
 
 @functools.lru_cache(maxsize=1)
@@ -179,7 +223,8 @@ def abstract(cohort: Cohort) -> TrainState:
     }
     networks, discriminators = zip(*(parts[kind] for kind in kinds), strict=True)
     step = jax.eval_shape(lambda: jnp.int32(0))
-    return TrainState(step, networks, discriminators if cohort.discriminators else ())
+    auxiliary = jax.eval_shape(lambda: _create_auxiliary(cohort, jax.random.key(0)))
+    return TrainState(step, networks, discriminators if cohort.discriminators else (), auxiliary)
 
 
 def _create_parts(
@@ -214,7 +259,10 @@ def _create_network(
         name: rules[name].of(index).init({part: params[part] for part in parts})
         for name, parts in updated.items()
     }
-    return NetworkState(params, stats, opt)
+    averages = cohort.ema_decay and cohort.learns(index)
+    return NetworkState(
+        params, stats, opt, {'params': params, 'batch_stats': stats} if averages else None
+    )
 
 
 def _create_discriminator(cohort: Cohort, index: int, key: jax.Array) -> DiscriminatorState:
@@ -225,3 +273,16 @@ def _create_discriminator(cohort: Cohort, index: int, key: jax.Array) -> Discrim
     variables = module.init(jax.random.fold_in(key, 2), maps, *conditions)
     stats = variables['batch_stats'] if module.has_state else {}
     return DiscriminatorState(variables['params'], rule.init(variables['params']), stats)
+
+
+def _create_auxiliary(cohort: Cohort, key: jax.Array) -> AuxiliaryState | None:
+    if cohort.auxiliary is None:
+        return None
+    count = len(cohort.networks)
+    maps = [jnp.zeros((1, *(cohort.shared_map or shape))) for shape in cohort.map_shapes]
+    logits = jnp.zeros((count, 1, cohort.num_classes))
+    # The networks have the keys 0 .. K - 1.
+    variables = cohort.auxiliary.init(jax.random.fold_in(key, count), logits, maps, False)
+    params = variables.get('params', {})
+    opt = cohort.optimizers.logit.init(params)
+    return AuxiliaryState(params, variables.get('batch_stats', {}), opt)

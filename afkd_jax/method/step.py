@@ -9,6 +9,7 @@ place in the order is our choice.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,9 +24,10 @@ from afkd_jax.data.images import DeviceImages
 from afkd_jax.devices.spmd import DATA, varying
 from afkd_jax.method import losses, metrics
 from afkd_jax.method.adversary import Discriminator
+from afkd_jax.method.auxiliary import error_products
 from afkd_jax.method.cohort import Cohort
-from afkd_jax.method.objective import DiscriminatorFn
-from afkd_jax.method.state import DiscriminatorState, NetworkState, TrainState
+from afkd_jax.method.objective import AuxiliaryFn, DiscriminatorFn
+from afkd_jax.method.state import AuxiliaryState, DiscriminatorState, NetworkState, TrainState
 from afkd_jax.models import layers
 
 
@@ -34,17 +36,22 @@ def value_shapes(cohort: Cohort) -> dict[str, tuple[int, ...]]:
 
     One per network, [K]: the losses (Objective.value_names); accuracy, in percent; grad_norm_*,
     the L2 norms of the gradients; adversarial_balance, see _balance. One per step: learning_rate_*,
-    of each optimizer, unless the networks' differ.
+    of each optimizer, unless the networks' differ; of an auxiliary module its losses
+    (Objective.step_value_names) and grad_norm_auxiliary.
     """
     used = cohort.optimizers.used()
     names = [*cohort.objective.value_names(), 'accuracy', *(f'grad_norm_{name}' for name in used)]
     if cohort.objective.balanced:
         names.append('adversarial_balance')
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(names, (len(cohort.names),))
-    return shapes | {
+    shapes |= {
         f'learning_rate_{name}': (len(cohort.names),) if rule.per_network else ()
         for name, rule in used.items()
     }
+    if cohort.auxiliary:
+        names = [*cohort.objective.step_value_names(), 'grad_norm_auxiliary']
+        shapes |= dict.fromkeys(names, ())
+    return shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +65,9 @@ class _Pass:
     # (cotangent of logits, cotangent of maps) -> gradients of trunk, head and transfer; {} of a
     # frozen network
     pull: Callable[[jax.Array, jax.Array], dict[str, Any]]
-    # The same cotangents -> both gradients to the trunk's map, before the transfer layer
-    to_trunk: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+    # The same cotangents -> gradient to the trunk's map, before the transfer layer
+    to_trunk: Callable[[jax.Array, jax.Array], jax.Array]
+    taught: tuple[jax.Array, jax.Array]  # logits and maps as a teacher
 
 
 def _forward(
@@ -75,10 +83,6 @@ def _forward(
     return outputs, pullback, updated.get('batch_stats', {})
 
 
-def _no_gradients(*cotangents: jax.Array) -> Any:
-    return jax.tree.map(jnp.zeros_like, cotangents)
-
-
 def _evaluated(module: nn.Module, variables: dict, inputs: jax.Array) -> Any:
     return module.apply(variables, inputs, False)
 
@@ -86,11 +90,17 @@ def _evaluated(module: nn.Module, variables: dict, inputs: jax.Array) -> Any:
 def _pass(
     cohort: Cohort, k: int, state: NetworkState, images_BxHxWxC: jax.Array, key: jax.Array
 ) -> _Pass:
-    if not cohort.learns(k):
+
+    def evaluated(state: NetworkState) -> tuple[jax.Array, jax.Array]:
         logits, maps = _evaluated(cohort.networks[k], state.variables(), images_BxHxWxC)
         if module := cohort.transfers[k]:
             maps = _evaluated(module, state.transfer_variables(), maps)
-        return _Pass(logits, maps, None, lambda *_: {}, _no_gradients)
+        return logits, maps
+
+    if not cohort.learns(k):
+        logits, maps = evaluated(state)
+        nothing = jnp.zeros_like(maps)
+        return _Pass(logits, maps, None, lambda *_: {}, lambda *_: nothing, (logits, maps))
     (logits, own_maps), pull_network, stats = _forward(
         cohort.networks[k], state.variables(), images_BxHxWxC, key
     )
@@ -107,21 +117,25 @@ def _pass(
         to_network, _ = pull_network((to_logits, to_maps))
         return {**to_network, 'transfer': to_transfer}
 
-    def to_trunk(to_logits: jax.Array, to_maps: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def to_trunk(to_logits: jax.Array, to_maps: jax.Array) -> jax.Array:
         head, variables = cohort.networks[k].head, {'params': state.params['head']}
         _, pull_head = jax.vjp(lambda maps: head.apply(variables, maps), own_maps)
-        return pull_head(to_logits)[0], pull_transfer(to_maps)[1] if pull_transfer else to_maps
+        return pull_head(to_logits)[0] + (pull_transfer(to_maps)[1] if pull_transfer else to_maps)
 
-    return _Pass(logits, maps, batch_stats, pull, to_trunk)
+    taught = evaluated(state.averaged()) if cohort.ema_teaches else (logits, maps)
+    return _Pass(logits, maps, batch_stats, pull, to_trunk, taught)
 
 
 def _updated(
     cohort: Cohort,
     state: TrainState,
-    gradients: dict[str, list[Any]],
+    gradients: dict[str, Any],
     batch_stats: list[Any],
     discriminator_stats: list[Any],
+    auxiliary_stats: Any,
+    paused: jax.Array | None,
 ) -> TrainState:
+    """Returns the new state; of a paused network, of bool [K], only the batch statistics change."""
     rules, networks, discriminators = cohort.optimizers.used(), [], []
     for k, network in enumerate(state.networks):
         if not cohort.learns(k):
@@ -133,7 +147,13 @@ def _updated(
             rule, gradient = rules[name].of(k), gradients[name][k]
             new, opt[name] = rule.apply(gradient, network.opt[name], old, state.step)
             params = params | new
-        networks.append(NetworkState(params, batch_stats[k], opt))
+        if paused is not None:
+            keep = functools.partial(jnp.where, paused[k])
+            params, opt = jax.tree.map(keep, (network.params, network.opt), (params, opt))
+        ema = network.ema and _moved(
+            network.ema, {'params': params, 'batch_stats': batch_stats[k]}, cohort, state.step
+        )
+        networks.append(NetworkState(params, batch_stats[k], opt, ema))
     for k, discriminator in enumerate(state.discriminators):
         if discriminator is None:
             discriminators.append(None)
@@ -143,7 +163,23 @@ def _updated(
             gradient, discriminator.opt, discriminator.params, state.step
         )
         discriminators.append(DiscriminatorState(new, opt, discriminator_stats[k]))
-    return TrainState(state.step + 1, tuple(networks), tuple(discriminators))
+    auxiliary = state.auxiliary
+    if auxiliary:
+        new, opt = rules['logit'].apply(
+            gradients['auxiliary'], auxiliary.opt, auxiliary.params, state.step
+        )
+        auxiliary = AuxiliaryState(new, auxiliary_stats, opt)
+    return TrainState(state.step + 1, tuple(networks), tuple(discriminators), auxiliary)
+
+
+def _moved(averages: Any, new: Any, cohort: Cohort, step: jax.Array) -> Any:
+    """Returns the averages after this step, d old + (1 - d) new, d = min(1 - 1 / t, ema_decay).
+
+    t is the number of the step, counted from 1: at first the average is the plain mean.
+    Source: PCL, Wu and Gong 2021; there, of parameters.
+    """
+    decay = jnp.minimum(1 - 1 / (step + 1), cohort.ema_decay)
+    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, averages, new)
 
 
 def _discriminator_fn(
@@ -165,35 +201,42 @@ def _of_adversaries(
     cohort: Cohort,
     state: TrainState,
     passes: list[_Pass],
-    to_logits: jax.Array,
+    of_logits: tuple[Any, Any],
     labels_B: jax.Array,
     mixed: augment.Mixed | None,
     entropy_K: jax.Array,
 ) -> tuple[jax.Array, list[Any], list[Any], dict[str, jax.Array]]:
-    """Returns the gradients of L_G to the maps, and the others of Objective.of_adversaries."""
-    objective, step = cohort.objective, state.step
+    """Returns the gradients of L_G to the maps, and the others of Objective.of_adversaries.
+
+    `of_logits` are the gradients of the logit losses to logits and maps.
+    """
+    objective, step, ring = cohort.objective, state.step, cohort.ring
     weight, balanced = objective.adversarial_weight(step), objective.balanced
+    taught_logits, taught_maps = map(jnp.stack, zip(*[own.taught for own in passes], strict=True))
     to_maps, gradients, stats, values = objective.of_adversaries(
         list(map(_discriminator_fn, cohort.discriminators, state.discriminators)),
         [own and varying(own.params) for own in state.discriminators],
         jnp.stack([own.maps for own in passes]),
-        objective.conditions(jnp.stack([own.logits for own in passes]), labels_B, mixed),
+        taught_maps,
+        objective.conditions(
+            jnp.stack([own.logits for own in passes]), taught_logits, labels_B, mixed
+        ),
         step,
         1.0 if balanced else weight,
     )
     if balanced:
-        balance_K = _balance(objective.adversarial.balance_limit, passes, to_logits, to_maps)
+        balance_K = _balance(objective.adversarial.balance_limit, passes, of_logits, to_maps)
         to_maps *= weight * balance_K[:, None, None, None, None]
         values['adversarial_balance'] = varying(balance_K)
     if objective.adversarial.direction == 'better_only':
-        entropy_K = jax.lax.pmean(entropy_K, DATA)
-        better_K = cohort.ring.teachers(entropy_K) < entropy_K
-        to_maps *= better_K[:, None, None, None, None]
+        taught_K = objective.entropy(taught_logits, labels_B, mixed)
+        entropy_K, taught_K = jax.lax.pmean((entropy_K, taught_K), DATA)
+        to_maps *= (ring.teachers(taught_K) < entropy_K)[:, None, None, None, None]
     return to_maps, gradients, stats, values
 
 
 def _balance(
-    limit: float, passes: list[_Pass], to_logits: jax.Array, to_maps: jax.Array
+    limit: float, passes: list[_Pass], of_logits: tuple[Any, Any], to_maps: jax.Array
 ) -> jax.Array:
     """Returns |gradient of the logit loss| / |gradient of L_G|, at most `limit`: [K].
 
@@ -204,10 +247,22 @@ def _balance(
     def squares(gradient: jax.Array) -> jax.Array:
         return jnp.square(layers.at_least_float32(gradient)).sum()
 
-    pairs = [own.to_trunk(to_logits[k], to_maps[k]) for k, own in enumerate(passes)]
+    pairs = [
+        (own.to_trunk(*pair), own.to_trunk(jnp.zeros_like(own.logits), to_map))
+        for own, *pair, to_map in zip(passes, *of_logits, to_maps, strict=True)
+    ]
     squares_Kx2 = jnp.stack([jnp.stack([*map(squares, pair)]) for pair in pairs])
     logit_K, adversarial_K = jnp.sqrt(jax.lax.psum(squares_Kx2, DATA)).T
     return jnp.minimum(logit_K / (adversarial_K + 1e-12), limit)
+
+
+def _auxiliary_fn(module: nn.Module, batch_stats: Any) -> AuxiliaryFn:
+    def apply(params: Any, logits_KxBxC: jax.Array, maps: Any) -> tuple[Any, Any]:
+        variables = {'params': params, 'batch_stats': batch_stats}
+        outputs, new = module.apply(variables, logits_KxBxC, maps, True, mutable=['batch_stats'])
+        return outputs, new.get('batch_stats', {})
+
+    return apply
 
 
 def update(
@@ -226,38 +281,64 @@ def update(
 
     Args:
       cohort: this device's part (Cohort.local).
-      images_BxHxWxC: standardised.
+      images_BxHxWxC: standardised; [K, B, H, W, C] where each network sees its own view of them.
       labels_B: of the images before they were mixed; `accuracy` is of these.
       key: of this step, for dropout.
       mixed: what the images are mixed with.
     """
     objective, ring, used = cohort.objective, cohort.ring, cohort.optimizers.used()
     first = ring.first(len(state.networks))
+    own_views = images_BxHxWxC.ndim == 5
     passes = [
-        _pass(cohort, k, network, images_BxHxWxC, jax.random.fold_in(key, first + k))
+        _pass(
+            cohort,
+            k,
+            network,
+            images_BxHxWxC[k] if own_views else images_BxHxWxC,
+            jax.random.fold_in(key, first + k),
+        )
         for k, network in enumerate(state.networks)
     ]
     logits_KxBxC = jnp.stack([own.logits for own in passes])
-    to_logits, values = objective.of_logits(logits_KxBxC, labels_B, state.step, mixed)
+    taught_KxBxC = jnp.stack([own.taught[0] for own in passes]) if cohort.ema_teaches else None
+    # What each optimizer pulls back: (to logits, to maps), entry k or zeros.
+    no_maps = [jnp.zeros_like(own.maps) for own in passes]
+    gradients: dict[str, Any] = {}
+    auxiliary_stats, auxiliary_to_maps = None, no_maps
+    if cohort.auxiliary and state.auxiliary:
+        module = _auxiliary_fn(cohort.auxiliary, state.auxiliary.batch_stats)
+        inputs = varying(state.auxiliary.params), logits_KxBxC, [own.maps for own in passes]
+        pulled, (values, auxiliary_stats) = objective.of_auxiliary(
+            module, *inputs, labels_B, state.step, mixed
+        )
+        gradients['auxiliary'], to_logits, auxiliary_to_maps = pulled
+    else:
+        to_logits, values = objective.of_logits(
+            logits_KxBxC, labels_B, state.step, mixed, taught_KxBxC
+        )
+    if cohort.method.switches:
+        values |= objective.distances(logits_KxBxC, labels_B)
     values['accuracy'] = 100.0 * (logits_KxBxC.argmax(-1) == labels_B[None]).mean(1)
 
-    # What each optimizer pulls back: (to logits, to maps), entry k or zeros.
     no_logits = [jnp.zeros_like(own.logits) for own in passes]
-    no_maps = [jnp.zeros_like(own.maps) for own in passes]
-    cotangents: dict[str, tuple[Any, Any]] = {'logit': (to_logits, no_maps)}
-    gradients: dict[str, list[Any]] = {}
     discriminator_stats: list[Any] = []
+    cotangents: dict[str, tuple[Any, Any]] = {'logit': (to_logits, auxiliary_to_maps)}
     if cohort.method.uses_maps:
         if cohort.method.adversarial:
             to_maps, gradients['discriminator'], discriminator_stats, more = _of_adversaries(
-                cohort, state, passes, to_logits, labels_B, mixed, values['cross_entropy']
+                cohort, state, passes, cotangents['logit'], labels_B, mixed, values['cross_entropy']
             )
             if cohort.optimizers.feature:
                 cotangents['feature'] = (no_logits, to_maps)
             else:
+                to_maps = list(map(jnp.add, to_maps, auxiliary_to_maps))
                 cotangents['logit'] = (to_logits, to_maps)
         else:
-            to_maps, more = objective.of_maps(jnp.stack([own.maps for own in passes]))
+            maps_KxBxHxWxC = jnp.stack([own.maps for own in passes])
+            taught = jnp.stack([own.taught[1] for own in passes]) if cohort.ema_teaches else None
+            to_maps, more = objective.of_maps(maps_KxBxHxWxC, labels_B, taught)
+            if cohort.auxiliary:
+                to_maps = list(map(jnp.add, to_maps, auxiliary_to_maps))
             cotangents['logit'] = (to_logits, to_maps)
         values |= more
     for name, (to_logits, to_maps) in cotangents.items():
@@ -265,18 +346,23 @@ def update(
         parts = cohort.updated_parts()[name]
         gradients[name] = [own and {part: own[part] for part in parts} for own in pulled]
 
-    batch_stats = [own.batch_stats for own in passes], discriminator_stats
+    batch_stats = [own.batch_stats for own in passes]
+    averaged = gradients, values, discriminator_stats
+    gradients, values, discriminator_stats = jax.lax.pmean(averaged, DATA)
     if cohort.local_statistics:
-        gradients, values, batch_stats = jax.lax.pmean((gradients, values, batch_stats), DATA)
-    else:
-        gradients, values, spectral = jax.lax.pmean((gradients, values, batch_stats[1]), DATA)
-        batch_stats = batch_stats[0], spectral
+        batch_stats, auxiliary_stats = jax.lax.pmean((batch_stats, auxiliary_stats), DATA)
     for name in used:
         values[f'grad_norm_{name}'] = jnp.stack([optax.tree.norm(own) for own in gradients[name]])
-    values = ring.gathered(values)
+    if cohort.auxiliary:  # then no network is sharded
+        values['grad_norm_auxiliary'] = optax.tree.norm(gradients['auxiliary'])
+    values, paused = ring.gathered(values), None
+    if cohort.method.switches:
+        values['paused'] = objective.paused(values).astype(values['accuracy'].dtype)
+        paused = objective.paused(values)[first + jnp.arange(len(passes))]
     for name, optimizer in used.items():
         values[f'learning_rate_{name}'] = optimizer.rates(state.step)
-    return _updated(cohort, state, gradients, *batch_stats), values
+    every_stats = batch_stats, discriminator_stats, auxiliary_stats
+    return _updated(cohort, state, gradients, *every_stats, paused), values
 
 
 def train_step(
@@ -302,7 +388,15 @@ def train_step(
       key: of the run; what is random in a step is a function of (key, step).
     """
     augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
-    pixels, labels, mixed = augment.training_batch(images, index_B, augment_key, data)
+    if data.views == 'own':
+        first = cohort.ring.first(len(state.networks))
+        views = [
+            augment.training_batch(images, index_B, augment_key, data, first + k)
+            for k in range(len(state.networks))
+        ]
+        pixels, (_, labels, mixed) = jnp.stack([view[0] for view in views]), views[0]
+    else:
+        pixels, labels, mixed = augment.training_batch(images, index_B, augment_key, data)
     updated, values = update(cohort, state, pixels, labels, dropout_key, mixed)
     ok = metrics.finite(values)
     skipped = dataclasses.replace(state, step=updated.step)
@@ -320,7 +414,8 @@ def eval_step(
     """Returns sums over the masked global batch, and outputs of this device's images.
 
     Sums, of each network and, last, the ensemble: cross_entropy [K + 1], metrics.prediction_counts
-    of K + 1, and images, int32 [C]: the number of each class. Outputs: label [B], -1 where the mask
+    of K + 1, and images, int32 [C]: the number of each class; error_products [K, K], if the method
+    needs them. Outputs: label [B], -1 where the mask
     is False, predicted [B, K + 1], the class, and confidence [B, K + 1], its probability. The
     ensemble is the mean of the probabilities. Norms use the running statistics.
 
@@ -352,7 +447,10 @@ def eval_step(
         own, ensemble = ring.gathered(function(log_p_KxBxC)), function(ensemble_BxC[None])
         return {name: jnp.concatenate([own[name], ensemble[name]]) for name in own}
 
+    total = of_all(sums)
+    if cohort.method.held_out:
+        total['error_products'] = error_products(log_p_KxBxC, labels_B, mask_B)
     images_C = jnp.zeros(log_p_KxBxC.shape[-1], jnp.int32).at[labels_B].add(mask_B)
     by_image = jax.tree.map(jnp.transpose, of_all(outputs))
     by_image['label'] = jnp.where(mask_B, labels_B, -1)
-    return jax.lax.psum(of_all(sums) | {'images': images_C}, DATA), by_image
+    return jax.lax.psum(total | {'images': images_C}, DATA), by_image

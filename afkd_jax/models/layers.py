@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from afkd_jax.devices import depthwise as depthwise_lib
 from afkd_jax.devices import xla_cpu
 
 Conv = Callable[..., nn.Module]
@@ -93,24 +94,31 @@ def padded_max_pool(x: jax.Array) -> jax.Array:
 
 
 class ConvNorm(nn.Module):
-    """Convolution and norm, padded so that stride 1 keeps height and width."""
+    """Convolution and norm, padded so that stride 1 keeps height and width.
+
+    Depthwise, each channel has a kernel of its own; there are as many as the input has.
+    """
 
     layers: Layers
     channels: int
     kernel: int
     stride: int = 1
-    groups: int = 1
+    depthwise: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Returns the normalised output, not activated."""
+        depthwise: dict[str, Any] = {}
+        if self.depthwise:
+            depthwise['feature_group_count'] = self.channels
+            depthwise['conv_general_dilated'] = depthwise_lib.conv_general_dilated
         x = self.layers.conv(
             self.channels,
             (self.kernel, self.kernel),
             self.stride,
             padding=self.kernel // 2,
-            feature_group_count=self.groups,
             name='conv',
+            **depthwise,
         )(x)
         return self.layers.norm(use_running_average=not train, name='norm')(x)
 

@@ -44,7 +44,7 @@ class Block(nn.Module):
         y, wide = x, self.expansion * x.shape[-1]
         if self.expansion != 1:
             y = relu6(ConvNorm(self.layers, wide, 1)(y, train))
-        y = relu6(ConvNorm(self.layers, wide, 3, self.stride, wide)(y, train))
+        y = relu6(ConvNorm(self.layers, wide, 3, self.stride, depthwise=True)(y, train))
         y = ConvNorm(self.layers, self.channels, 1)(y, train)
         return xla_cpu.computed_once(x + y) if self.stride == 1 and x.shape == y.shape else y
 

@@ -42,8 +42,7 @@ class Unit(nn.Module):
             return relu(ConvNorm(self.layers, half, 1)(x, train))
 
         def depthwise(x):
-            channels = x.shape[-1]
-            return ConvNorm(self.layers, channels, 3, stride, channels)(x, train)
+            return ConvNorm(self.layers, x.shape[-1], 3, stride, depthwise=True)(x, train)
 
         if self.first:
             left, right = pointwise(depthwise(x)), x

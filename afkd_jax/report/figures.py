@@ -22,7 +22,7 @@ _PANELS: list[tuple[str, str, dict[str, tuple[str, str]]]] = [
     ),
 ]
 _FEW = 10  # points, which are marked
-_NOT_LOSSES = {'name', 'accuracy'}
+_NOT_LOSSES = {'name', 'accuracy', 'kind', 'step', 'epoch', 'images_per_s', 'skipped', 'networks'}
 
 
 def draw(workdir: pathlib.Path) -> pathlib.Path:
@@ -51,6 +51,9 @@ def draw(workdir: pathlib.Path) -> pathlib.Path:
         for axis, (title, unit, values) in zip(axes[1:], panels, strict=False):
             epochs = [line['epoch'] for line in train]
             for name, (style, _) in values.items():
+                if name in train[0]:  # one value per step
+                    _plot(axis, epochs, [line.get(name) for line in train], style, 'black')
+                    continue
                 for k in range(len(names)):
                     ys = [line['networks'][k].get(name) for line in train]
                     _plot(axis, epochs, ys, style, f'C{k}')
@@ -74,8 +77,8 @@ def _panels(train: list[dict]) -> list[tuple[str, str, dict[str, tuple[str, str]
     reported = {
         name: None  # in their order
         for line in train
-        for name in line['networks'][0]
-        if name not in _NOT_LOSSES and not name.startswith('grad_norm')
+        for name in (*line['networks'][0], *line)
+        if name not in _NOT_LOSSES and not name.startswith(('grad_norm', 'learning_rate'))
     }
     known = {name for _, _, values in _PANELS for name in values}
     own = [(name, 'mean', {name: ('-', '')}) for name in reported if name not in known]
@@ -83,7 +86,10 @@ def _panels(train: list[dict]) -> list[tuple[str, str, dict[str, tuple[str, str]
 
 
 def _draw_accuracies(axis: Any, splits: dict[str, dict[int, Any]], line2d: Any) -> None:
-    styles = {'validation': '-', 'test': '--'} if len(splits) > 1 else dict.fromkeys(splits, '-')
+    styles = dict.fromkeys(splits, '-')
+    if len(splits) > 1:
+        known = {'validation': '-', 'test': '--', 'validation_ema': '-.', 'test_ema': ':'}
+        styles = {split: style for split, style in known.items() if split in splits}
     for split, by_step in splits.items():
         evaluations = [by_step[step] for step in sorted(by_step)]
         epochs = [line['epoch'] for line in evaluations]

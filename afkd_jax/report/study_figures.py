@@ -154,7 +154,13 @@ def _legend(figure: Any, axis: Any) -> None:
     handles, labels = axis.get_legend_handles_labels()
     shown = dict(zip(labels, handles, strict=True))  # one per label
     if shown:
-        figure.legend(shown.values(), shown, loc='outside upper center', ncols=min(len(shown), 5), frameon=False)
+        figure.legend(
+            shown.values(),
+            shown,
+            loc='outside upper center',
+            ncols=min(len(shown), 5),
+            frameon=False,
+        )
 
 
 def _train_lines(run: Result) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ def entries(
 
     Args:
       cohort: of all networks.
-      evaluations: by split.
+      evaluations: by split; with those of averages, rows have their accuracies too.
       progress: of the run, for the accuracies at best validation.
     """
     validation, test = ((evaluations or {}).get(split) for split in ('validation', 'test'))
@@ -45,6 +45,9 @@ def entries(
         row['test_accuracy_at_best_validation'] = best.test if best else None
         row['test_top5_accuracy'] = test.top5[i] if test and test.top5 else None
         row['best_validation_step'] = best.step if best else None
+        for split in ('validation_ema', 'test_ema'):
+            if averages := (evaluations or {}).get(split):
+                row[f'{split}_accuracy'] = averages.accuracy[i]
     return rows[:-1], rows[-1]
 
 

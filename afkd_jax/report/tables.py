@@ -49,9 +49,12 @@ def result_tables(summary: dict[str, Any]) -> list[rich.table.Table]:
         'test %': 'test_accuracy',
         'at best val %': 'test_accuracy_at_best_validation',
         'top-5 %': 'test_top5_accuracy',
+        'EMA test %': 'test_ema_accuracy',
     }
     known = {
-        name: key for name, key in accuracies.items() if any(row[key] is not None for row in rows)
+        name: key
+        for name, key in accuracies.items()
+        if any(row.get(key) is not None for row in rows)
     }
     networks = table('network', ('params', 'map', *known))
     for i, row in enumerate(rows):

@@ -87,7 +87,10 @@ class TensorBoard(Tracker):
         # written again.
         evaluations = start.step + start.epoch_ended
         purged = {'': start.step + 1, 'train': start.step + 1}
-        for split, step in (purged | {'validation': evaluations, 'test': evaluations}).items():
+        splits = ['validation', 'test']
+        if start.config.ema.decay:
+            splits += ['validation_ema', 'test_ema']
+        for split, step in (purged | dict.fromkeys(splits, evaluations)).items():
             folder = self._folder / split
             folder.mkdir(parents=True, exist_ok=True)
             # The file's name has the second only, and an existing file would be overwritten.

@@ -31,7 +31,7 @@ class Terminal(Tracker):
                 self._start(event)
             case TrainValues(step=step):
                 self._advance(step, event)
-            case EvaluationValues(split=split, evaluation=evaluation):
+            case EvaluationValues(split=split, evaluation=evaluation) if split in _SPLITS:
                 *own, ensemble = (f'{value:.2f}' for value in evaluation.accuracy)
                 self._accuracies = f'{_SPLITS[split]} % {" ".join(own)} ensemble {ensemble}'
             case Warned(step, text):

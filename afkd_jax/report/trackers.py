@@ -115,46 +115,57 @@ def create(config: Config, workdir: pathlib.Path) -> dict[str, Tracker]:
     Raises:
       UserError: there is no such tracker, or it cannot be made.
     """
-    made = {}
-    for name in config.trackers:
-        factory = TRACKERS.get(name)
-        try:
-            made[name] = factory(config, workdir)
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError(
-                f'config.trackers: "{name}" cannot be used ({typed_line(error)}); '
-                'mend it, or leave it out'
-            ) from error
+    made: dict[str, Tracker] = {}
+    try:
+        for name in config.trackers:
+            made[name] = _create(name, config, workdir)
+    except UserError:
+        Trackers(made).close()
+        raise
     return made
+
+
+def _create(name: str, config: Config, workdir: pathlib.Path) -> Tracker:
+    factory = TRACKERS.get(name)
+    try:
+        return factory(config, workdir)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f'config.trackers: "{name}" cannot be used ({typed_line(error)}); '
+            'mend it, or leave it out'
+        ) from error
 
 
 class Trackers(Tracker):
     """Forwards to several trackers, in order.
 
     Args:
-      required: entered elsewhere; their errors end the run.
-      optional: by name; one that fails is left out from then on, with a warning.
+      optional: by name; one that fails is closed and left out from then on, with a warning.
+
+    Attributes:
+      required: they come first, are entered elsewhere, and their errors end the run.
     """
 
-    def __init__(self, required: Sequence[Tracker], optional: Mapping[str, Tracker]):
+    def __init__(self, optional: Mapping[str, Tracker]):
         super().__init__()
-        self._required, self._optional, self._step = required, dict(optional), 0
+        self.required: Sequence[Tracker] = ()
+        self._optional, self._step = dict(optional), 0
         for name, tracker in optional.items():
             self.callback(self._attempt, name, tracker.close)
 
     def handle(self, event: Event) -> None:
         """See Tracker."""
         self._step = event.step
-        for tracker in self._required:
+        for tracker in self.required:
             tracker.handle(event)
         for name, tracker in list(self._optional.items()):
             self._attempt(name, lambda tracker=tracker: tracker.handle(event))
 
     def sync(self) -> None:
         """See Tracker."""
-        for tracker in self._required:
+        for tracker in self.required:
             tracker.sync()
         for name, tracker in list(self._optional.items()):
             self._attempt(name, tracker.sync)
@@ -165,6 +176,8 @@ class Trackers(Tracker):
         try:
             action()
         except Exception as error:
-            del self._optional[name]
+            failed = self._optional.pop(name)
+            with contextlib.suppress(Exception):
+                failed.close()
             text = f'tracker "{name}" failed ({typed_line(error)}); the run continues without it'
             self.handle(Warned(self._step, text))

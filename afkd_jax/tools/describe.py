@@ -70,6 +70,9 @@ def describe(config: Config) -> dict[str, Any]:
         'steps': steps_in(config.epochs, info.train, config.batch_size),
         'epochs': config.epochs,
         'batch_size': config.batch_size,
+        'teacher': config.teacher,
+        'ema_decay': config.ema.decay,
+        'auxiliary': _auxiliary(cohort, state),
         'loss': _weights(cohort.objective),
         'adversary': _adversary(config, cohort) if cohort.method.adversarial else None,
         'optimizers': {
@@ -77,6 +80,14 @@ def describe(config: Config) -> dict[str, Any]:
             for name, rule in cohort.optimizers.used().items()
         },
     }
+
+
+def _auxiliary(cohort: cohort_lib.Cohort, state: state_lib.TrainState) -> dict[str, Any] | None:
+    """Returns the facts of the auxiliary module; None if the method has none."""
+    if not state.auxiliary:
+        return None
+    kind = type(cohort.auxiliary).__name__.lower()
+    return {'kind': kind, 'parameters': scalar_count(state.auxiliary.params)}
 
 
 def _forward_cost(network: Any, variables: Any, image_shape: tuple[int, ...]) -> int:
@@ -149,6 +160,17 @@ def text(facts: dict[str, Any]) -> str:
             )
         if discriminator := row['discriminator']:
             lines.append(f'  discriminator, {discriminator["parameters"]:,} parameters')
+    if decay := facts['ema_decay']:
+        use = ', and teaches' if facts['teacher'] == 'ema' else ''
+        lines.append(f'an average of each network, with decay up to {decay:g}, is evaluated{use}')
+    auxiliary = facts['auxiliary']
+    if auxiliary and not auxiliary['parameters']:
+        lines.append('weights of the networks are set after each evaluation on validation images')
+    elif auxiliary:
+        lines.append(
+            f'auxiliary module: {auxiliary["kind"]}, {auxiliary["parameters"]:,} parameters, '
+            'updated by the logit optimizer, not exported'
+        )
     weights = ', '.join(f'{name} {value:,g}' for name, value in facts['loss'].items())
     lines += ['', *_ring_lines(facts['networks']), f'loss: {weights}']
     if facts['adversary']:

@@ -84,7 +84,7 @@ def main(command: Command, _: object) -> int:
     """Writes the file and its JSON; prints its size, or the description as JSON."""
     options = command.options
     if options.format not in _FORMATS:
-        raise UserError(f'--format: must be one of {", ".join(_FORMATS)}, but is {options.format}')
+        raise UserError(f'--format: is missing; give one of {", ".join(_FORMATS)}')
     model = load_for(command)
     name = f'{model.name.replace(" ", "-")}-step{model.step}.{options.format}'
     output = new_file(pathlib.Path(options.output or command.workdir / name))

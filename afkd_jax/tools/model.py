@@ -154,8 +154,8 @@ def load(workdir: str | pathlib.Path, network: int | str = 1, step: int | str = 
         raise UserError(f"network: must be a number or 'ensemble', but is {network!r}")
     numbered = None if network == 'ensemble' else [int(network)]
     trained = weights.read_run(pathlib.Path(workdir), numbered, step)
-    for other, why in trained.rejected.items():
-        log(f'warning: {other}: this checkpoint {why}; an older one is used')
+    for line in trained.warnings():
+        log(line)
     cohort = trained.cohort
     wanted = [number - 1 for number in numbered or range(1, len(cohort.names) + 1)]
     parts = [(cohort.networks[k], own) for k, own in zip(wanted, trained.variables, strict=True)]

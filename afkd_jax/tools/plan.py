@@ -122,11 +122,12 @@ class Plan:
 def _state_bytes(cohort: cohort_lib.Cohort, peers: int) -> dict[str, int]:
     """Returns the bytes of each part of the state on one device."""
     state = state_lib.abstract(cohort)
-    parts = (*state.networks, *filter(None, state.discriminators))
+    parts = (*state.networks, *filter(None, [state.auxiliary, *state.discriminators]))
     return {
         'parameters': byte_count([part.params for part in parts]) // peers,
         'optimizer_states': byte_count([part.opt for part in parts]) // peers,
         'batch_statistics': byte_count([part.batch_stats for part in parts]) // peers,
+        'averages': byte_count([part.ema for part in state.networks]) // peers,
     }
 
 

@@ -162,11 +162,11 @@ def _gpus() -> list[str]:
     return [str(n) for n in range(len(list(folder.iterdir())))] if folder.is_dir() else []
 
 
-def _points(study: Study, config: Config) -> list[Point]:
+def _points(study: Study, config: Config, workdir: pathlib.Path) -> list[Point]:
     """Returns the runs of a study; a wrong one is found before the first is trained."""
     points = []
     for point in study.points(config):
-        resolved = starts.resolved(point.config)
+        resolved = starts.resolved(point.config, workdir / point.folder)
         info = dataset.info(resolved)
         cohort_lib.assemble(resolved, info.image_shape, info.num_classes, info.train)
         points.append(dataclasses.replace(point, config=resolved))
@@ -226,7 +226,7 @@ def main(command: Command, _: object) -> int:
     if finished_summary(workdir) or (workdir / 'config.json').exists():
         raise UserError(f'--workdir: {workdir} holds a run; name another directory for the study')
     study = studies.merged(study, studies.read(workdir))
-    points = _points(study, command.config)
+    points = _points(study, command.config, workdir)
     if options.dry_run:
         _dry_run(study, points, log)
         return 0

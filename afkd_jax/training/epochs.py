@@ -3,6 +3,7 @@
 from typing import Any
 
 from afkd_jax.checkpoints.progress import Best
+from afkd_jax.method import state as state_lib
 from afkd_jax.method.metrics import Evaluation
 from afkd_jax.report.trackers import EvaluationValues
 from afkd_jax.training.requests import Requests
@@ -13,14 +14,18 @@ class EpochEvaluation:
     """Evaluates epochs on validation and test: every config.eval_every-th, and the last.
 
     On test only where a network is better on validation than ever before, and in the last epoch.
+    Averages of the networks (config.ema) are evaluated on the same splits, as 'test_ema' and
+    'validation_ema'; nothing is selected by them.
     Without a validation split every epoch is evaluated on test, for its curve; nothing is selected.
 
     Attributes:
+      validation: of the last evaluated epoch; None without a validation split.
       test: of the last evaluated epoch; None if that was not evaluated on test in this process.
     """
 
     def __init__(self, session: Session, requests: Requests):
         self._session, self._requests = session, requests
+        self.validation: Evaluation | None = None
         self.test: Evaluation | None = None
 
     def due(self, epoch: int) -> bool:
@@ -41,16 +46,25 @@ class EpochEvaluation:
             test = self._evaluate(networks, 'test')
             if test is None:
                 return False
+        evaluations: dict[str, Evaluation] = {}
         for split, evaluation in (('test', test), ('validation', validation)):
-            if evaluation:
-                values = EvaluationValues(step, epoch, split, evaluation)
-                self._session.tracker.handle(values)
-                progress.evaluations[split] = step, evaluation
+            if not evaluation:
+                continue
+            evaluations[split] = evaluation
+            if run.config.ema.decay:
+                of_averages = self._evaluate(state_lib.averaged(networks), split)
+                if of_averages is None:
+                    return False
+                evaluations[f'{split}_ema'] = of_averages
+        for split, evaluation in evaluations.items():
+            values = EvaluationValues(step, epoch, split, evaluation)
+            self._session.tracker.handle(values)
+            progress.evaluations[split] = step, evaluation
         for k in improved:
             assert validation
             assert test
             progress.best[k] = Best(step, validation.accuracy[k], test.accuracy[k])
-        progress.evaluated, self.test = step, test
+        progress.evaluated, self.validation, self.test = step, validation, test
         return True
 
     def _evaluate(self, networks: Any, split: str) -> Evaluation | None:

@@ -156,6 +156,8 @@ def evaluate(config: Config, workdir: pathlib.Path, step: int | str | None) -> d
     evaluations = {}
     for split in run.info.held_out():
         evaluations[split] = evaluator(state.networks, split)
+        if config.ema.decay:
+            evaluations[f'{split}_ema'] = evaluator(state_lib.averaged(state.networks), split)
     networks, ensemble = summary.entries(run.cohort, evaluations, progress)
     return {
         'step': int(state.step),

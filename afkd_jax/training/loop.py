@@ -17,7 +17,7 @@ from afkd_jax.report import figures, predictions, summary
 from afkd_jax.report import trackers as trackers_lib
 from afkd_jax.report.console import log, log_from_any, print_json, working
 from afkd_jax.report.tables import result_tables
-from afkd_jax.report.trackers import EpochEnd, Finished, Tracker
+from afkd_jax.report.trackers import EpochEnd, Finished, Tracker, Trackers
 from afkd_jax.training import run as run_lib
 from afkd_jax.training import session as session_lib
 from afkd_jax.training.clock import Clock, Spent
@@ -63,9 +63,23 @@ def train(
         if processes.is_primary() and not (workdir / 'curves.png').exists():
             _draw(workdir)
         return finished
-    trackers: dict[str, Tracker] = processes.raise_on_all(
+    made: dict[str, Tracker] = processes.raise_on_all(
         lambda: trackers_lib.create(config, workdir) if processes.is_primary() else {}
     )
+    with Trackers(made) as tracker:  # closes them also where the run does not begin
+        return _train(config, workdir, step, interrupt, extend, tracker, spent)
+
+
+def _train(
+    config: Config,
+    workdir: pathlib.Path,
+    step: int | None,
+    interrupt: Interrupt,
+    extend: bool,
+    tracker: Trackers,
+    spent: Spent,
+) -> dict[str, Any] | None:
+    """See train()."""
     with spent.on('data'):
         run = processes.primary_first(lambda: run_lib.prepare(config, log_from_any))
     processes.assert_equal({'images': run.pipeline.fingerprint})
@@ -75,7 +89,7 @@ def train(
     if any(processes.all_gather(interrupt.requested)):
         log(f'{workdir}: stopped by a signal before it began; the same command continues')
         return None
-    with session_lib.opened(run, workdir, step, interrupt, trackers, spent, extend) as session:
+    with session_lib.opened(run, workdir, step, interrupt, tracker, spent, extend) as session:
         loop = Loop(session)
         loop.run()
         with working('writing the result'):
@@ -173,6 +187,8 @@ class Loop:
                 return
             with self._session.spent.on('evaluate'):
                 evaluated = self.evaluation(self.state.networks, self.step, epoch)
+                if evaluated and self.evaluation.validation:
+                    self.state = self._run.with_held_out(self.state, self.evaluation.validation)
             self._clock.restart(self.step)
             save = True  # it may be the best
         elif self._progress.epoch.empty:

@@ -21,10 +21,12 @@ from afkd_jax.data.order import Order
 from afkd_jax.devices import arrays, mesh
 from afkd_jax.devices.mesh import BATCH_SHARDED, PEER_SHARDED, REPLICATED
 from afkd_jax.devices.spmd import DATA
+from afkd_jax.errors import field_error
 from afkd_jax.method import cohort as cohort_lib
 from afkd_jax.method import metrics
 from afkd_jax.method import state as state_lib
 from afkd_jax.method import step as step_lib
+from afkd_jax.method.metrics import Evaluation
 from afkd_jax.method.state import StackedState, State, TrainState
 from afkd_jax.report.console import log, working
 
@@ -150,6 +152,17 @@ class Run:
             'arrays': arrays.layout(states),
         }
 
+    def with_held_out(self, state: State, validation: Evaluation) -> State:
+        """Returns the state after an evaluation: what the method learns from held-out images."""
+        auxiliary = self.cohort.method.auxiliary
+        if not auxiliary or not auxiliary.held_out or not state.auxiliary:
+            return state
+        assert validation.counts
+        images = int(validation.counts['images'].sum())
+        found = auxiliary.held_out(validation.counts['error_products'], images)
+        new = state.auxiliary.replace(batch_stats=self.devices.replicate(found))  # pyright: ignore
+        return state.replace(auxiliary=new)  # pyright: ignore - of flax.struct
+
     def fingerprint(self, state: State) -> str:
         """Returns the fingerprint of the whole state, independent of the mesh.
 
@@ -243,7 +256,7 @@ def prepare(config: Config, log: Callable[[str], None] = lambda line: None) -> R
       UserError: method, networks, devices or images do not fit the config, or each other.
     """
     # Names and devices first: the images may be a long download away.
-    cohort_lib.method_of(config)
+    method = cohort_lib.method_of(config)
     cohort_lib.ring_of(config)
     cohort_lib.frozen_of(config)
     for name in config.networks:
@@ -252,4 +265,7 @@ def prepare(config: Config, log: Callable[[str], None] = lambda line: None) -> R
     devices.check_divides('eval_batch_size', config.eval_batch_size)
     with working('loading the images'):
         images = dataset.dataset(config)
+        if method.held_out and not images.info.validation:
+            rule = f'above 0 with the method "{config.method}", which needs held-out images'
+            raise field_error('data.validation_fraction', rule, config.data.validation_fraction)
         return Run(config, images.info, devices, pipelines.create(config, images, devices, log))

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from afkd_jax.checkpoints import workdir as workdir_lib
@@ -55,7 +55,7 @@ def opened(
     workdir: pathlib.Path,
     step: int | None,
     interrupt: Interrupt,
-    trackers: Mapping[str, Tracker],
+    tracker: Trackers,
     spent: Spent,
     extend: bool = False,
 ) -> Iterator[Session]:
@@ -66,7 +66,7 @@ def opened(
       workdir: of the run.
       step: of the checkpoint to resume from; None for the newest.
       interrupt: entered.
-      trackers: of config.trackers, in the primary process.
+      tracker: of config.trackers, in the primary process; closed at the end.
       spent: the time of this process.
       extend: whether config.epochs may be more than the run in the workdir has.
 
@@ -100,9 +100,9 @@ def opened(
         interrupt.effect = 'stops after the compilation'
         with spent.on('compile'):
             train_step, evaluator = run.compiled_step(), Evaluator(run)
-        required = [JsonLines(workdir)] if primary else []
-        required = [stack.enter_context(tracker) for tracker in (*required, Terminal())]
-        tracker = stack.enter_context(Trackers(required, trackers))
+        required = [*([JsonLines(workdir)] if primary else []), Terminal()]
+        tracker.required = [stack.enter_context(one) for one in required]
+        stack.enter_context(tracker)
         tracker.handle(
             Start(
                 first_step,

@@ -1,6 +1,6 @@
 """Does learning from each other help when images are few? 200 digits, 5 methods, 10 seeds.
 
-Command: python launch.py --mode study --config configs/studies/digits.py
+Command: python launch.py --mode study --config configs/studies/digits.py --jobs 2
 
 50 runs of a pair of ResNet-8. Result and time: docs/results.md.
 """
@@ -18,7 +18,7 @@ def get_config(networks: str = 'resnet8,resnet8') -> ConfigDict:
     config = digits.get_config(networks)
     config.data.train_examples = 200
     config.data.validation_fraction = 0.0
-    config.epochs = 60
+    config.epochs = 40
     config.eval_every = config.checkpoint.every_epochs = 10
     config.study = Study(
         name='digits',

@@ -93,7 +93,7 @@ RAMP = np.arange(4 * 8 * 8 * 3).reshape(4, 8, 8, 3) % 251
 LABELS = np.arange(4, dtype=np.int32)
 
 
-def augmented(recipe, count=1, key=0, channels=3):
+def augmented(recipe, count=1, key=0, channels=3, network=None):
     """Returns training_batch of four images on `count` devices, not standardised."""
     images = DeviceImages(
         RAMP[..., :channels].astype(np.uint8),
@@ -104,13 +104,13 @@ def augmented(recipe, count=1, key=0, channels=3):
     devices = take_devices(count)
     index = devices.split(np.arange(4, dtype=np.int32))
     images, key = devices.replicate((images, jax.random.key(key)))
-    return jax.device_get(mapped_batch(recipe, devices)(images, index, key))
+    return jax.device_get(mapped_batch(recipe, devices, network)(images, index, key))
 
 
 @functools.cache
-def mapped_batch(recipe, devices):
+def mapped_batch(recipe, devices, network):
     return devices.map(
-        lambda images, index, key: augment.training_batch(images, index, key, recipe),
+        lambda images, index, key: augment.training_batch(images, index, key, recipe, network),
         (REPLICATED, BATCH_SHARDED, REPLICATED),
         BATCH_SHARDED,
     )
@@ -131,6 +131,20 @@ def test_augmentation_does_not_depend_on_the_devices(recipe):
         np.testing.assert_allclose(a, b, atol=1e-6)
     other = augmented(recipe, key=1)
     assert np.abs(one[0] - other[0]).max() > 0.05
+
+
+def test_a_network_may_have_its_own_view_but_not_its_own_mixture():
+    views = [augmented(Data(pad=2, flip=False), network=network) for network in (None, 0, 1)]
+    images = np.stack([images for images, *_ in views])
+    assert all(np.abs(images[i] - images[j]).max() > 0.05 for i, j in ((0, 1), (0, 2), (1, 2)))
+    # Colours only: the views differ, but the weights of the mixtures, and so the labels, do not.
+    recipe = Data(pad=0, flip=False, color_jitter=0.4, mixup=1.0)
+    (one, labels, mixed), (two, other_labels, other) = (
+        augmented(recipe, network=network) for network in (0, 1)
+    )
+    assert np.abs(one - two).max() > 0.05
+    np.testing.assert_array_equal(labels, other_labels)
+    jax.tree.map(np.testing.assert_array_equal, mixed, other)
 
 
 def test_jitter_is_what_numpy_makes_of_its_factors():

@@ -148,3 +148,26 @@ def test_without_a_size_images_stay_as_they_are():
     data = encoded(PHOTO, 'PNG')
     np.testing.assert_array_equal(view.training(data, 3, np.random.default_rng(0)), PHOTO)
     np.testing.assert_array_equal(view.evaluation(PHOTO, 3), PHOTO)
+
+
+@pytest.mark.parametrize(
+    ('form', 'mode', 'options', 'beginning'),
+    [
+        ('JPEG', 'L', {}, True),
+        ('JPEG', 'CMYK', {'progressive': True}, True),
+        ('JPEG', 'RGB', {'icc_profile': bytes(100_000)}, False),  # before the header
+        ('PNG', 'LA', {}, True),
+        ('GIF', '1', {}, True),
+        ('BMP', 'L', {}, True),
+        ('TIFF', 'L', {}, False),  # the header may be at the end
+        ('WEBP', 'RGB', {'lossless': True}, False),
+    ],
+)
+def test_of_a_large_file_only_the_beginning_is_read_for_its_header(form, mode, options, beginning):
+    noise = np.random.default_rng(0).integers(0, 256, (600, 700, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).convert(mode).save(file, form, **options)
+    content = file.getvalue()
+    file.seek(0)
+    assert decode.read_header(file) == decode.header(content) == (600, 700, 3 - 2 * (mode in '1LA'))
+    assert file.tell() == (2**15 if beginning else len(content))

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -76,8 +77,10 @@ def test_labels_and_order_are_the_same_wherever_the_folder_lies(tmp_path):
     one, two = (source(tmp_path / root) for root in ('one', 'two'))
     for a, b in ((one.train, two.train), (one.test, two.test)):
         assert a.fingerprint() == b.fingerprint()
-        np.testing.assert_array_equal(a.read_labels(), b.read_labels())
-        assert a.read_labels().dtype == np.int32
+        labels, others = (of.read_labels(np.arange(len(of))) for of in (a, b))
+        np.testing.assert_array_equal(labels, others)
+        assert labels.dtype == np.int32
+        np.testing.assert_array_equal(a.read_labels(np.array([1, 0])), labels[[1, 0]])
     os.rename(tmp_path / 'two' / NAMES[0], tmp_path / 'two/train/a class/other.png')
     assert source(tmp_path / 'two').train.fingerprint() != one.train.fingerprint()
 
@@ -106,12 +109,16 @@ def test_val_beside_test_is_the_validation_split(tmp_path):
     with pytest.raises(UserError, match=message):
         dataset_lib.info(folder_config(tmp_path, data__validation_fraction=0.5))
     fingerprint = dataset.fingerprint()
-    write(tmp_path, 'val/a/0.png')  # comes before validation
-    dataset = dataset_lib.dataset(folder_config(tmp_path))
-    assert dataset.name(2) == str(tmp_path / 'val/a/0.png')
-    assert dataset.fingerprint() != fingerprint
-    write(tmp_path, 'val/c/0.png')
-    with pytest.raises(UserError, match=r"val has the class 'c'"):
+    for name in ('valid', 'val'):
+        shutil.rmtree(tmp_path / 'val', ignore_errors=True)
+        (tmp_path / 'validation').rename(tmp_path / name)
+        dataset = dataset_lib.dataset(folder_config(tmp_path))
+        assert dataset.name(2) == str(tmp_path / name / 'b/4.png')
+        (tmp_path / name).rename(tmp_path / 'validation')
+    write(tmp_path, 'validation/a/0.png')
+    assert dataset_lib.dataset(folder_config(tmp_path)).fingerprint() != fingerprint
+    write(tmp_path, 'validation/c/0.png')
+    with pytest.raises(UserError, match=r"validation has the class 'c'"):
         dataset_lib.dataset(folder_config(tmp_path))
 
 
@@ -190,7 +197,15 @@ def test_a_broken_first_image_is_as_any_other(content, tmp_path):
             ('train/a/0.png', 'val/a/1.png'),
             'two class folders are needed in .*train, but there are 1;',
         ),
-        (('train/a/0.png', 'train/b/1.png'), 'none of test, val, validation in .* has class'),
+        (('train/a/0.png', 'train/b/1.png'), 'none of test, val, validation, valid in .* has'),
+        (
+            ('train/a/0.png', 'train/b/1.png', 'test/a/2.png', 'validation/a/3.png', 'val/a/4.png'),
+            'val and .*/validation have class folders, but one validation folder is expected; move',
+        ),
+        (
+            ('train/a/0.png', 'train/b/1.png', 'valid/a/2.png', 'validation/a/3.png'),
+            'validation and .*/valid have class folders',
+        ),
         (('train/a/0.png', 'train/b/1.png', 'val/c/2.png'), "val has the class 'c', which"),
         (('train/a/x.txt', 'train/b/x.txt', 'val/a/2.png'), 'no image files below .*train'),
         (('train/a/0.png', 'train/b/1.png', 'val/a/x.txt'), 'no image files below .*val'),

@@ -115,8 +115,8 @@ class Lazy(Examples):
     def __getitem__(self, index):
         return np.zeros(self.image_shape, np.uint8), 3
 
-    def read_labels(self):
-        return np.full(20, 3, np.int32)
+    def read_labels(self, indices):
+        return np.full(len(indices), 3, np.int32)
 
     def name(self, index):
         return f'lazy image {index}'

@@ -72,6 +72,14 @@ def test_an_archive_in_manual_dir_is_prepared_and_read(tmp_path):
     (tmp_path / 'cifar-100-binary.tar.gz').unlink()
     assert len(dataset_lib.dataset(ours).load()) == 40
     assert dataset_lib.info(ours) == dataset.info
+    # Labels are read of the images that are used, in the order in which they are stored.
+    images, read = dataset.train.examples, []
+    labels = images.read_labels(np.arange(30))
+    with mock.patch.object(
+        type(images), '__getitem__', lambda self, i: (read.append(i), labels[i])
+    ):
+        np.testing.assert_array_equal(images.read_labels(np.array([7, 2, 9])), labels[[7, 2, 9]])
+    assert read == [2, 7, 9]
 
 
 def test_shapes_and_sizes_are_known_without_data(tmp_path):

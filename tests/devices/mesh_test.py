@@ -65,9 +65,9 @@ def shapes_only_run(config, devices):
 
 
 @functools.cache
-def after_three_steps(mapping, count, peers=1, networks=MIXED, method='afd', fields=()):
+def after_three_steps(mapping, count, peers=1, networks=MIXED, method='afd', **fields):
     """Returns (state, sums) after three whole steps: gather, augment, learn, sum."""
-    config = tiny_config(networks, batch_size=BATCH, method=method, **dict(fields))
+    config = tiny_config(networks, batch_size=BATCH, method=method, **fields)
     devices = take_devices(count, mapping, peers)
     rng = np.random.default_rng(0)
     images = DeviceImages(
@@ -123,6 +123,73 @@ def test_devices_and_mapping_change_nothing(mapping, count, x64):
 
 
 @pytest.mark.parametrize(
+    'method',
+    [
+        'one',
+        *(
+            pytest.param(method, marks=pytest.mark.slow)
+            for method in (
+                'shuffled+moments',
+                'loo_mean',
+                'kdcl_naive',
+                'kdcl_minlogit',
+                'kdcl_mean',
+                'kdcl_linear',
+                'kdcl_general',
+                'okddip',
+                'ffl+l1',
+                'mcl+adversarial',
+                'switokd+adversarial',
+            )
+        ),
+    ],
+)
+def test_two_devices_change_nothing_in_a_method(method, x64):
+    networks = MIXED if method.startswith('switokd') else (*MIXED, 'tiny-4-2')
+    difference, where = relative_difference(
+        *(
+            after_three_steps('shard_map', count, networks=networks, method=method)
+            for count in (2, 1)
+        )
+    )
+    assert difference < 1e-9, where
+
+
+@pytest.mark.slow
+def test_sharding_a_pair_that_switches_changes_nothing(x64):
+    difference, where = relative_difference(
+        *(
+            after_three_steps('shard_map', 2, peers, ('tiny-8-2',) * 2, 'switokd')
+            for peers in (2, 1)
+        )
+    )
+    assert difference < 1e-9, where
+
+
+@pytest.mark.slow
+def test_teaching_by_averages_does_not_depend_on_the_devices(x64):
+    difference, where = relative_difference(
+        *(
+            after_three_steps(
+                'shard_map', count, peers, FOUR[:2], 'afd', ema__decay=0.5, teacher='ema'
+            )
+            for count, peers in ((4, 2), (1, 1))
+        )
+    )
+    assert difference < 1e-9, where
+
+
+def test_own_views_do_not_depend_on_the_devices(x64):
+    one, *others = (
+        after_three_steps('shard_map', count, peers, ('tiny-8-2',) * 2, 'dml', data__views=views)
+        for count, peers, views in ((1, 1, 'own'), (4, 2, 'own'), (1, 1, 'shared'))
+    )
+    difference, where = relative_difference(others[0], one)
+    assert difference < 1e-9, where
+    assert relative_difference(others[1], one)[0] > 1e-3
+
+
+@pytest.mark.parametrize(
     ('peers', 'count', 'method'),
     [
         pytest.param(2, 2, 'afd', marks=pytest.mark.slow),
@@ -130,6 +197,8 @@ def test_devices_and_mapping_change_nothing(mapping, count, x64):
         (2, 8, 'afd'),  # 2 x 4, two networks a device
         (4, 8, 'l1_kd'),  # 4 x 2
         (2, 4, 'dml'),  # one, two and three hops
+        pytest.param(2, 4, 'loo_mean', marks=pytest.mark.slow),
+        pytest.param(2, 4, 'shuffled+moments', marks=pytest.mark.slow),
     ],
 )
 def test_sharding_the_networks_changes_nothing(peers, count, method, x64):
@@ -156,7 +225,7 @@ def test_sharding_the_networks_changes_nothing(peers, count, method, x64):
 def test_devices_change_nothing_with_the_adversarys_switches(mapping, count, peers, switches, x64):
     networks = 2 * ('tiny-8-2',) if peers > 1 else MIXED
     whole, sharded = (
-        after_three_steps(*how, networks, 'afd', tuple(switches.items()))
+        after_three_steps(*how, networks, 'afd', **switches)
         for how in (('shard_map', 1, 1), (mapping, count, peers))
     )
     difference, where = relative_difference(sharded, whole)

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -35,7 +36,9 @@ LOST_S = 6  # instead of processes.LOST_AFTER_S, to wait less
 class Group:
     """launch.py in `count` processes that run together, `devices` CPU devices each."""
 
-    def __init__(self, count, devices, workdir, *arguments, own=((), ()), run=RUN, variables=()):
+    def __init__(
+        self, count, devices, workdir, *arguments, own=((), ()), run=RUN, variables=(), homes=()
+    ):
         with socket.socket() as free:
             free.bind(('127.0.0.1', 0))
             port = free.getsockname()[1]
@@ -46,7 +49,9 @@ class Group:
                 + (where if count > 1 else [])
                 + ([f'--process_id={index}'] if count > 1 else [])
                 + [*(own[index] if index < len(own) else ())],
-                forks.environment(devices) | dict(variables),
+                forks.environment(devices)
+                | dict(variables)
+                | ({'HOME': str(homes[index])} if homes else {}),
             )
             for index in range(count)
         ]
@@ -170,6 +175,37 @@ def test_a_lost_process_ends_the_others_and_the_run_continues_with_more(victim, 
     lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
     (resume,) = (line for line in map(json.loads, lines) if line['kind'] == 'resume')
     assert resume['step'] >= 3
+
+
+def test_processes_start_from_the_weights_of_a_run(one, tmp_path):
+    """One frozen, one that learns; if the source is damaged for one process, all end."""
+    start = [
+        '--config=tests/tiny.py',
+        "--config.networks=('~/source:1','tiny-8-2')",
+        "--config.init_from=('','~/source:2')",
+        '--config.epochs=1',
+        '--config.data.train_examples=213',
+        '--config.data.test_examples=8',
+        '--config.method=kd_ring',
+    ]
+    for home in ('whole', 'damaged'):
+        shutil.copytree(one[0], tmp_path / home / 'source')
+    for path in (tmp_path / 'damaged/source/checkpoints').iterdir():
+        (path / 'record.json').write_text('')
+    homes = [tmp_path / 'whole', tmp_path / 'damaged']
+    groups = {
+        'two': Group(2, 1, tmp_path / 'two', run=start, homes=homes[:1] * 2),
+        'one': Group(1, 2, tmp_path / 'one', run=start, homes=homes),
+        'none': Group(2, 1, tmp_path / 'none', run=start, homes=homes),
+    }
+    two, alone = (
+        finished(group.end(), tmp_path / name) for name, group in groups.items() if name != 'none'
+    )
+    assert two['fingerprint'] == alone['fingerprint']
+    for code, _, errors in groups['none'].end():
+        assert code == 1, errors
+        assert 'there is no whole checkpoint last in' in errors.splitlines()[-1]
+    assert not (tmp_path / 'none').exists()
 
 
 UNREACHABLE = """

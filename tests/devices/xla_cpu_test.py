@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import mapped_update, random_batch, take_devices, tiny_cohort, tiny_config
 
-from afkd_jax.devices import xla_cpu
+from afkd_jax.devices import depthwise, xla_cpu
 from afkd_jax.devices.mesh import REPLICATED
 from afkd_jax.method import state as state_lib
 
@@ -49,9 +49,13 @@ def lowered(platform, networks=('resnet8', 'wrn-10-1'), method='vanilla'):
 
 @pytest.mark.parametrize('platform', ['tpu', 'cuda'])
 def test_programs_for_other_platforms_contain_no_workaround(monkeypatch, platform):
-    program = lowered(platform).as_text()
+    networks = 'resnet8', 'mobilenet_v2x0.5'
+    program = lowered(platform, networks).as_text()
+    assert re.search(r'feature_group_count = \d\d', program)
     monkeypatch.setattr(xla_cpu, 'computed_once', lambda x: x)
-    assert program == lowered(platform).as_text()
+    monkeypatch.setattr(depthwise, 'computed_once', lambda x: x)
+    monkeypatch.setattr(depthwise, 'conv_general_dilated', jax.lax.conv_general_dilated)
+    assert program == lowered(platform, networks).as_text()
     assert xla_cpu.options(platform) is None
 
 

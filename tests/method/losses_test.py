@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import softmax
+from conftest import softmax, take_devices
 
+from afkd_jax.devices.mesh import BATCH_SHARDED
 from afkd_jax.method import losses
 from afkd_jax.method.ring import Ring
 
@@ -101,3 +102,35 @@ def test_l1_equals_numpy(x64):
     actual = losses.l1(own, teacher)
     np.testing.assert_allclose(actual, np.abs(own - teacher).mean((2, 3, 4)), rtol=1e-12)
     assert np.abs(losses.l1(own, own)).max() == 0
+
+
+@pytest.mark.parametrize('count', [1, 4])
+def test_moments_and_their_gradient_equal_numpy(count, x64):
+    # L = mean over b of mean_c (m - m')^2 + (v - v')^2 of b's class, and, by hand, with n elements
+    # of a class and N images: dL/dx = sum_b (2 (m - m') + 4 (v - v') (x - m)) / (n C N).
+    maps, teachers = np.random.default_rng(6).standard_normal((2, 8, 3, 3, 5))
+    labels = np.array([0, 1, 1, 0, 1, 2, 1, 1])
+    loss, gradient = np.zeros(8), np.zeros_like(maps)
+    for label in range(3):
+        members = labels == label
+        own, theirs = (x[members].reshape(-1, 5) for x in (maps, teachers))
+        m = own.mean(0) - theirs.mean(0)
+        v = own.var(0) - theirs.var(0)
+        loss[members] = (m**2 + v**2).mean()
+        slope = 2 * m + 4 * v * (maps[members] - own.mean(0))
+        gradient[members] = members.sum() * slope / (len(own) * 5 * 8)
+
+    def per_device(maps, teachers, labels):
+        def mean(maps):
+            values = losses.moments(maps, teachers, labels)
+            return values.mean(), values
+
+        # The step averages gradients over the devices.
+        slope, values = jax.grad(mean, has_aux=True)(maps)
+        return values, slope / count
+
+    devices = take_devices(count)
+    mapped = devices.map(per_device, (BATCH_SHARDED,) * 3, (BATCH_SHARDED,) * 2)
+    values, slope = mapped(maps, teachers, labels)
+    np.testing.assert_allclose(values, loss, rtol=1e-10)
+    np.testing.assert_allclose(slope, gradient, rtol=1e-9, atol=1e-14)

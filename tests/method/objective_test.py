@@ -114,7 +114,7 @@ def test_the_ramp_weights_the_kl_only(logits, x64):
 
 def test_the_gradient_of_l1_is_the_sign_over_the_number_of_elements(x64):
     maps = np.random.default_rng(1).standard_normal((3, 2, 4, 4, 5))
-    gradient, values = objective(maps='l1', map_weight=0.5).of_maps(jnp.array(maps))
+    gradient, values = objective(maps='l1', map_weight=0.5).of_maps(jnp.array(maps), LABELS)
     teachers = maps[[2, 0, 1]]
     np.testing.assert_allclose(gradient, 0.5 * np.sign(maps - teachers) / maps[0].size, rtol=1e-12)
     np.testing.assert_allclose(values['l1'], np.abs(maps - teachers).mean((1, 2, 3, 4)))

@@ -16,6 +16,8 @@ from afkd_jax.method import presets
         ('l1_kd', 'ring', 'l1'),
         ('adversarial', 'nobody', 'adversarial'),
         ('afd', 'ring', 'adversarial'),
+        ('loo_mean', 'loo_mean', 'nothing'),
+        ('kdcl_linear', 'kdcl_linear', 'nothing'),
         ('all+adversarial', 'all', 'adversarial'),
         ('nobody+nothing', 'nobody', 'nothing'),
     ],
@@ -36,7 +38,7 @@ def test_hops_to_the_teachers_of_the_logits():
     ('name', 'message'),
     [
         ('vanila', '"vanila"; did you mean "vanilla"'),
-        ('rings+l1', r'"rings\+l1".*of nobody, ring, all and nothing, adversarial, l1'),
+        ('rings+l1', r'"rings\+l1".*of nobody, ring, all, .* and nothing, adversarial, l1'),
         ('ring+l2', r'"ring\+l2".*LOGITS\+MAPS'),
         ('l1+ring', r'"l1\+ring"'),
         ('all+', r'"all\+"'),

@@ -26,6 +26,7 @@ from afkd_jax.devices.spmd import DATA
 from afkd_jax.method import metrics, optim, presets
 from afkd_jax.method import state as state_lib
 from afkd_jax.method import step as step_lib
+from afkd_jax.method.auxiliary import AUXILIARIES
 
 # Maps of 4x4x4, 8x8x6 and 3x3x4: the shared one is 3x3x6, and every network has a transfer layer.
 TRIPLE = ('tiny-4-2', 'tiny-6-1', 'tiny-4-3')
@@ -326,12 +327,35 @@ PARTS = {
         {'cross_entropy', 'mimicry_kl', 'adversarial', 'discriminator', 'd_own', 'd_teacher'},
     ),
 }
+OTHER_PARTS = {
+    'moments': ({'logit'}, True, 0, {'cross_entropy', 'moments'}),
+    'switokd': (
+        {'logit'},
+        False,
+        0,
+        {'cross_entropy', 'mimicry_kl', 'l1_to_labels', 'l1_to_teacher', 'paused'},
+    ),
+    'kdcl_general': (
+        {'logit'},
+        False,
+        0,
+        {'cross_entropy', 'mimicry_kl', 'teacher_weight'},
+    ),
+    'mcl': ({'logit'}, False, 0, {'cross_entropy', 'contrastive', 'contrastive_kl'}),
+}
 
 
-@pytest.mark.parametrize('networks', [MIXED, pytest.param(TRIPLE, marks=pytest.mark.slow)])
-@pytest.mark.parametrize('method', presets.PRESETS)
+@pytest.mark.parametrize(
+    ('method', 'networks'),
+    [(method, MIXED) for method in PARTS]
+    + [
+        pytest.param(method, MIXED if method == 'switokd' else TRIPLE, marks=pytest.mark.slow)
+        for method in presets.PRESETS
+    ],
+)
 def test_unused_parts_are_not_built(method, networks):
-    optimizers, has_transfers, discriminators, losses = PARTS[method]
+    parts = (PARTS | OTHER_PARTS).get(method, PARTS['dml'])
+    optimizers, has_transfers, discriminators, losses = parts
     config = tiny_config(networks, method=method, batch_size=BATCH)
     devices = take_devices(1)
     state = initial_state(config)
@@ -345,6 +369,10 @@ def test_unused_parts_are_not_built(method, networks):
     batch = (devices.split(part) for part in random_batch(BATCH))
     after, values = mapped_update(config, devices)(devices.replicate(state), *batch)
     used = optimizers | ({'discriminator'} if discriminators else set())
+    if state.auxiliary:
+        if state.auxiliary.params:
+            assert moved(state.auxiliary.params, jax.device_get(after).auxiliary.params)
+        losses = losses | {*AUXILIARIES[method].step_names, 'grad_norm_auxiliary'}
     assert set(values) == losses | {'accuracy'} | {
         f'{kind}_{name}' for kind in ('grad_norm', 'learning_rate') for name in used
     }

@@ -95,6 +95,7 @@ def test_reported_outputs_run_from_the_goal_for_fake_to_that_for_real(loss):
     it, d = losses.ADVERSARIAL[loss], np.linspace(-1, 1, 201)
     worst = it.discriminator(d, np.full_like(d, 1.0))
     assert it.between(d[np.argmin(worst)]) == 0
+    assert it.between(d[np.argmin(worst)] + 0.1) > 0
     real = it.discriminator(np.full_like(d, d[np.argmin(worst)]), d)
     assert it.between(d[np.argmin(real)]) == pytest.approx(1)
 
@@ -194,7 +195,7 @@ def test_discriminators_and_their_gradients_equal_numpy(settings, x64):
     module, params, stats = built(settings)
     logits = np.random.default_rng(4).standard_normal((2, 5, CLASSES))
     labels = np.array([0, 3, 1, 1, 2])
-    conditions = it.conditions(jnp.array(logits), labels)
+    conditions = it.conditions(jnp.array(logits), jnp.array(logits), labels)
     told = {
         'none': lambda k: None, 'label': lambda k: np.eye(CLASSES)[labels],
         'probabilities': lambda k: softmax(logits[k]),
@@ -222,7 +223,9 @@ def test_discriminators_and_their_gradients_equal_numpy(settings, x64):
     of_adversaries = jax.jit(
         functools.partial(it.of_adversaries, [applied(module, stats), None])
     )  # the second network is frozen
-    to_maps, to_params, states, values = of_adversaries([params, None], jnp.array(maps), conditions)
+    to_maps, to_params, states, values = of_adversaries(
+        [params, None], jnp.array(maps), None, conditions
+    )
     np.testing.assert_allclose(values['adversarial'][0], loss_G(params, maps[0]), rtol=1e-9)
     np.testing.assert_allclose(values['discriminator'][0], loss_D(params, maps[0]), rtol=1e-9)
 
@@ -230,7 +233,9 @@ def test_discriminators_and_their_gradients_equal_numpy(settings, x64):
     along = rng.standard_normal(maps[0].shape)
     slope = (loss_G(params, maps[0] + e * along) - loss_G(params, maps[0] - e * along)) / (2 * e)
     np.testing.assert_allclose((to_maps[0] * along).sum(), slope, rtol=1e-5)
-    if settings.norm == 'spectral':  # its gradient holds u and v still; differences do not
+    if settings.norm == 'spectral':
+        assert len(stats) == settings.layers + 2  # of each layer's kernel and the projection's
+        # Its gradient holds u and v still; differences do not.
         for vectors, new in zip(stats.values(), states[0].values(), strict=True):
             [path] = [name for name in vectors if name.endswith('/u')]
             _, u = power_iteration(params[path.split('/')[0]]['kernel'], vectors[path])
@@ -263,7 +268,7 @@ def test_mixed_labels_are_conditions_by_their_weights(x64):
     labels, other, weight = np.array([0, 3]), np.array([1, 3]), np.array([0.25, 0.5])
     it = objective(condition='label')
     mixed = Mixed(jnp.array(other), jnp.array(weight))
-    own, teachers = it.conditions(jnp.zeros((2, 2, CLASSES)), jnp.array(labels), mixed)
+    own, teachers = it.conditions(*2 * [jnp.zeros((2, 2, CLASSES))], jnp.array(labels), mixed)
     expected = [[0.25, 0.75, 0, 0], [0, 0, 0, 1]]
     for told in (*own, *teachers):
         np.testing.assert_allclose(told, expected)
@@ -283,7 +288,9 @@ def test_the_penalty_on_real_maps_equals_numpy(every, x64):
         return jax.jit(functools.partial(it.of_adversaries, [discriminator] * 2))
 
     def gradient(step, r1):
-        return np.array(compiled(r1)(list(jnp.array(w)), jnp.array(maps), None, jnp.int32(step))[1])
+        return np.array(
+            compiled(r1)(list(jnp.array(w)), jnp.array(maps), None, None, jnp.int32(step))[1]
+        )
 
     def penalty(w, real):
         d = np.tanh((real * w).sum((1, 2, 3)))

@@ -8,6 +8,7 @@ import pytest
 from conftest import tiny_config
 from tensorboardX.proto import event_pb2
 
+from afkd_jax.devices.signals import Interrupt
 from afkd_jax.errors import UserError
 from afkd_jax.method.metrics import Evaluation
 from afkd_jax.registry import TRACKERS
@@ -22,6 +23,7 @@ from afkd_jax.report.trackers import (
     TrainValues,
     Warned,
 )
+from afkd_jax.training import loop
 
 CONFIG = tiny_config(trackers=('tensorboard',))
 
@@ -31,7 +33,7 @@ class Listing(Tracker):
 
     def __init__(self, bad=()):
         super().__init__()
-        self.events, self.bad = [], bad
+        self.events, self.bad, self.closed = [], bad, 0
 
     def handle(self, event):
         self.events.append(event)
@@ -43,6 +45,7 @@ class Listing(Tracker):
             raise OSError(28, 'No space left on device')
 
     def close(self):
+        self.closed += 1
         if 'close' in self.bad:
             raise RuntimeError
 
@@ -58,7 +61,8 @@ class Listing(Tracker):
 def test_a_tracker_that_fails_is_left_out_with_a_warning(bad, words):
     required, failing, other = Listing(), Listing([bad]), Listing()
     events = [TrainValues(1, 0.5, {}, None, 0), EpochEnd(2, 1, {}, None, 0), Warned(3, 'x')]
-    with Trackers([required], {'mine': failing, 'other': other}) as all_of_them:
+    with Trackers({'mine': failing, 'other': other}) as all_of_them:
+        all_of_them.required = [required]
         for event in events:
             all_of_them.handle(event)
             all_of_them.sync()
@@ -69,25 +73,37 @@ def test_a_tracker_that_fails_is_left_out_with_a_warning(bad, words):
     # It hears no more, and the others miss nothing.
     assert len(failing.events) == {EpochEnd: 2, 'sync': 1, 'close': 3}[bad]
     assert [event for event in other.events if event != warning] == events
+    assert failing.closed
+    assert (other.closed, required.closed) == (1, 0)
 
 
 def test_the_error_of_what_writes_the_result_ends_the_run():
     failing = Listing([Warned])
-    with pytest.raises(ValueError, match='a bad'), Trackers([failing], {}) as all_of_them:
-        all_of_them.handle(Warned(1, 'x'))
+    with Trackers({}) as all_of_them:
+        all_of_them.required = [failing]
+        with pytest.raises(ValueError, match='a bad'):
+            all_of_them.handle(Warned(1, 'x'))
 
 
 def test_a_tracker_that_cannot_be_made_is_an_error_before_the_run(tmp_path, monkeypatch):
     TRACKERS.names()  # loads the built-in ones, which stay
     monkeypatch.setattr(TRACKERS, '_parts', dict(TRACKERS._parts))
     TRACKERS.register('broken')(lambda config, workdir: 1 / 0)
+    made = Listing()
+    TRACKERS.register('made')(lambda config, workdir: made)
     for name, message in (
         ('tensorbord', 'there is no tracker "tensorbord"; did you mean "tensorboard"?'),
         ('broken', '"broken" cannot be used (ZeroDivisionError: division by zero); mend it, or'),
     ):
         with pytest.raises(UserError) as error:
-            trackers.create(tiny_config(trackers=(name,)), tmp_path)
+            trackers.create(tiny_config(trackers=('made', name)), tmp_path)
         assert str(error.value).startswith(f'config.trackers: {message}')
+    assert made.closed == 2  # one cannot be made: those before it are closed
+    # Images that cannot be read: likewise.
+    config = tiny_config(trackers=('made',), dataset=f'idx:{tmp_path}')
+    with pytest.raises(UserError, match='there is no file'):
+        loop.train(config, tmp_path / 'run', None, Interrupt())
+    assert made.closed == 3
     monkeypatch.setitem(sys.modules, 'tensorboardX', None)  # as where it is not installed
     message = 'extra "tensorboard": python -m pip install tensorboardX'
     with pytest.raises(UserError, match=f'config.trackers: "tensorboard" needs .*{message}'):

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import re
+import shutil
 
 import jax
 import numpy as np
@@ -28,7 +30,7 @@ def config_of(**fields):
 def trained(workdir, *, extend=False, **fields):
     with pytest.MonkeyPatch.context() as patch, Interrupt() as interrupt:
         patch.setattr(mesh, 'available', lambda: jax.devices()[:1])
-        config = starts.resolved(config_of(**fields))
+        config = starts.resolved(config_of(**fields), workdir)
         return loop.train(config, workdir, None, interrupt, extend)
 
 
@@ -52,20 +54,27 @@ def assert_equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
 
 
-def test_an_entry_of_networks_that_names_weights_is_a_frozen_network(source, exported):
+def test_an_entry_of_networks_that_names_weights_is_a_frozen_network(source, exported, tmp_path):
     config = config_of(networks=(f'{source}:2', 'tiny-8-2', exported))
-    found = starts.resolved(config)
+    found = starts.resolved(config, tmp_path)
     assert found.networks == ('tiny-8-2', 'tiny-8-2', 'tiny-4-1')
     assert found.frozen == (1, 3)
     assert found.init_from == (f'{source}:2', '', exported)
-    assert starts.resolved(found) == found
+    assert starts.resolved(found, tmp_path) == found
     assert_equal(weights.read(exported).variables, weights.read(f'{source}:1').variables)
 
 
 def test_a_run_with_a_frozen_teacher(source, tmp_path):
-    """It trains, evaluates and loads; the teacher in it is, to the bit, that of the source."""
-    workdir = tmp_path / 'student'
-    result = trained(workdir, networks=(f'{source}:1', 'tiny-8-2'), method='afd')
+    """It trains, evaluates and loads; the teacher in it is, to the bit, that of the source.
+
+    It resumes without the source.
+    """
+    workdir, moved = tmp_path / 'student', tmp_path / 'moved'
+    moved.symlink_to(source)
+    fields = {'networks': (f'{moved}:1', 'tiny-8-2'), 'method': 'afd'}
+    result = trained(workdir, **fields)
+    moved.unlink()
+    assert trained(workdir, **fields) == result
     before, after = afkd_jax.load(source, 1), afkd_jax.load(workdir, 1)
     assert_equal(before.variables, after.variables)
     summary = json.loads((source / 'summary.json').read_text())
@@ -100,6 +109,24 @@ def test_a_network_starts_from_the_weights_of_another_run(source, exported, monk
     assert 'with a new classifier: the classes are others' in capsys.readouterr().out
     assert_equal(started[0].params['trunk'], afkd_jax.load(source, 1).variables['params']['trunk'])
     assert_equal(started[0].params['head'], random[0].params['head'])
+
+
+def test_an_older_checkpoint_is_used_with_a_warning_and_its_step(source, tmp_path, capsys):
+    damaged = tmp_path / 'source'
+    shutil.copytree(source, damaged)
+    (damaged / 'checkpoints/3/record.json').write_text('')
+    config = config_of(networks=(f'{damaged}:1', 'tiny-8-2'), init_from=('', f'{source}:2'))
+    run = run_lib.prepare(starts.resolved(config, tmp_path))
+    assert run.starts.keys() == {0, 1}
+    assert afkd_jax.load(damaged, 2).step == 0
+    first, *lines, last = capsys.readouterr().out.splitlines()
+    path = damaged / 'checkpoints/3'
+    assert re.fullmatch(f'warning: {path}: this checkpoint .*; that of step 0 is used', first)
+    assert lines == [
+        f'network 1 (tiny-4-1) starts from {damaged}:1, step 0, frozen',
+        f'network 2 (tiny-8-2) starts from {source}:2, step 3',
+    ]
+    assert last == first
 
 
 def test_weights_that_do_not_fit(source, exported, monkeypatch, tmp_path):

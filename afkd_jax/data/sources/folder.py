@@ -1,7 +1,8 @@
 """Image files in folders, as ImageNet is commonly unpacked.
 
-DIR/train/<class>/... and, as the test split, the first of DIR/test, DIR/val, DIR/validation that
-has class folders. Beside DIR/test, the first of the other two is the validation split. Every file
+DIR/train/<class>/... and DIR/test/<class>/... and, as the validation split, one of DIR/val,
+DIR/validation and DIR/valid; without DIR/test that is the test split. Folders without class folders
+do not count. Every file
 below a class folder, at any depth, with the extension of an image counts. Hidden files and folders
 are skipped, and links to folders below a class folder. Classes and images are numbered in the order
 of their names, compared as bytes.
@@ -20,7 +21,7 @@ from afkd_jax.data.sources import Source
 from afkd_jax.errors import UserError
 
 _ENDINGS = (b'.jpg', b'.jpeg', b'.png', b'.webp', b'.bmp', b'.gif', b'.tif', b'.tiff')
-_HELD_OUT_NAMES = ('test', 'val', 'validation')
+_HELD_OUT_NAMES = ('test', 'val', 'validation', 'valid')
 
 
 def _folders(folder: pathlib.Path) -> list[bytes]:
@@ -67,8 +68,13 @@ class _Files(Examples):
         with open(self._path(index), 'rb', buffering=0) as file:
             return file.read(), int(self._labels[index])
 
-    def read_labels(self) -> np.ndarray:
-        return self._labels
+    def header(self, index: int) -> decode.Shape:
+        """Returns the decode.header of an image."""
+        with open(self._path(index), 'rb') as file:
+            return decode.read_header(file)
+
+    def read_labels(self, indices: np.ndarray) -> np.ndarray:
+        return self._labels[indices]
 
     def name(self, index: int) -> str:
         return os.fsdecode(self._path(index))
@@ -86,7 +92,7 @@ def _stored_shape(splits: Sequence[_Files]) -> decode.Shape:
     size, reason = None, ''
     for split, index in ((files, i) for files in splits for i in range(len(files))):
         try:
-            height, width, channels = decode.header(split[index][0])
+            height, width, channels = split.header(index)
         except decode.DecodeError as error:
             reason = reason or str(error)
             continue
@@ -132,8 +138,13 @@ def source(config: Config, argument: str) -> Source:
             f'{expected}'
         )
     labels = {folder: label for label, folder in enumerate(classes)}
-    splits, used = [], [*held_out][: 2 if 'test' in held_out else 1]
-    for name in ('train', *used):
+    if len(validation := [name for name in held_out if name != 'test']) > 1:
+        raise UserError(
+            f'config.dataset: {" and ".join(str(root / name) for name in validation)} have class '
+            'folders, but one validation folder is expected; move the others elsewhere'
+        )
+    splits = []
+    for name in ('train', *held_out):
         folders = held_out.get(name, classes)
         if unknown := [os.fsdecode(folder) for folder in folders if folder not in labels]:
             raise UserError(
@@ -147,7 +158,7 @@ def source(config: Config, argument: str) -> Source:
                 f'if another is meant: {expected}'
             )
     train, test, *validation = splits
-    if empty := set(range(len(classes))) - set(train.read_labels().tolist()):
+    if empty := set(range(len(classes))) - set(train.read_labels(np.arange(len(train))).tolist()):
         folder = os.fsdecode(classes[min(empty)])
         raise UserError(
             f'config.dataset: there are no image files below {train_root / folder}; every class '

@@ -133,8 +133,11 @@ class _Split(Examples):
         example, (image, label) = self._source[index], self._keys
         return example[image], int(example[label])
 
-    def read_labels(self) -> np.ndarray:
-        return np.fromiter((self[i][1] for i in range(len(self))), np.int32, len(self))
+    def read_labels(self, indices: np.ndarray) -> np.ndarray:
+        labels = np.empty(len(indices), np.int32)
+        for row in np.argsort(indices).tolist():  # in the order in which they are stored
+            labels[row] = self[int(indices[row])][1]
+        return labels
 
     def name(self, index: int) -> str:
         for file in self._files:
