@@ -32,6 +32,13 @@ _MAY_CHANGE = re.compile(
     r'|data\.(manual_dir|data_dir|workers|placement|max_corrupt)'
 )
 
+# Fields that are newer than the first runs, which did what the default does.
+_ADDED = re.compile(
+    r'accumulate|teacher|ema\.decay|data\.views|adversarial\..*'
+    r'|discriminator\.(loss|norm|condition|input|layers|width|r1|r1_every)'
+    r'|logit\.(rule|nesterov|learning_rates|weight_decays|warm_up|clip_norm|decay_all)'
+)
+
 
 def _field(default: Any, rule: str = '', test: Test = lambda value: True) -> Any:
     """Returns a field with its default, its rule ("must be ...") and the test of that rule."""
@@ -61,6 +68,14 @@ def _between(default: float, low: float, high: float, or_zero: bool = False) -> 
 
 def _fraction(default: float) -> Any:
     return _field(default, 'in [0, 1)', lambda v: 0 <= v < 1)
+
+
+def _per_network(zero: str) -> Any:
+    def test(v: Any) -> bool:
+        return all(_is(x, float) and (x > 0 or (zero and x == 0)) for x in v)
+
+    words = f'a tuple of numbers{zero or " above 0"}, one per network, as in "(0.1,0.02)", or ()'
+    return _field((), words, test)
 
 
 def _range(default: tuple[float, float], most: float, words: str) -> Any:
@@ -161,10 +176,60 @@ class Optimizer:
 
 
 @dataclasses.dataclass(frozen=True)
-class MomentumOptimizer(Optimizer):
-    """SGD with momentum; otherwise as Optimizer."""
+class LogitOptimizer(Optimizer):
+    """SGD with momentum, or another rule of optax; schedule as Optimizer."""
 
-    momentum: float = _fraction(0.9)  # 0: none
+    momentum: float = _fraction(0.9)  # of 'sgd'; 0: none
+    # 'sgd' and 'adam' add the weight decay to the gradient, 'adamw' and 'lion' to the direction
+    # (decoupled). Betas are optax's: 0.9 and 0.999, of lion 0.9 and 0.99.
+    rule: str = _one_of('sgd', 'sgd', 'adam', 'adamw', 'lion')
+    nesterov: bool = _field(False)  # of 'sgd', 'adam' and 'adamw'
+    # One value per network, instead of learning_rate and weight_decay; (): the same for all.
+    # MobileNet and ShuffleNet are often trained at 0.01 or 0.02 beside a ResNet at 0.1.
+    learning_rates: tuple[float, ...] = _per_network('')
+    weight_decays: tuple[float, ...] = _per_network(' of at least 0')
+    # Fraction of the run in which the rate rises linearly, on top of the schedule; 0: none.
+    warm_up: float = _fraction(0.0)
+    # A network's gradient is scaled down to this L2 norm, before weight decay; 0: never.
+    clip_norm: float = _not_negative(0.0, 'no clipping')
+    decay_all: bool = _field(True)  # False: no weight decay on biases and norms
+
+
+@dataclasses.dataclass(frozen=True)
+class Discriminator(Optimizer):
+    """The discriminators: what they are, what they learn by, and their optimizer.
+
+    Formulas and sources: docs/method.md, "The adversary's switches".
+    """
+
+    # 'lsgan': least squares of a sigmoid's output; 'lsgan_linear': without the sigmoid; 'hinge'.
+    loss: str = _one_of('lsgan', 'lsgan', 'lsgan_linear', 'hinge')
+    # 'batch': batch norm of real and fake maps apart; 'joint': of both in one batch; 'spectral'.
+    norm: str = _one_of('batch', 'batch', 'joint', 'spectral', 'none')
+    # Projection on the label, or on the softmax of the logits of the map's own network.
+    condition: str = _one_of('none', 'none', 'label', 'probabilities')
+    # 'map': one output per map; 'patch': one per location; 'pooled': of the map's mean.
+    input: str = _one_of('map', 'map', 'patch', 'pooled')
+    layers: int = _between(1, 1, 16)  # hidden ones, before the last
+    width: int = _not_negative(0, "the map's channels")  # channels of the hidden layers
+    r1: float = _not_negative(0.0, 'none')  # weight of the gradient penalty on real maps
+    r1_every: int = _positive(16)  # steps per penalty, which is multiplied by it
+
+
+@dataclasses.dataclass(frozen=True)
+class Adversarial:
+    """How the networks learn from their discriminators."""
+
+    # 'gradnorm': L_G gets the weight that makes its gradient at the map as large as the logit
+    # loss's, at most balance_limit, times loss.adversarial_weight.
+    balance: str = _one_of('none', 'none', 'gradnorm')
+    balance_limit: float = _positive(1e4)
+    # Fraction of the run in which the weight of L_G rises, as loss.kl_ramp_up; 0: none.
+    warm_up: float = _field(0.0, 'a fraction of the run, in [0, 1]', lambda v: 0 <= v <= 1)
+    # 'better_only': L_G is 0 where the teacher's cross-entropy on the batch is not lower.
+    direction: str = _one_of('both', 'both', 'better_only')
+    # 'logit': the gradient of L_G is added to the logit loss's; config.feature has no effect.
+    optimizer: str = _one_of('own', 'own', 'logit')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,9 +304,13 @@ class Config:
     )
     data: Data = Data()
     # Updates trunks and classifiers from the logit loss. Epochs 150 and 225 of 300.
-    logit: MomentumOptimizer = MomentumOptimizer(0.1, weight_decay=1e-4, boundaries=(0.5, 0.75))
+    logit: LogitOptimizer = LogitOptimizer(0.1, weight_decay=1e-4, boundaries=(0.5, 0.75))
     feature: Optimizer = Optimizer()  # updates trunks and transfer layers from L_G
-    discriminator: Optimizer = Optimizer()
+    discriminator: Discriminator = Discriminator()
+    adversarial: Adversarial = Adversarial()
+    # Every optimizer averages the gradients of so many steps before it moves; the steps in between
+    # change batch statistics only, and steps left over at the end of the run change no parameter.
+    accumulate: int = _positive(1)
     log_every: int = _positive(50)  # steps per line of metrics.jsonl
     # Epochs per evaluation; the last one is always evaluated. No array depends on it, but which
     # checkpoint is the best does.
@@ -415,9 +484,15 @@ def run_fields(config: Config | Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in _as_json(config).items() if defines_run(name)}
 
 
+def completed(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the flattened fields of a run, with the defaults of those that are newer than it."""
+    added = {name: value for name, value in DEFAULTS.items() if _ADDED.fullmatch(name)}
+    return flatten(json.loads(json.dumps(added))) | flatten(fields)
+
+
 def extended(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the run_fields `old` with the epochs of `new` where those are more."""
-    epochs = old.get('epochs')
+    """Returns the run_fields `old`, completed, with the epochs of `new` where those are more."""
+    old, epochs = completed(old), old.get('epochs')
     longer = isinstance(epochs, int) and epochs < new['epochs']
     return {**old, 'epochs': new['epochs']} if longer else dict(old)
 
@@ -432,7 +507,7 @@ def command_fields(config: Config) -> dict[str, Any]:
 
 
 def _as_json(config: Config | Mapping[str, Any]) -> dict[str, Any]:
-    plain = config.to_dict() if isinstance(config, Config) else config
+    plain = config.to_dict() if isinstance(config, Config) else completed(config)
     return flatten(json.loads(json.dumps(plain)))
 
 

@@ -1,5 +1,6 @@
 """Configs: every impossible field is refused with one message that names it and its value."""
 
+import json
 import pathlib
 import re
 
@@ -107,12 +108,12 @@ def test_unknown_and_missing_fields_are_refused():
         ('checkpont.kep', 'checkpoint.keep'),
         ('checkpoint.every_step', 'checkpoint.every_steps'),
         ('logit.scheduler', 'logit.schedule'),
-        ('warmup', None),
-        ('logit.warmup', None),
+        ('warmup', 'logit.warm_up'),
+        ('logit.warmup', 'logit.warm_up'),
         ('swa', None),
         ('loss.ema', None),
         ('dropout', None),
-        ('optimizer', None),
+        ('optimizer', 'adversarial.optimizer'),
         ('gpu', None),
         ('x', None),
         ('data.', None),
@@ -136,6 +137,24 @@ def test_differences_name_each_field():
     assert config_lib.differences(old, new) == ['data.pad: 1 -> 3']
     del old['seed']
     assert config_lib.differences(old, new) == ['data.pad: 1 -> 3', "seed: '(absent)' -> 0"]
+
+
+def test_a_run_from_before_a_field_was_added_has_its_default():
+    # What a run of the first versions has: no switches of the adversary and of the optimizers.
+    nested = tiny_config().to_dict()
+    old = nested | {'logit': nested['logit'].copy(), 'discriminator': {}}
+    del old['adversarial'], old['accumulate'], old['logit']['rule'], old['logit']['learning_rates']
+    optimizer = ('learning_rate', 'weight_decay', 'schedule', 'boundaries', 'factor')
+    old['discriminator'] = {name: nested['discriminator'][name] for name in optimizer}
+    new = config_lib.run_fields(tiny_config())
+    assert config_lib.run_fields(old) == new
+    stored = config_lib.flatten(json.loads(json.dumps(old)))
+    stored = {name: value for name, value in stored.items() if config_lib.defines_run(name)}
+    assert config_lib.extended(stored, new) == new
+    assert Config.of(config_lib.completed(old)) == tiny_config()
+    del old['loss']['temperature']
+    with pytest.raises(UserError, match=r'config\.loss\.temperature: missing'):
+        Config.of(config_lib.completed(old))
 
 
 @pytest.mark.parametrize(

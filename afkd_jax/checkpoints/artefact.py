@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from afkd_jax import config as config_lib
 from afkd_jax.checkpoints.files import write_json
 from afkd_jax.config import Config
 from afkd_jax.data.dataset import Info
@@ -58,7 +59,7 @@ def read_config(workdir: pathlib.Path) -> Config:
     """
     values = _read(workdir, 'config.json')
     try:
-        return Config.of(values)
+        return Config.of(config_lib.completed(values))
     except UserError as error:
         raise UserError(f'{workdir / "config.json"}: {error}; it is of another version') from None
 

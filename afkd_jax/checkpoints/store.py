@@ -9,6 +9,7 @@ import concurrent.futures
 import dataclasses
 import errno
 import functools
+import inspect
 import json
 import os
 import pathlib
@@ -224,7 +225,7 @@ class Checkpoints:
         unfinished = path.with_name(path.name + _UNFINISHED)
         try:
             _check_disk_space(self.folder, arrays)
-            self._orbax.save(unfinished / 'arrays', args=ocp.args.StandardSave(arrays))
+            self._orbax.save(unfinished / 'arrays', args=ocp.args.StandardSave(_pruned(arrays)))
             if processes.is_primary():
                 record.write(unfinished, content)
         except Exception as error:  # Orbax and TensorStore raise whatever their drivers raise
@@ -320,12 +321,13 @@ class Checkpoints:
             else abstract
         )
         try:
-            state, sums = self._orbax.restore(
-                path / 'arrays', args=ocp.args.StandardRestore(wanted)
+            found = self._orbax.restore(
+                path / 'arrays', args=ocp.args.StandardRestore(_pruned(wanted))
             )
         except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
             # The files are whole, so another version wrote them.
             raise _other_version(error) from error
+        state, sums = _restored(wanted, found)
         found = _digests(state.local_parts(), sums)
         if any(digests.get(name) != digest for name, digest in found.items()):
             raise record.Unusable('is read as other arrays than were written, by this version')
@@ -336,6 +338,34 @@ def _stored(arrays: tuple[State, Sums]) -> tuple[State, Sums]:
     """Returns the arrays in the structure in which they are stored."""
     state, sums = arrays
     return (state.stack() if state.stackable else state), sums
+
+
+def _pruned(arrays: Any) -> Any:
+    """Returns the arrays, with dataclasses as dicts without optional fields that hold no array.
+
+    So a checkpoint from before such a field was added can be read.
+    """
+    if type(arrays) is tuple:
+        return tuple(map(_pruned, arrays))
+    if not dataclasses.is_dataclass(arrays):
+        return arrays
+    fields = {field.name: getattr(arrays, field.name) for field in dataclasses.fields(arrays)}
+    given = inspect.signature(type(arrays)).parameters
+    return {
+        name: _pruned(value)
+        for name, value in fields.items()
+        if given[name].default is inspect.Parameter.empty or jax.tree.leaves(value)
+    }
+
+
+def _restored(wanted: tuple[State, Sums], found: Any) -> tuple[State, Sums]:
+    """Returns the arrays that were found, as dicts, in the structure that is wanted."""
+
+    def name(path: Any) -> str:
+        return jax.tree_util.keystr(path, simple=True, separator='/')
+
+    leaves = {name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(found)}
+    return jax.tree_util.tree_map_with_path(lambda path, _: leaves[name(path)], wanted)
 
 
 def _digests(parts: dict[int | str, Any], sums: Sums) -> dict[str, str]:

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from afkd_jax import config
 from afkd_jax.models.layers import Layers, at_least_float32, relu
 
 
@@ -17,18 +18,59 @@ class Discriminator(nn.Module):
     initialisation of the first convolution and Flax's default (LeCun) of the last. Real and fake
     maps are separate batches, each with its own batch statistics; a discriminator is only used in
     training, so it has no running statistics.
+
+    Switches, off by default (config.Discriminator; formulas in docs/method.md). More `layers` have
+    stride 1. Spectral norm is of every kernel, by one step of power iteration per training step,
+    whose vectors are in batch_stats. A condition e adds mean over locations of <V e, hidden> to the
+    output (projection, Miyato and Koyama 2018); 'patch' is without that mean and ends in a 1x1
+    convolution; 'pooled' has 1x1 layers on the mean over locations.
     """
 
     layers: Layers
+    settings: config.Discriminator = config.Discriminator()
+    classes: int = 0  # entries of a condition
+
+    @property
+    def has_state(self) -> bool:
+        """Whether it has batch_stats that last from step to step."""
+        return self.settings.norm == 'spectral'
 
     @nn.compact
-    def __call__(self, maps_BxHxWxC: jax.Array) -> jax.Array:
-        """Returns one number in (0, 1) per map: [B]."""
-        channels = maps_BxHxWxC.shape[-1]
-        x = self.layers.conv(channels, (3, 3), 2, padding=1)(maps_BxHxWxC)
-        x = nn.leaky_relu(self.layers.norm(use_running_average=False)(x), 0.2)
-        x = nn.Conv(1, x.shape[1:3], padding='VALID', dtype=self.layers.dtype)(x)
-        return nn.sigmoid(at_least_float32(x[:, 0, 0, 0]))
+    def __call__(
+        self, maps_BxHxWxC: jax.Array, condition_BxE: jax.Array | None = None
+    ) -> jax.Array:
+        """Returns one number per map, [B], of 'patch' per location, [B, h, w].
+
+        It is in (0, 1) with the loss 'lsgan', else of any size.
+        """
+        own, dtype = self.settings, self.layers.dtype
+        normed = own.norm in ('batch', 'joint')
+
+        def apply(layer: nn.Module, x: jax.Array) -> jax.Array:
+            if own.norm == 'spectral':
+                return nn.SpectralNorm(layer, dtype=dtype)(x, update_stats=True)
+            return layer(x)
+
+        x, kernel, stride, padding = maps_BxHxWxC, (3, 3), 2, 1
+        if own.input == 'pooled':
+            x, kernel, stride, padding = x.mean((1, 2), keepdims=True), (1, 1), 1, 0
+        width = own.width or x.shape[-1]
+        for _ in range(own.layers):
+            conv = self.layers.conv(width, kernel, stride, padding=padding, use_bias=not normed)
+            x, stride = apply(conv, x), 1
+            if normed:
+                x = self.layers.norm(use_running_average=False)(x)
+            x = nn.leaky_relu(x, 0.2)
+        rest = (1, 1) if own.input == 'patch' else x.shape[1:3]
+        d_BxHxW = apply(nn.Conv(1, rest, padding='VALID', dtype=dtype), x)[..., 0]
+        if condition_BxE is not None:
+            embedding = nn.Dense(width, use_bias=False, dtype=dtype, name='projection')
+            inner_BxHxW = jnp.einsum('bhwc,bc->bhw', x, apply(embedding, condition_BxE))
+            if own.input != 'patch':
+                inner_BxHxW = inner_BxHxW.mean((1, 2), keepdims=True)
+            d_BxHxW += inner_BxHxW
+        d = at_least_float32(d_BxHxW if own.input == 'patch' else d_BxHxW[:, 0, 0])
+        return nn.sigmoid(d) if own.loss == 'lsgan' else d
 
 
 class Transfer(nn.Module):

@@ -77,7 +77,7 @@ class Cohort:
 
         A frozen network has no optimizers.
         """
-        if self.method.adversarial:
+        if self.optimizers.feature:
             return {'logit': ('trunk', 'head'), 'feature': ('trunk', 'transfer')}
         if self.method.uses_maps:
             return {'logit': ('trunk', 'head', 'transfer')}
@@ -204,7 +204,8 @@ def assemble(
         name: _map_shape(module, image_shape)  # pyright: ignore - modules hash by fields
         for name, module in modules.items()
     }
-    least = 2 if method.adversarial else 1  # our choice: D_k needs more than a single point
+    # Our choice: D_k needs more than a single point.
+    least = 2 if method.adversarial and config.discriminator.input != 'pooled' else 1
     for name, (height, width, _) in shapes.items():
         if min(height, width) < least:
             why = ', too small for a discriminator' if least > 1 and min(height, width) else ''
@@ -232,18 +233,29 @@ def assemble(
         name: Transfer(shared, parts) if shared and shape != shared else None
         for name, shape in shapes.items()
     }
+    conditioned = 0 if config.discriminator.condition == 'none' else num_classes
+    adversarial = config.adversarial
     return Cohort(
         names=names,
         networks=tuple(modules[name] for name in names),
         transfers=tuple(transfers[name] for name in names),
         discriminators=tuple(
-            None if k in frozen else Discriminator(parts)
+            None if k in frozen else Discriminator(parts, config.discriminator, conditioned)
             for k in range(len(names) if method.adversarial else 0)
         ),
         auxiliary=method.auxiliary and method.auxiliary.module(parts, len(names), num_classes),
         frozen=frozen,
         optimizers=optim.create(config, method.adversarial, run_steps),
-        objective=Objective(method, ring, config.loss, run_steps(config.loss.kl_ramp_up), frozen),
+        objective=Objective(
+            method,
+            ring,
+            config.loss,
+            run_steps(config.loss.kl_ramp_up),
+            frozen,
+            config.discriminator,
+            adversarial,
+            run_steps(adversarial.warm_up),
+        ),
         map_shapes=tuple(shapes[name] for name in names),
         shared_map=shared,
         image_shape=image_shape,

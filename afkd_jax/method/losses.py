@@ -1,5 +1,8 @@
 """The losses: pure functions with one value per example; objective.py takes the one mean."""
 
+import dataclasses
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -108,3 +111,40 @@ def discriminator_loss(d_own: jax.Array, d_teacher: jax.Array) -> jax.Array:
     d_own and d_teacher: D(map), in (0, 1), any one shape. Source: paper, L_D, least-squares form.
     """
     return jnp.square(1.0 - d_teacher) + jnp.square(d_own)
+
+
+def hinge_generator_loss(d_own: jax.Array) -> jax.Array:
+    """Returns -D(student's map), any shape. Source: Lim and Ye 2017; Miyato et al. 2018."""
+    return -d_own
+
+
+def hinge_discriminator_loss(d_own: jax.Array, d_teacher: jax.Array) -> jax.Array:
+    """Returns max(0, 1 - D(teacher's map)) + max(0, 1 + D(student's map)).
+
+    d_own and d_teacher: D(map), of any size, any one shape. Source: Lim and Ye 2017.
+    """
+    return jax.nn.relu(1.0 - d_teacher) + jax.nn.relu(1.0 + d_own)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdversarialLoss:
+    """L_G, L_D, and the outputs of D at which L_D wants the student's ("fake") maps.
+
+    At 1 it wants the teacher's ("real").
+    """
+
+    generator: Callable[[jax.Array], jax.Array]
+    discriminator: Callable[[jax.Array, jax.Array], jax.Array]
+    fake: float
+
+    def between(self, d: jax.Array) -> jax.Array:
+        """Returns where D's output lies from 0, the goal for fake, to 1, for real; not beyond."""
+        return jnp.clip((d - self.fake) / (1.0 - self.fake), 0.0, 1.0)
+
+
+# config.discriminator.loss -> losses; 'lsgan' is of a sigmoid's output.
+ADVERSARIAL = {
+    'lsgan': AdversarialLoss(generator_loss, discriminator_loss, 0.0),
+    'lsgan_linear': AdversarialLoss(generator_loss, discriminator_loss, 0.0),
+    'hinge': AdversarialLoss(hinge_generator_loss, hinge_discriminator_loss, -1.0),
+}

@@ -9,9 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from afkd_jax import config as config_lib
+from afkd_jax.errors import field_error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,9 +24,13 @@ class Schedule:
     initial: float
     changes: tuple[tuple[int, float], ...]  # (step, factor): from that step on, times factor
     steps: int  # of the run; 'cosine' reaches 0 there
+    warm_up: int = 0  # steps in which the rate rises linearly to the schedule's; 0: none
 
     def __call__(self, step: jax.Array) -> Any:
         """Returns the learning rate at `step`."""
+        if self.warm_up:
+            whole = dataclasses.replace(self, warm_up=0)
+            return whole(step) * jnp.minimum((step + 1) / self.warm_up, 1.0)
         if self.kind == 'cosine':
             return optax.cosine_decay_schedule(self.initial, self.steps)(step)
         factors: dict[int, float] = {}
@@ -40,6 +46,17 @@ class Optimizer:
     facts: tuple[tuple[str, Any], ...]  # the rule's name and settings, for `--mode describe`
     direction: optax.GradientTransformation
     schedule: Schedule
+    per_network: tuple['Optimizer', ...] = ()  # where the networks' differ, instead of this one
+
+    def of(self, network: int) -> 'Optimizer':
+        """Returns the optimizer of a network, counted from 0."""
+        return self.per_network[network] if self.per_network else self
+
+    def rates(self, step: jax.Array) -> Any:
+        """Returns the learning rate at `step`; [K] where the networks' differ."""
+        if self.per_network:
+            return jnp.stack([own.schedule(step) for own in self.per_network])
+        return self.schedule(step)
 
     def init(self, params: Any) -> Any:
         """Returns the optimizer's state for `params`."""
@@ -74,28 +91,102 @@ def create(
 ) -> Optimizers:
     """Returns the optimizers of a run.
 
-    Logit: SGD, v <- momentum v + (g + decay w), w <- w - rate v. Feature and discriminator: Adam
-    with betas 0.9 and 0.999, epsilon 1e-8. Source: settings in docs/method.md; remembered, not
-    verified. `run_steps` maps a fraction of the run to steps.
+    Logit, by default: SGD, v <- momentum v + (g + decay w), w <- w - rate v. Feature and
+    discriminator: Adam with betas 0.9 and 0.999, epsilon 1e-8. Source: settings in docs/method.md;
+    remembered, not verified. `run_steps` maps a fraction of the run to steps.
+
+    Raises:
+      UserError: learning rates or weight decays are not one per network, or networks are sharded.
     """
 
     def optimizer(
-        section: config_lib.Optimizer, direction: optax.GradientTransformation, **facts: Any
+        section: config_lib.Optimizer,
+        direction: optax.GradientTransformation,
+        warm_up: float = 0.0,
+        **facts: Any,
     ) -> Optimizer:
         fractions = section.boundaries if section.schedule == 'steps' else ()
         changes = tuple((run_steps(fraction), section.factor) for fraction in fractions)
-        schedule = Schedule(section.schedule, float(section.learning_rate), changes, run_steps(1))
-        # Coupled weight decay, on every parameter, as in related recipes.
-        decay = section.weight_decay
-        decayed = optax.add_decayed_weights(decay) if decay else optax.identity()
-        facts['weight_decay'] = decay
-        return Optimizer(tuple(facts.items()), optax.chain(decayed, direction), schedule)
+        rate, warm_up_steps = float(section.learning_rate), run_steps(warm_up)
+        schedule = Schedule(section.schedule, rate, changes, run_steps(1), warm_up_steps)
+        facts['weight_decay'] = section.weight_decay
+        if config.accumulate > 1:
+            facts['accumulate'] = config.accumulate
+            own: Any = None  # the gradients' dtype
+            many = optax.MultiSteps(direction, config.accumulate, accumulator_dtype=own)
+            direction = many.gradient_transformation()
+        return Optimizer(tuple(facts.items()), direction, schedule)
 
-    momentum = config.logit.momentum
-    logit = optimizer(config.logit, optax.trace(momentum), rule='SGD', momentum=momentum)
+    def of_logits(section: config_lib.LogitOptimizer) -> Optimizer:
+        return optimizer(section, _direction(section), section.warm_up, **_facts(section))
+
+    def adam(section: config_lib.Optimizer) -> Optimizer:
+        direction = optax.chain(_decay(section.weight_decay), optax.scale_by_adam())
+        return optimizer(section, direction, rule='Adam')
+
+    logit = of_logits(config.logit)
+    if sections := _sections(config):
+        logit = dataclasses.replace(logit, per_network=tuple(map(of_logits, sections)))
     if not adversarial:
         return Optimizers(logit, None, None)
-    sections = config.feature, config.discriminator
-    return Optimizers(
-        logit, *(optimizer(each, optax.scale_by_adam(), rule='Adam') for each in sections)
-    )
+    own = config.adversarial.optimizer == 'own'
+    return Optimizers(logit, adam(config.feature) if own else None, adam(config.discriminator))
+
+
+_NAMES = {'sgd': 'SGD', 'adam': 'Adam', 'adamw': 'AdamW', 'lion': 'Lion'}
+
+
+def _decay(weight: float, least_axes: int = 0) -> optax.GradientTransformation:
+    """Returns what adds weight w to the update of every parameter w of at least so many axes."""
+
+    def update(updates: Any, params: Any) -> Any:
+        return jax.tree.map(
+            lambda u, w: u + weight * w if w.ndim >= least_axes else u, updates, params
+        )
+
+    return optax.stateless(update) if weight else optax.identity()
+
+
+def _direction(logit: config_lib.LogitOptimizer) -> optax.GradientTransformation:
+    decay = _decay(logit.weight_decay, 0 if logit.decay_all else 2)  # biases and norms have 1
+    rule = {
+        'sgd': lambda: optax.trace(logit.momentum, logit.nesterov),
+        'adam': lambda: optax.scale_by_adam(nesterov=logit.nesterov),
+        'adamw': lambda: optax.scale_by_adam(nesterov=logit.nesterov),
+        'lion': optax.scale_by_lion,
+    }[logit.rule]()
+    # Coupled weight decay, as in related recipes, unless the rule is known for the decoupled one.
+    parts = [rule, decay] if logit.rule in ('adamw', 'lion') else [decay, rule]
+    clip = [optax.clip_by_global_norm(logit.clip_norm)] if logit.clip_norm else []
+    return optax.chain(*clip, *parts)
+
+
+def _facts(logit: config_lib.LogitOptimizer) -> dict[str, Any]:
+    """Returns the rule and its settings; of the newer ones those that are not off."""
+    facts: dict[str, Any] = {'rule': _NAMES[logit.rule]}
+    if logit.rule == 'sgd':
+        facts['momentum'] = logit.momentum
+    if logit.nesterov and logit.rule != 'lion':
+        facts['nesterov'] = True
+    if logit.clip_norm:
+        facts['clip_norm'] = logit.clip_norm
+    if not logit.decay_all:
+        facts['decay_all'] = False
+    return facts
+
+
+def _sections(config: config_lib.Config) -> list[config_lib.LogitOptimizer]:
+    """Returns the logit optimizer's settings of each network; [] where all have the same."""
+    logit, networks, sections = config.logit, len(config.networks), []
+    for name, rule in (('learning_rates', 'learning_rate'), ('weight_decays', 'weight_decay')):
+        if values := getattr(logit, name):
+            if len(values) != networks:
+                rule = f'one number per network, that is {networks}, or ()'
+                raise field_error(f'logit.{name}', rule, values)
+            if config.mesh.peer > 1:
+                raise field_error('mesh.peer', f'1 with config.logit.{name}', config.mesh.peer)
+            sections = [
+                dataclasses.replace(section, **{rule: value})
+                for section, value in zip(sections or networks * [logit], values, strict=True)
+            ]
+    return sections

@@ -48,10 +48,16 @@ class NetworkState:
 
 @flax.struct.dataclass
 class DiscriminatorState:
-    """One discriminator: parameters, and the state of its optimizer."""
+    """One discriminator.
+
+    Attributes:
+      opt: the state of its optimizer.
+      batch_stats: the vectors of spectral norms; {} without them.
+    """
 
     params: Any
     opt: Any
+    batch_stats: Any = flax.struct.field(default_factory=dict)
 
 
 @flax.struct.dataclass
@@ -250,7 +256,7 @@ def _create_network(
     rules = cohort.optimizers.used()
     updated = cohort.updated_parts() if cohort.learns(index) else {}
     opt = {
-        name: rules[name].init({part: params[part] for part in parts})
+        name: rules[name].of(index).init({part: params[part] for part in parts})
         for name, parts in updated.items()
     }
     averages = cohort.ema_decay and cohort.learns(index)
@@ -263,8 +269,10 @@ def _create_discriminator(cohort: Cohort, index: int, key: jax.Array) -> Discrim
     rule, module = cohort.optimizers.discriminator, cohort.discriminators[index]
     assert cohort.shared_map and rule and module  # noqa: PT018
     maps = jnp.zeros((1, *cohort.shared_map))
-    params = module.init(jax.random.fold_in(key, 2), maps)['params']
-    return DiscriminatorState(params, rule.init(params))
+    conditions = (jnp.zeros((1, module.classes)),) if module.classes else ()
+    variables = module.init(jax.random.fold_in(key, 2), maps, *conditions)
+    stats = variables['batch_stats'] if module.has_state else {}
+    return DiscriminatorState(variables['params'], rule.init(variables['params']), stats)
 
 
 def _create_auxiliary(cohort: Cohort, key: jax.Array) -> AuxiliaryState | None:

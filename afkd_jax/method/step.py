@@ -23,26 +23,35 @@ from afkd_jax.data import augment
 from afkd_jax.data.images import DeviceImages
 from afkd_jax.devices.spmd import DATA, varying
 from afkd_jax.method import losses, metrics
+from afkd_jax.method.adversary import Discriminator
 from afkd_jax.method.auxiliary import error_products
 from afkd_jax.method.cohort import Cohort
 from afkd_jax.method.objective import AuxiliaryFn, DiscriminatorFn
 from afkd_jax.method.state import AuxiliaryState, DiscriminatorState, NetworkState, TrainState
+from afkd_jax.models import layers
 
 
 def value_shapes(cohort: Cohort) -> dict[str, tuple[int, ...]]:
     """Returns the names and shapes of the values that a step reports.
 
     One per network, [K]: the losses (Objective.value_names); accuracy, in percent; grad_norm_*,
-    the L2 norms of the gradients. One per step: learning_rate_*, of each optimizer; of an auxiliary
-    module its losses (Objective.step_value_names) and grad_norm_auxiliary.
+    the L2 norms of the gradients; adversarial_balance, see _balance. One per step: learning_rate_*,
+    of each optimizer, unless the networks' differ; of an auxiliary module its losses
+    (Objective.step_value_names) and grad_norm_auxiliary.
     """
     used = cohort.optimizers.used()
     names = [*cohort.objective.value_names(), 'accuracy', *(f'grad_norm_{name}' for name in used)]
+    if cohort.objective.balanced:
+        names.append('adversarial_balance')
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(names, (len(cohort.names),))
-    scalars = [f'learning_rate_{name}' for name in used]
+    shapes |= {
+        f'learning_rate_{name}': (len(cohort.names),) if rule.per_network else ()
+        for name, rule in used.items()
+    }
     if cohort.auxiliary:
-        scalars += [*cohort.objective.step_value_names(), 'grad_norm_auxiliary']
-    return shapes | dict.fromkeys(scalars, ())
+        names = [*cohort.objective.step_value_names(), 'grad_norm_auxiliary']
+        shapes |= dict.fromkeys(names, ())
+    return shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +65,8 @@ class _Pass:
     # (cotangent of logits, cotangent of maps) -> gradients of trunk, head and transfer; {} of a
     # frozen network
     pull: Callable[[jax.Array, jax.Array], dict[str, Any]]
+    # The same cotangents -> gradient to the trunk's map, before the transfer layer
+    to_trunk: Callable[[jax.Array, jax.Array], jax.Array]
     taught: tuple[jax.Array, jax.Array]  # logits and maps as a teacher
 
 
@@ -88,11 +99,12 @@ def _pass(
 
     if not cohort.learns(k):
         logits, maps = evaluated(state)
-        return _Pass(logits, maps, None, lambda *_: {}, (logits, maps))
-    (logits, maps), pull_network, stats = _forward(
+        nothing = jnp.zeros_like(maps)
+        return _Pass(logits, maps, None, lambda *_: {}, lambda *_: nothing, (logits, maps))
+    (logits, own_maps), pull_network, stats = _forward(
         cohort.networks[k], state.variables(), images_BxHxWxC, key
     )
-    batch_stats, pull_transfer = {'network': stats, 'transfer': None}, None
+    maps, batch_stats, pull_transfer = own_maps, {'network': stats, 'transfer': None}, None
     if module := cohort.transfers[k]:
         maps, pull_transfer, batch_stats['transfer'] = _forward(
             module, state.transfer_variables(), maps, key
@@ -105,8 +117,13 @@ def _pass(
         to_network, _ = pull_network((to_logits, to_maps))
         return {**to_network, 'transfer': to_transfer}
 
+    def to_trunk(to_logits: jax.Array, to_maps: jax.Array) -> jax.Array:
+        head, variables = cohort.networks[k].head, {'params': state.params['head']}
+        _, pull_head = jax.vjp(lambda maps: head.apply(variables, maps), own_maps)
+        return pull_head(to_logits)[0] + (pull_transfer(to_maps)[1] if pull_transfer else to_maps)
+
     taught = evaluated(state.averaged()) if cohort.ema_teaches else (logits, maps)
-    return _Pass(logits, maps, batch_stats, pull, taught)
+    return _Pass(logits, maps, batch_stats, pull, to_trunk, taught)
 
 
 def _updated(
@@ -114,6 +131,7 @@ def _updated(
     state: TrainState,
     gradients: dict[str, Any],
     batch_stats: list[Any],
+    discriminator_stats: list[Any],
     auxiliary_stats: Any,
     paused: jax.Array | None,
 ) -> TrainState:
@@ -126,9 +144,8 @@ def _updated(
         params, opt = network.params, {}
         for name, parts in cohort.updated_parts().items():
             old = {part: params[part] for part in parts}
-            new, opt[name] = rules[name].apply(
-                gradients[name][k], network.opt[name], old, state.step
-            )
+            rule, gradient = rules[name].of(k), gradients[name][k]
+            new, opt[name] = rule.apply(gradient, network.opt[name], old, state.step)
             params = params | new
         if paused is not None:
             keep = functools.partial(jnp.where, paused[k])
@@ -145,7 +162,7 @@ def _updated(
         new, opt = rules['discriminator'].apply(
             gradient, discriminator.opt, discriminator.params, state.step
         )
-        discriminators.append(DiscriminatorState(new, opt))
+        discriminators.append(DiscriminatorState(new, opt, discriminator_stats[k]))
     auxiliary = state.auxiliary
     if auxiliary:
         new, opt = rules['logit'].apply(
@@ -165,11 +182,78 @@ def _moved(averages: Any, new: Any, cohort: Cohort, step: jax.Array) -> Any:
     return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, averages, new)
 
 
-def _discriminator_fn(module: nn.Module | None) -> DiscriminatorFn | None:
-    if module is None:
+def _discriminator_fn(
+    module: Discriminator | None, state: DiscriminatorState | None
+) -> DiscriminatorFn | None:
+    if module is None or state is None:
         return None
-    # The running statistics are dropped.
-    return lambda params, maps: module.apply({'params': params}, maps, mutable=['batch_stats'])[0]
+
+    def discriminate(params: Any, maps: jax.Array, condition: Any) -> tuple[jax.Array, Any]:
+        variables = {'params': params, 'batch_stats': state.batch_stats}
+        outputs, updated = module.apply(variables, maps, condition, mutable=['batch_stats'])
+        # The running statistics of batch norms are dropped.
+        return outputs, updated['batch_stats'] if module.has_state else {}
+
+    return discriminate
+
+
+def _of_adversaries(
+    cohort: Cohort,
+    state: TrainState,
+    passes: list[_Pass],
+    of_logits: tuple[Any, Any],
+    labels_B: jax.Array,
+    mixed: augment.Mixed | None,
+    entropy_K: jax.Array,
+) -> tuple[jax.Array, list[Any], list[Any], dict[str, jax.Array]]:
+    """Returns the gradients of L_G to the maps, and the others of Objective.of_adversaries.
+
+    `of_logits` are the gradients of the logit losses to logits and maps.
+    """
+    objective, step, ring = cohort.objective, state.step, cohort.ring
+    weight, balanced = objective.adversarial_weight(step), objective.balanced
+    taught_logits, taught_maps = map(jnp.stack, zip(*[own.taught for own in passes], strict=True))
+    to_maps, gradients, stats, values = objective.of_adversaries(
+        list(map(_discriminator_fn, cohort.discriminators, state.discriminators)),
+        [own and varying(own.params) for own in state.discriminators],
+        jnp.stack([own.maps for own in passes]),
+        taught_maps,
+        objective.conditions(
+            jnp.stack([own.logits for own in passes]), taught_logits, labels_B, mixed
+        ),
+        step,
+        1.0 if balanced else weight,
+    )
+    if balanced:
+        balance_K = _balance(objective.adversarial.balance_limit, passes, of_logits, to_maps)
+        to_maps *= weight * balance_K[:, None, None, None, None]
+        values['adversarial_balance'] = varying(balance_K)
+    if objective.adversarial.direction == 'better_only':
+        taught_K = objective.entropy(taught_logits, labels_B, mixed)
+        entropy_K, taught_K = jax.lax.pmean((entropy_K, taught_K), DATA)
+        to_maps *= (ring.teachers(taught_K) < entropy_K)[:, None, None, None, None]
+    return to_maps, gradients, stats, values
+
+
+def _balance(
+    limit: float, passes: list[_Pass], of_logits: tuple[Any, Any], to_maps: jax.Array
+) -> jax.Array:
+    """Returns |gradient of the logit loss| / |gradient of L_G|, at most `limit`: [K].
+
+    Both at the trunk's map, over the global batch. Source: Esser et al. 2021 (VQGAN), there at the
+    last layer.
+    """
+
+    def squares(gradient: jax.Array) -> jax.Array:
+        return jnp.square(layers.at_least_float32(gradient)).sum()
+
+    pairs = [
+        (own.to_trunk(*pair), own.to_trunk(jnp.zeros_like(own.logits), to_map))
+        for own, *pair, to_map in zip(passes, *of_logits, to_maps, strict=True)
+    ]
+    squares_Kx2 = jnp.stack([jnp.stack([*map(squares, pair)]) for pair in pairs])
+    logit_K, adversarial_K = jnp.sqrt(jax.lax.psum(squares_Kx2, DATA)).T
+    return jnp.minimum(logit_K / (adversarial_K + 1e-12), limit)
 
 
 def _auxiliary_fn(module: nn.Module, batch_stats: Any) -> AuxiliaryFn:
@@ -237,19 +321,21 @@ def update(
     values['accuracy'] = 100.0 * (logits_KxBxC.argmax(-1) == labels_B[None]).mean(1)
 
     no_logits = [jnp.zeros_like(own.logits) for own in passes]
+    discriminator_stats: list[Any] = []
     cotangents: dict[str, tuple[Any, Any]] = {'logit': (to_logits, auxiliary_to_maps)}
     if cohort.method.uses_maps:
-        maps_KxBxHxWxC = jnp.stack([own.maps for own in passes])
-        taught = jnp.stack([own.taught[1] for own in passes]) if cohort.ema_teaches else None
         if cohort.method.adversarial:
-            to_maps, gradients['discriminator'], more = objective.of_adversaries(
-                [_discriminator_fn(module) for module in cohort.discriminators],
-                [own and varying(own.params) for own in state.discriminators],
-                maps_KxBxHxWxC,
-                taught,
+            to_maps, gradients['discriminator'], discriminator_stats, more = _of_adversaries(
+                cohort, state, passes, cotangents['logit'], labels_B, mixed, values['cross_entropy']
             )
-            cotangents['feature'] = (no_logits, to_maps)
+            if cohort.optimizers.feature:
+                cotangents['feature'] = (no_logits, to_maps)
+            else:
+                to_maps = list(map(jnp.add, to_maps, auxiliary_to_maps))
+                cotangents['logit'] = (to_logits, to_maps)
         else:
+            maps_KxBxHxWxC = jnp.stack([own.maps for own in passes])
+            taught = jnp.stack([own.taught[1] for own in passes]) if cohort.ema_teaches else None
             to_maps, more = objective.of_maps(maps_KxBxHxWxC, labels_B, taught)
             if cohort.auxiliary:
                 to_maps = list(map(jnp.add, to_maps, auxiliary_to_maps))
@@ -261,12 +347,10 @@ def update(
         gradients[name] = [own and {part: own[part] for part in parts} for own in pulled]
 
     batch_stats = [own.batch_stats for own in passes]
+    averaged = gradients, values, discriminator_stats
+    gradients, values, discriminator_stats = jax.lax.pmean(averaged, DATA)
     if cohort.local_statistics:
-        gradients, values, batch_stats, auxiliary_stats = jax.lax.pmean(
-            (gradients, values, batch_stats, auxiliary_stats), DATA
-        )
-    else:
-        gradients, values = jax.lax.pmean((gradients, values), DATA)
+        batch_stats, auxiliary_stats = jax.lax.pmean((batch_stats, auxiliary_stats), DATA)
     for name in used:
         values[f'grad_norm_{name}'] = jnp.stack([optax.tree.norm(own) for own in gradients[name]])
     if cohort.auxiliary:  # then no network is sharded
@@ -276,8 +360,9 @@ def update(
         values['paused'] = objective.paused(values).astype(values['accuracy'].dtype)
         paused = objective.paused(values)[first + jnp.arange(len(passes))]
     for name, optimizer in used.items():
-        values[f'learning_rate_{name}'] = optimizer.schedule(state.step)
-    return _updated(cohort, state, gradients, batch_stats, auxiliary_stats, paused), values
+        values[f'learning_rate_{name}'] = optimizer.rates(state.step)
+    every_stats = batch_stats, discriminator_stats, auxiliary_stats
+    return _updated(cohort, state, gradients, *every_stats, paused), values
 
 
 def train_step(

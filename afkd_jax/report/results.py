@@ -156,7 +156,7 @@ def collect(root: pathlib.Path) -> Results:
 def _read(root: pathlib.Path, arm: str, seed: int, folder: pathlib.PurePath) -> Result:
     path = root / folder
     try:
-        config = config_lib.flatten(json.loads((path / 'config.json').read_text()))
+        config = config_lib.completed(json.loads((path / 'config.json').read_text()))
     except (OSError, ValueError, AttributeError):
         config = {}
     summary = workdir_lib.finished_summary(path)

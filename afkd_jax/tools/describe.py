@@ -1,10 +1,12 @@
 """--mode describe: what a config would train, without training, images or a device."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from afkd_jax import config as config_lib
 from afkd_jax.command import Command
 from afkd_jax.config import Config, steps_in
 from afkd_jax.data import dataset
@@ -72,8 +74,9 @@ def describe(config: Config) -> dict[str, Any]:
         'ema_decay': config.ema.decay,
         'auxiliary': _auxiliary(cohort, state),
         'loss': _weights(cohort.objective),
+        'adversary': _adversary(config, cohort) if cohort.method.adversarial else None,
         'optimizers': {
-            name: dict(rule.facts) | _schedule(rule.schedule)
+            name: dict(rule.facts) | _schedule(rule)
             for name, rule in cohort.optimizers.used().items()
         },
     }
@@ -92,13 +95,30 @@ def _forward_cost(network: Any, variables: Any, image_shape: tuple[int, ...]) ->
     return multiply_adds(lambda v, x: network.apply(v, x, False), variables, image)
 
 
-def _schedule(schedule: optim.Schedule) -> dict[str, Any]:
-    return {
+def _schedule(rule: optim.Optimizer) -> dict[str, Any]:
+    schedule, own = rule.schedule, rule.per_network
+    facts: dict[str, Any] = {
         'schedule': schedule.kind,
         'learning_rate': schedule.initial,
         'changes': [{'step': step, 'factor': factor} for step, factor in schedule.changes],
         'steps': schedule.steps,
     }
+    if schedule.warm_up:
+        facts['warm_up_steps'] = schedule.warm_up
+    if own:
+        facts['learning_rates'] = [one.schedule.initial for one in own]
+        facts['weight_decays'] = [dict(one.facts)['weight_decay'] for one in own]
+    return facts
+
+
+def _adversary(config: Config, cohort: cohort_lib.Cohort) -> dict[str, Any]:
+    """Returns the adversary's switches, as they are set."""
+    optimizer = {field.name for field in dataclasses.fields(config_lib.Optimizer)}
+    own = dataclasses.asdict(config.discriminator) | dataclasses.asdict(config.adversarial)
+    assert cohort.shared_map
+    own['width'] = own['width'] or cohort.shared_map[-1]
+    own['warm_up_steps'] = cohort.objective.adversarial_ramp_steps
+    return {name: own[name] for name in own if name not in {*optimizer, 'warm_up'}}
 
 
 def _weights(objective: Objective) -> dict[str, float]:
@@ -152,7 +172,11 @@ def text(facts: dict[str, Any]) -> str:
             'updated by the logit optimizer, not exported'
         )
     weights = ', '.join(f'{name} {value:,g}' for name, value in facts['loss'].items())
-    lines += ['', *_ring_lines(facts['networks']), f'loss: {weights}', '']
+    lines += ['', *_ring_lines(facts['networks']), f'loss: {weights}']
+    if facts['adversary']:
+        words = (f'{name} {value}' for name, value in facts['adversary'].items())
+        lines.append(f'adversary: {", ".join(words)}')
+    lines.append('')
     for name, rule in facts['optimizers'].items():
         lines.append(f'{name} optimizer: {_schedule_words(rule)}')
     return '\n'.join(lines)
@@ -174,14 +198,29 @@ def _ring_lines(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _schedule_words(rule: dict[str, Any]) -> str:
-    momentum = f' momentum {rule["momentum"]:g},' if 'momentum' in rule else ''
-    words = f'{rule["rule"]},{momentum} weight decay {rule["weight_decay"]:g}, '
-    words += f'learning rate {rule["learning_rate"]:g}'
+    def numbers(name: str) -> str:
+        values = rule.get(f'{name}s') or [rule[name]]
+        values = values if len(set(values)) > 1 else values[:1]
+        return f'{name.replace("_", " ")} {" and ".join(f"{value:g}" for value in values)}'
+
+    words = [rule['rule']]
+    if 'momentum' in rule:
+        words.append(f'momentum {rule["momentum"]:g}')
+    if 'nesterov' in rule:
+        words.append('nesterov')
+    if 'clip_norm' in rule:
+        words.append(f'gradients clipped to norm {rule["clip_norm"]:g}')
+    kernels = ' on kernels only' if 'decay_all' in rule else ''
+    words += [numbers('weight_decay') + kernels, numbers('learning_rate')]
+    if 'warm_up_steps' in rule:
+        words.append(f'warm-up of {rule["warm_up_steps"]:,} steps')
+    if 'accumulate' in rule:
+        words.append(f'gradients averaged over {rule["accumulate"]} steps')
     if rule['schedule'] == 'cosine':
-        return f'{words}, along a cosine to 0 at step {rule["steps"]:,}'
-    for change in rule['changes']:
-        words += f', x{change["factor"]:g} at step {change["step"]:,}'
-    return words
+        words.append(f'along a cosine to 0 at step {rule["steps"]:,}')
+    else:
+        words += [f'x{change["factor"]:g} at step {change["step"]:,}' for change in rule['changes']]
+    return ', '.join(words)
 
 
 def main(command: Command, _: object) -> int:

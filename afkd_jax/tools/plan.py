@@ -122,12 +122,11 @@ class Plan:
 def _state_bytes(cohort: cohort_lib.Cohort, peers: int) -> dict[str, int]:
     """Returns the bytes of each part of the state on one device."""
     state = state_lib.abstract(cohort)
-    with_stats = (*state.networks, *filter(None, [state.auxiliary]))
-    parts = (*with_stats, *filter(None, state.discriminators))
+    parts = (*state.networks, *filter(None, [state.auxiliary, *state.discriminators]))
     return {
         'parameters': byte_count([part.params for part in parts]) // peers,
         'optimizer_states': byte_count([part.opt for part in parts]) // peers,
-        'batch_statistics': byte_count([part.batch_stats for part in with_stats]) // peers,
+        'batch_statistics': byte_count([part.batch_stats for part in parts]) // peers,
         'averages': byte_count([part.ema for part in state.networks]) // peers,
     }
 
@@ -158,7 +157,7 @@ def _network_flops(cohort: cohort_lib.Cohort, k: int, train: bool = True) -> int
         if not (train and cohort.learns(k)):
             return [outputs]
         pulled = [pull((logits, maps))]
-        if cohort.method.adversarial:  # the same maps once more, for the other optimizer
+        if cohort.optimizers.feature:  # the same maps once more, for the other optimizer
             pulled.append(pull((logits, maps)))
         return pulled
 

@@ -121,6 +121,11 @@ class Health:
             'training_images': self._run.order.indices(step - 1).tolist(),
         }
 
+    def _consequence(self) -> str:
+        if self._run.config.discriminator.loss == 'lsgan':  # of a sigmoid, which is flat there
+            return 'its network learns next to nothing from it'
+        return 'these are at or beyond the goals of its loss, and it learns next to nothing more'
+
     def _check_saturation(self, step: int, sums: Sums) -> None:
         limit, counts = self._run.config.saturation_steps, self._progress.saturated
         if not limit or 'd_own' not in sums.totals:
@@ -136,8 +141,8 @@ class Health:
                 text = (
                     f'the discriminator of network {k + 1} ({self._run.cohort.names[k]}) has been '
                     f'saturated for {counts[k]} steps: mean output {own:.4f} on own and '
-                    f"{teacher:.4f} on its teacher's maps; its network learns next to nothing from "
-                    'it (a lower config.discriminator.learning_rate may help)'
+                    f"{teacher:.4f} on its teacher's maps; {self._consequence()} (a lower "
+                    'config.discriminator.learning_rate may help)'
                 )
                 self._tracker.handle(Warned(step, text))
             self._progress.warned[k] = warn

@@ -9,6 +9,7 @@ import shutil
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from conftest import PAIR, initial_state, take_devices, tiny_cohort, tiny_config
 
@@ -447,10 +448,11 @@ def test_arrays_that_are_read_as_others_than_were_written_are_rejected(
         def other(*arguments, **named):
             state, sums = read(*arguments, **named)
             if changed == 'a network':
-                head = state.networks.params['head']['Dense_0']  # both, stacked; one is changed
+                # Both, stacked; one is changed.
+                head = state['networks']['params']['head']['Dense_0']
                 head['bias'] = head['bias'].at[1, 3].add(1e-6)
             else:
-                sums = sums.replace(steps=sums.steps + 1)
+                sums = sums | {'steps': sums['steps'] + 1}
             return state, sums
 
         monkeypatch.setattr(checkpoints._orbax, 'restore', other)
@@ -483,3 +485,21 @@ def test_the_fingerprint_depends_on_every_array_and_bit(snapshot):
         changed = [np.array(leaf) for leaf in leaves]
         changed[i].reshape(-1).view(np.uint8)[-1] ^= 1
         assert arrays_lib.fingerprint(tree.unflatten(changed)) != fingerprint
+
+
+def test_a_field_that_holds_no_array_is_not_stored(snapshot, tmp_path):
+    # As in checkpoints from before there was such a field; with spectral norms it is stored.
+    spectral = tiny_config(discriminator__norm='spectral')
+    for name, config in (('batch', tiny_config()), ('spectral', spectral)):
+        (tmp_path / name).mkdir()
+        arrays = initial_state(config), sums_of(config)
+        kept = Snapshot(*arrays, Progress.start(2))
+        write(tmp_path / name, kept, [7], config=config)
+        path = tmp_path / name / 'checkpoints' / '7' / 'arrays'
+        with ocp.StandardCheckpointer() as orbax:
+            stored = orbax.metadata(path).item_metadata.tree[0]['discriminators']
+        more = {'batch_stats'} if name == 'spectral' else set()
+        assert set(stored) == {'params', 'opt'} | more
+        with opened(tmp_path / name, config) as checkpoints:
+            restored = checkpoints.restore(abstract(config))
+        assert same(restored.snapshot, kept)

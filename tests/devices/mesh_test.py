@@ -34,6 +34,30 @@ BATCH = 16
 MIXED = ('tiny-4-2', 'tiny-6-1-drop')  # maps of two sizes, and dropout
 FOUR = ('tiny-8-2-drop',) * 4
 INFO = dataset.Info((8, 8, 1), tuple('0123456789'), 64, 0, 16)
+# The adversary's switches, in three runs.
+JOINT = {
+    'discriminator__loss': 'hinge',
+    'discriminator__norm': 'joint',
+    'discriminator__condition': 'probabilities',
+    'adversarial__balance': 'gradnorm',
+    'adversarial__direction': 'better_only',
+}
+PENALTY = {
+    'discriminator__norm': 'joint',
+    'discriminator__r1': 1.0,
+    'discriminator__r1_every': 2,
+}
+SPECTRAL = {
+    'discriminator__norm': 'spectral',
+    'discriminator__condition': 'label',
+    'discriminator__input': 'patch',
+    'discriminator__r1': 1.0,
+    'discriminator__r1_every': 1,
+    'adversarial__optimizer': 'logit',
+    'adversarial__warm_up': 0.5,
+    'accumulate': 2,
+    'logit__clip_norm': 1.0,
+}
 
 
 def shapes_only_run(config, devices):
@@ -182,6 +206,29 @@ def test_sharding_the_networks_changes_nothing(peers, count, method, x64):
         after_three_steps('shard_map', count, peers, FOUR, method),
         after_three_steps('shard_map', 1, 1, FOUR, method),
     )
+    assert difference < 1e-9, where
+
+
+@pytest.mark.parametrize(
+    ('mapping', 'count', 'peers', 'switches'),
+    [
+        ('shard_map', 4, 1, JOINT),
+        ('shard_map', 4, 2, SPECTRAL),
+        pytest.param('shard_map', 4, 2, JOINT, marks=pytest.mark.slow),
+        pytest.param('shard_map', 8, 1, SPECTRAL, marks=pytest.mark.slow),
+        pytest.param('pmap', 2, 1, JOINT, marks=pytest.mark.slow),
+        pytest.param('pmap', 2, 1, SPECTRAL, marks=pytest.mark.slow),
+        pytest.param('shard_map', 4, 2, PENALTY, marks=pytest.mark.slow),
+        pytest.param('pmap', 2, 1, PENALTY, marks=pytest.mark.slow),
+    ],
+)
+def test_devices_change_nothing_with_the_adversarys_switches(mapping, count, peers, switches, x64):
+    networks = 2 * ('tiny-8-2',) if peers > 1 else MIXED
+    whole, sharded = (
+        after_three_steps(*how, networks, 'afd', **switches)
+        for how in (('shard_map', 1, 1), (mapping, count, peers))
+    )
+    difference, where = relative_difference(sharded, whole)
     assert difference < 1e-9, where
 
 

@@ -126,11 +126,11 @@ def test_adversarial_gradients_equal_the_formulas(x64):
     rng = np.random.default_rng(2)
     maps, weights = rng.standard_normal((3, 4, 2, 2, 3)), rng.standard_normal((3, 2, 2, 3))
 
-    def discriminator(w, m):
-        return jax.nn.sigmoid((w[None] * m).sum((1, 2, 3)))
+    def discriminator(w, m, condition):
+        return jax.nn.sigmoid((w[None] * m).sum((1, 2, 3))), {}
 
     adversarial = objective(maps='adversarial', adversarial_weight=3.0)
-    to_maps, to_discriminators, values = adversarial.of_adversaries(
+    to_maps, to_discriminators, _, values = adversarial.of_adversaries(
         [discriminator] * 3, list(jnp.array(weights)), jnp.array(maps)
     )
     for k in range(3):

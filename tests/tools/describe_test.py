@@ -62,6 +62,31 @@ def test_alone_there_is_no_ring_and_no_adversary():
     assert all(entry['discriminator'] is None for entry in facts['networks'])
 
 
+def test_the_switches_are_described():
+    config = tiny_config(
+        logit__learning_rates=(0.1, 0.02),
+        logit__nesterov=True,
+        logit__clip_norm=2.0,
+        logit__warm_up=0.1,
+        logit__decay_all=False,
+        accumulate=2,
+        discriminator__norm='spectral',
+        adversarial__direction='better_only',
+    )
+    facts = describe.describe(config)
+    assert facts['adversary'].items() >= {
+        'norm': 'spectral', 'loss': 'lsgan', 'width': 8, 'direction': 'better_only',
+    }.items()  # fmt: skip
+    text = describe.text(facts)
+    assert 'adversary: loss lsgan, norm spectral, condition none, input map, layers 1' in text
+    assert (
+        'logit optimizer: SGD, momentum 0.9, nesterov, gradients clipped to norm 2, weight decay '
+        '0.0001 on kernels only, learning rate 0.1 and 0.02, warm-up of 41 steps, '
+        'gradients averaged over 2 steps' in text
+    )
+    assert describe.describe(tiny_config(method='dml'))['adversary'] is None
+
+
 def test_multiply_adds_of_a_matrix_product_by_hand():
     count = count_multiply_adds(lambda a, b: jnp.tanh(a @ b), jnp.ones((3, 4)), jnp.ones((4, 5)))
     assert count == 3 * 4 * 5

@@ -135,6 +135,16 @@ def test_a_saturated_discriminator_is_reported_once(tmp_path):
     assert [step for step, _ in warnings] == [30, 80, 80]
 
 
+@pytest.mark.parametrize('loss', ['lsgan', 'hinge'])
+def test_what_saturation_means_depends_on_the_loss(loss, tmp_path):
+    health, _, warnings = checking(tmp_path, saturation_steps=5, discriminator__loss=loss)
+    health.check_line(10, sums(10, d_own=[0, 0.5], d_teacher=[1, 1]))
+    ((_, text),) = warnings
+    flat = 'its network learns next to nothing from it'  # only a sigmoid is flat at its ends
+    assert (flat in text) == (loss == 'lsgan')
+    assert ('goals of its loss' in text) == (loss == 'hinge')
+
+
 def test_no_warning_where_none_is_wanted_or_there_is_no_discriminator(tmp_path):
     dead = sums(d_own=[0, 0], d_teacher=[1, 1])
     without = {name: total for name, total in dead.totals.items() if not name.startswith('d_')}

@@ -296,6 +296,13 @@ def test_a_run_continues_from_any_checkpoint(step, every_step, uninterrupted, tm
     assert {line for line in before if json.loads(line)['step'] <= step} <= set(after)
 
 
+def test_a_run_continues_between_accumulated_steps_and_with_spectral_norms(tmp_path):
+    fields = {'accumulate': 2, 'discriminator__norm': 'spectral', 'logit__rule': 'adamw'}
+    config = short_config(checkpoint__every_steps=1, checkpoint__keep=100, **fields)
+    whole = fit(config, tmp_path)
+    assert fit(config, tmp_path, 7)['fingerprint'] == whole['fingerprint']
+
+
 def test_epochs_without_an_evaluation_need_no_checkpoint(tmp_path):
     config = short_config(epochs=5, eval_every=3, checkpoint__every_epochs=4, checkpoint__keep=99)
     fit(config, tmp_path)
