@@ -67,7 +67,7 @@ def keep_stdout_for_json() -> None:
 def print_json(result: Any) -> None:
     """Prints the result of a mode as one line of JSON on stdout, with --json only."""
     if console.stderr and not console.quiet:
-        print(json.dumps(result), flush=True)
+        print(json.dumps(result, allow_nan=False), flush=True)
 
 
 def bar(*columns: Any, expand: bool = False) -> rich.progress.Progress:

@@ -14,7 +14,7 @@ from afkd_jax.config import Config
 from afkd_jax.data.dataset import Dataset, Info
 from afkd_jax.data.images import DeviceImages
 from afkd_jax.data.pipelines.base import InMemory, Pipeline
-from afkd_jax.data.pipelines.stream import StreamPipeline, mean_std_of
+from afkd_jax.data.pipelines.stream import StreamPipeline, check_splits, mean_std_of
 from afkd_jax.data.stream import check_shared_memory
 from afkd_jax.devices import arrays, memory
 from afkd_jax.devices.mesh import Devices
@@ -63,7 +63,8 @@ def create(
     """Returns the pipeline of a config; unless they are streamed, all images are read now.
 
     Raises:
-      UserError: an image cannot be decoded, or workers have too little shared memory.
+      UserError: an image, or of streamed images a whole split, cannot be decoded; or workers have
+        too little shared memory.
     """
     info, mean_std = dataset.info, None
     if config.data.mean:
@@ -71,6 +72,7 @@ def create(
     if _placement(config, info, devices) == 'stream':
         rows = sum(len(devices.rows(n)) for n in (config.batch_size, config.eval_batch_size))
         check_shared_memory(config.data.workers, rows * math.prod(info.image_shape))
+        check_splits(dataset)
         mean, std = devices.replicate(mean_std or mean_std_of(config, dataset, log))
         fingerprint = f'stream {dataset.fingerprint()}'  # in memory it is that of the images
         return StreamPipeline(config, info, devices, fingerprint, 'stream', dataset, mean, std, log)
