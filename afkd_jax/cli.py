@@ -79,6 +79,7 @@ _OVERRIDE = re.compile(r'--?(?:no)?config\.([^=]+)')
 
 def parse(argv: list[str]) -> list[str]:
     """Parses the flags, of which --config also runs the config file; exits with a message."""
+    _prepare_outputs()
     try:
         config_lib.check_names(filter(None, map(_field, argv[1:])))
         try:
@@ -101,6 +102,16 @@ def parse(argv: list[str]) -> list[str]:
             raise
         print(f'error: {_escaped(str(error))}', file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
+
+
+def _prepare_outputs() -> None:
+    """Lets every character be printed: what the encoding of an output lacks is escaped."""
+    for name in ('stdout', 'stderr'):
+        output: Any = getattr(sys, name)
+        if output is None:  # closed, as by >&-
+            setattr(sys, name, open(os.devnull, 'w'))  # noqa: SIM115 - until the end
+        else:
+            output.reconfigure(errors='backslashreplace')
 
 
 def _field(argument: str) -> str | None:

@@ -1,6 +1,7 @@
 """launch.py as a user runs it: a process of its own, files, exit codes."""
 
 import gzip
+import io
 import json
 import os
 import pathlib
@@ -30,6 +31,7 @@ from afkd_jax.config import Config
 from afkd_jax.devices import processes
 from afkd_jax.devices.signals import Interrupt
 from afkd_jax.errors import UserError
+from afkd_jax.report import console
 from configs import digits
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -804,6 +806,24 @@ def test_libraries_print_no_traceback_but_swallow_no_ctrl_c(error, code, output,
 def test_output_that_nobody_reads_is_no_error(arguments):
     arguments = ['--config=tests/tiny.py', *arguments]
     assert forks.Launch(arguments, ENVIRONMENT, unread=True).end() == [141, '', '']
+
+
+@pytest.mark.parametrize('encoding', ['ascii', 'utf-8'])
+def test_what_an_output_cannot_encode_is_escaped(encoding, monkeypatch, tmp_path):
+    output = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, 'stdout', output)
+    monkeypatch.setattr(sys, 'stderr', None)  # closed
+    cli._prepare_outputs()
+    print('of no stream', file=sys.stderr)
+    sys.stderr.close()
+    for log in (print, console.log):
+        log('\xe9 \udcff')  # a file name that is no UTF-8 has such a character
+    with console.redirected(tmp_path / 'log'):
+        console.log('\xe9 \udcff')
+    output.flush()
+    shown = rb'\xe9' if encoding == 'ascii' else '\xe9'.encode()
+    assert output.buffer.getvalue() == 2 * (shown + b' \\udcff\n')
+    assert (tmp_path / 'log').read_bytes() == '\xe9 \\udcff\n'.encode()
 
 
 def test_a_broken_pipe_between_processes_is_an_error():

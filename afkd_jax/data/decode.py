@@ -1,7 +1,8 @@
 """Decoding: an image file -> uint8 pixels, whole, cropped for training, or centred for evaluation.
 
-simplejpeg (libjpeg-turbo) decodes JPEG; Pillow decodes other formats, and JPEG that simplejpeg rejects
-for another reason than damage, which Pillow would fill with grey. Resizing is Pillow's: bilinear and antialiased.
+simplejpeg (libjpeg-turbo) decodes JPEG; Pillow decodes other formats and what simplejpeg rejects,
+but not damaged JPEG, which it would fill up with grey. Resizing is Pillow's: bilinear and
+antialiased.
 """
 
 import contextlib

@@ -34,7 +34,7 @@ def redirected(path: pathlib.Path) -> Iterator[None]:
     """Appends what is printed inside to a file."""
     before: Any = None if console.file in (sys.stdout, sys.stderr) else console.file
     interactive = console.is_interactive
-    with path.open('a', encoding='utf-8') as file:
+    with path.open('a', encoding='utf-8', errors='backslashreplace') as file:
         console.file, console.is_interactive = file, False
         try:
             yield

@@ -44,7 +44,7 @@ def _readable(
         try:
             yield path, model.read(path)
         except UserError as error:
-            log(f'warning: {error}'.encode(errors='backslashreplace').decode())
+            log(f'warning: {error}')
 
 
 def predictions(
@@ -60,7 +60,7 @@ def predictions(
 def _row(path: pathlib.Path, classes: tuple[str, ...], probabilities: np.ndarray) -> list[str]:
     best = np.argsort(-probabilities, kind='stable')[:_TOP]
     named = [value for k in best for value in (classes[k], f'{probabilities[k]:.6f}')]
-    return [str(path).encode(errors='backslashreplace').decode(), *named]
+    return [str(path), *named]
 
 
 def main(command: Command, _: object) -> int:
@@ -73,7 +73,7 @@ def main(command: Command, _: object) -> int:
     unfinished = output.with_name(output.name + '.unfinished')
     bar: dict[str, Any] = {'console': console, 'disable': not console.is_interactive}
     images, labelled, correct = 0, 0, 0
-    with unfinished.open('w', newline='') as file:
+    with unfinished.open('w', newline='', encoding='utf-8', errors='backslashreplace') as file:
         writer = csv.writer(file)
         top = range(1, min(_TOP, len(model.classes)) + 1)
         endings = ['' if k == 1 else f'_{k}' for k in top]
