@@ -87,7 +87,9 @@ def parse(argv: list[str]) -> list[str]:
                 rest = flags.FLAGS(_last_values(argv))
             finally:
                 sys.stdout.flush()  # what --help prints
-        except Exception as error:  # a config file is code and may raise anything
+        except (Exception, SystemExit) as error:  # a config file is code and may raise anything
+            if isinstance(error, SystemExit) and not _of_config_file(error):
+                raise  # after --help
             if _unread(error):
                 sys.exit(EXIT_UNREAD)
             raise UserError(_flag_message(error)) from error
@@ -95,6 +97,8 @@ def parse(argv: list[str]) -> list[str]:
             # Orbax logs every step of every save, and tracebacks of what it then raises.
             logging.set_verbosity(logging.FATAL)
         if len(rest) > 1:
+            if '--' in argv:
+                raise UserError(f'{rest[1]}: not read, as it comes after a --; leave out the --')
             raise UserError(f'{rest[1]}: not understood; every option starts with --')
         return rest
     except UserError as error:
@@ -148,9 +152,17 @@ def _flag_message(error: Exception) -> str:
         failed = '--config: the file cannot be loaded: ' if 'Traceback' in str(error) else ''
         return f'{failed}{words}; see python launch.py --help'
     words = ' '.join(' '.join(lines).split())
+    if isinstance(error, AttributeError) and words.startswith('FrozenConfigDict'):
+        return '--config: get_config() returns a FrozenConfigDict; return a ConfigDict of it'
     if isinstance(error, UserError):  # e.g. a name that is registered twice
         return words
     return f'--config: the file cannot be loaded ({type(error).__name__}: {words})'
+
+
+def _of_config_file(error: BaseException) -> bool:
+    """Returns whether an error is one of the config file's code."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(frame.filename == config_flags.config_flags.__file__ for frame in frames)
 
 
 def _escaped(message: str) -> str:

@@ -394,6 +394,9 @@ BAD_COMMANDS = {
     'no such file': (['--config=configs/nothing.py'], 'there is no file configs/nothing.py'),
     'broken file': (['--config={small}/broken.py'], 'cannot be loaded .SyntaxError: '),
     'failing file': (['--config={small}/failing.py'], 'cannot be loaded .KeyError: '),
+    'file that ends': (['--config={small}/ending.py'], 'cannot be loaded .SystemExit: no luck'),
+    'frozen config': (['--config={small}/frozen.py'], 'return a ConfigDict of it'),
+    'fields after --': ([*SHORT, '--', '--config.seed=1'], 'seed=1: .* leave out the --'),
     'file without a config': (['--config={small}/empty.py'], 'cannot be loaded .*get_config'),
     'not a config': (['--config={small}/text.py'], 'must return a ConfigDict, not a str'),
     'unknown field': ([*SHORT, '--config.temprature=3'], 'did you mean "loss.temperature"'),
@@ -702,6 +705,12 @@ def test_bad_input_gives_one_message(name, tmp_path, forked, trained):
     for file, text in (
         ('broken', 'def get_config(:'),
         ('failing', 'def get_config():\n    return {}["x"]'),
+        ('ending', 'import sys\n\n\ndef get_config():\n    sys.exit("no luck")'),
+        (
+            'frozen',
+            'import ml_collections\n\n\ndef get_config():\n'
+            '    return ml_collections.FrozenConfigDict({})',
+        ),
         ('empty', ''),
         ('text', 'def get_config():\n    return "config"'),
         ('silent', 'def get_config():\n    pass'),
