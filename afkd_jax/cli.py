@@ -21,7 +21,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from afkd_jax import config as config_lib
-from afkd_jax import studies
+from afkd_jax import paths, studies
 from afkd_jax.command import Command, Options
 from afkd_jax.config import Config
 from afkd_jax.devices import compile_cache
@@ -140,7 +140,7 @@ def _last_values(argv: list[str]) -> list[str]:
     return result
 
 
-def _flag_message(error: Exception) -> str:
+def _flag_message(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if match := re.match(r'flag --config\.([\w.]+)=(.*?): ', lines[0]):
         return config_lib.wrong_type(match[1], match[2])
@@ -240,12 +240,12 @@ def _command(config_flag: flags.FlagHolder, options: Options) -> Command:
     if MODES[options.mode].no_config:
         if not options.workdir:
             raise UserError(f'--workdir: --mode {options.mode} needs the directory to read')
-        return Command(Config(), options, pathlib.Path(options.workdir))
+        return Command(Config(), options, paths.directory('--workdir', options.workdir))
     if config is None and not config_flag.present:
         if options.workdir and MODES[options.mode].reads_run:
             from afkd_jax.checkpoints import artefact
 
-            workdir = pathlib.Path(options.workdir)
+            workdir = paths.directory('--workdir', options.workdir)
             return Command(artefact.read_config(workdir), options, workdir)
         raise UserError(
             '--config: name a config file, e.g. --config configs/digits.py'
@@ -268,7 +268,7 @@ def _command(config_flag: flags.FlagHolder, options: Options) -> Command:
     }
     folder = 'runs/studies' if options.mode == 'study' else 'runs'
     workdir = options.workdir or f'{folder}/{_run_name(path.stem, argument, overrides)}'
-    return Command(Config.of(config), options, pathlib.Path(workdir), study)
+    return Command(Config.of(config), options, paths.directory('--workdir', workdir), study)
 
 
 def _resolved(command: Command) -> Command:
@@ -351,7 +351,7 @@ def _interrupted() -> NoReturn:
     os._exit(EXIT_KILLED)
 
 
-def _unread(error: Exception) -> bool:
+def _unread(error: BaseException) -> bool:
     """Returns whether an error means that nobody reads the output, which is discarded from then on.
 
     A broken pipe to another process, as one that decodes images, is another error.

@@ -672,6 +672,15 @@ BAD_COMMANDS = {
     'checkpoints gone': (RUN, 'of this run, which has begun, are gone', remove('checkpoints/')),
     'config.json cut': (RUN, 'config.json cannot be read', replace('config.json', '{{"a')),
     'config.json of something': (RUN, 'it is not an object', replace('config.json', '[1]')),
+    'a workdir in the cloud': ([*SHORT, '--workdir=gs://bucket/run'], '--workdir: gs://.* address'),
+    'images in the cloud': (
+        [*SHORT, '--config.dataset=folder:s3://b'],
+        'dataset: s3://b is an addr',
+    ),
+    'a TFDS set in the cloud': (
+        [*SHORT, '--config.dataset=tfds:mnist', '--config.data.data_dir=gs://b'],
+        'data_dir: gs://b is an address',
+    ),
     'a file for a workdir': ([*SHORT, '--workdir={small}/text.py'], 'text.py is a file; name a'),
     'a workdir in a file': ([*SHORT, '--workdir={small}/text.py/run'], 'cannot be used .Not a dir'),
     'a file for checkpoints': (RUN, 'checkpoints: File exists', replace('checkpoints/', 'x')),

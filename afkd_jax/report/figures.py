@@ -46,7 +46,8 @@ def styled(**settings: Any) -> Iterator[None]:
         del os.environ['MATPLOTLIBRC']
         os.environ |= {name: value for name, value in users.items() if value is not None}
     with mpl.rc_context(mpl.rcParamsDefault):
-        mpl.rcParams.update(_STYLE | settings)
+        style: dict[Any, Any] = _STYLE | settings
+        mpl.rcParams.update(style)
         yield
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import rich.progress
 
+from afkd_jax import paths
 from afkd_jax.command import Command, new_file
 from afkd_jax.data.sources import folder
 from afkd_jax.errors import UserError
@@ -27,7 +28,7 @@ def image_files(names: Sequence[str]) -> list[pathlib.Path]:
     """
     found = []
     for name in names:
-        path = pathlib.Path(name)
+        path = paths.local('--images', name)
         if not name or not path.exists():
             raise UserError(f'--images: there is no file or directory {name!r}')
         inside = folder.image_files(os.fsencode(path)) if path.is_dir() else []
@@ -69,7 +70,7 @@ def main(command: Command, _: object) -> int:
     files = image_files(options.images)
     model = load_for(command)
     name = f'predictions-{model.name.replace(" ", "-")}-step{model.step}.csv'
-    output = new_file(pathlib.Path(options.output or command.workdir / name))
+    output = new_file(paths.local('--output', options.output or command.workdir / name))
     unfinished = output.with_name(output.name + '.unfinished')
     bar: dict[str, Any] = {'console': console, 'disable': not console.is_interactive}
     images, labelled, correct = 0, 0, 0

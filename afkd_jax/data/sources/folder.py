@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from afkd_jax import paths
 from afkd_jax.config import Config
 from afkd_jax.data import decode
 from afkd_jax.data.examples import Examples, digest
@@ -116,7 +117,7 @@ def source(config: Config, argument: str) -> Source:
     Raises:
       UserError: a folder is missing or empty, or the classes of the splits differ.
     """
-    root = pathlib.Path(argument).expanduser()
+    root = paths.local('config.dataset', argument)
     expected = f'{root}/train/CLASS/... and {root}/val/CLASS/... are expected'
     train_root = root / 'train'
     if not train_root.is_dir():

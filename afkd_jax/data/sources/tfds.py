@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core import constants
 
+from afkd_jax import paths
 from afkd_jax.config import Config
 from afkd_jax.data.examples import Examples, Shape, digest, input_shape
 from afkd_jax.data.sources import Source, tfds_prepare
@@ -78,8 +80,11 @@ def _builder(config: Config, name: str) -> tfds.core.DatasetBuilder:
         except Exception as error:  # of several types
             rule = f"a split as 'train[:90%]' ({first_line(error)})"
             raise field_error(f'data.{field}', rule, value) from error
+    # Without a home directory TFDS would put its default, which has a ~ then, where we are.
+    where = config.data.data_dir or constants.DATA_DIR
+    folder = paths.directory('config.data.data_dir', where)
     try:
-        return tfds_prepare.builder(name, config.data.data_dir or None)
+        return tfds_prepare.builder(name, folder if config.data.data_dir else None)
     except tfds.core.DatasetNotFoundError:
         known = tfds.list_builders(with_community_datasets=False)
         raise UserError(
