@@ -309,8 +309,8 @@ def _run_name(config: str, argument: str, overrides: dict[str, Any]) -> str:
     """
 
     def short(path: re.Match) -> str:
-        last = path[0].rstrip('/').rsplit('/', 1)[-1]
-        return path[0] if len(path[0]) <= 20 else f'{last}-{_hash(path[0], 6)}'
+        whole = path[0].rstrip('/')
+        return whole if len(whole) <= 20 else f'{whole.rsplit("/", 1)[-1]}-{_hash(whole, 6)}'
 
     fields = sorted(filter(config_lib.defines_run, overrides))
     words = [config, argument, *(f'{name}={overrides[name]}' for name in fields)]

@@ -32,6 +32,10 @@ _MAY_CHANGE = re.compile(
     r'|data\.(manual_dir|data_dir|workers|placement|max_corrupt)'
 )
 
+# Data sets that are named by their directory: the fingerprint of the images identifies them, so the
+# directory may differ when a run resumes.
+_PLACED = re.compile(r'(folder:|idx:).*', re.DOTALL)
+
 
 def _field(default: Any, rule: str = '', test: Test = lambda value: True) -> Any:
     """Returns a field with its default, its rule ("must be ...") and the test of that rule."""
@@ -414,8 +418,14 @@ def defines_run(name: str) -> bool:
 
 
 def run_fields(config: Config | Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the flattened fields that define the run, as JSON has them."""
-    return {name: value for name, value in _as_json(config).items() if defines_run(name)}
+    """Returns the flattened fields that define the run, as JSON has them.
+
+    Of a data set that is named by its directory only the kind does.
+    """
+    fields = {name: value for name, value in _as_json(config).items() if defines_run(name)}
+    if 'dataset' in fields:
+        fields['dataset'] = _PLACED.sub(r'\1', str(fields['dataset']))
+    return fields
 
 
 def extended(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:

@@ -157,6 +157,8 @@ def evaluate(config: Config, workdir: pathlib.Path, step: int | str | None) -> d
         restored = checkpoints.restore(run.abstract(), number)
     if restored is None:
         raise UserError(f'--workdir: {workdir} has no checkpoint yet; train first')
+    if line := workdir_lib.moved(workdir, config):
+        log(line)
     for path, why in restored.rejected.items():
         log(f'warning: {path}: this checkpoint {why}; an older one is used')
     if processes.is_primary():  # of a version that did not write it
