@@ -381,7 +381,8 @@ def _message(error: Exception) -> tuple[str, int]:
     if type(error).__name__ == 'JaxRuntimeError' and (processes := _processes()):
         return f'{processes.LOST} ({words})', EXIT_RESUMABLE
     if isinstance(error, OSError):
-        where = error.filename or 'the disk'
+        where = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
+        where = where or 'the disk'
         return f'{where}: {error.strerror or error}; mend that, then run this again', (
             EXIT_USER_ERROR
         )

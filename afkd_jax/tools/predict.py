@@ -31,7 +31,7 @@ def image_files(names: Sequence[str]) -> list[pathlib.Path]:
         path = paths.local('--images', name)
         if not name or not path.exists():
             raise UserError(f'--images: there is no file or directory {name!r}')
-        inside = folder.image_files(os.fsencode(path)) if path.is_dir() else []
+        inside = folder.find(os.fsencode(path)).images if path.is_dir() else []
         found += [path / os.fsdecode(file) for file in inside] if path.is_dir() else [path]
     if not found:
         raise UserError(f'--images: there is no image in {", ".join(names) or "nothing"}')
@@ -85,7 +85,7 @@ def main(command: Command, _: object) -> int:
             writer.writerow(row)
             images += 1
             # The nearest folder with the name of a class.
-            names = (parent.name for parent in path.parents)
+            names = (folder.class_name(os.fsencode(parent.name)) for parent in path.parents)
             if label := next((one for one in names if one in model.classes), None):
                 labelled += 1
                 correct += label == row[1]

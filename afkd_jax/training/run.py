@@ -252,4 +252,6 @@ def prepare(config: Config, log: Callable[[str], None] = lambda line: None) -> R
     devices.check_divides('eval_batch_size', config.eval_batch_size)
     with working('loading the images'):
         images = dataset.dataset(config)
+        for line in images.notes:
+            log(line)
         return Run(config, images.info, devices, pipelines.create(config, images, devices, log))
