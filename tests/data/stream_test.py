@@ -5,6 +5,7 @@ import io
 import multiprocessing
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -393,12 +394,8 @@ def test_a_label_that_is_no_class_is_rejected(monkeypatch):
         UserError, match=r'image 0 has the label -\d+, but there are 10 classes; ch'
     ):
         bad.load()
-    pipeline = pipelines.create(config, bad, take_devices(), lambda line: None)
-    with (
-        pipeline.evaluation(pipeline.info.indices('test')) as parts,
-        pytest.raises(UserError, match='-1'),
-    ):
-        list(parts)
+    with pytest.raises(UserError, match='-1'):
+        pipelines.create(config, bad, take_devices(), lambda line: None)
 
 
 def test_images_of_more_than_a_byte_are_broken(tmp_path):
@@ -421,6 +418,14 @@ def test_images_of_more_than_a_byte_are_broken(tmp_path):
 def test_what_does_not_fit_the_images_is_rejected(folder, fields, message):
     with pytest.raises(UserError, match=f'config.data.({message})'):
         created(crops(folder, **fields))
+
+
+def test_classes_without_a_training_image_are_named():
+    line = pipelines.without_images(('0', 'a', 'b'), np.array([1, 2, 1]))  # as those of EMNIST
+    assert line.startswith('warning: 1 of 3 classes have no training image: 0 ("0"); the networks')
+    assert pipelines.without_images(('a', 'b'), np.array([1, 0])) is None
+    _, (line,) = created(digits(data__placement='device', data__train_examples=8))
+    assert re.match(r'warning: \d of 10 classes have no', line)
 
 
 def test_where_the_images_go_by_default(monkeypatch, folder):

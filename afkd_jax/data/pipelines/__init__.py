@@ -57,6 +57,19 @@ def in_memory(
     return InMemory(config, info, devices, fingerprint, placement, images)
 
 
+def without_images(classes: tuple[str, ...], labels: np.ndarray) -> str | None:
+    """Returns a warning about classes that are not among the labels of the training images."""
+    absent = np.setdiff1d(np.arange(len(classes)), labels)
+    if not len(absent):
+        return None
+    names = ', '.join(f'{n} ("{classes[n]}")' for n in absent[:3]) + ', ...' * (len(absent) > 3)
+    return (
+        f'warning: {len(absent)} of {len(classes)} classes have no training image: {names}; the '
+        'networks have outputs for them all the same. Where labels have a hole, as those that '
+        'count from 1, number them anew in a source of your own (docs/extending.md)'
+    )
+
+
 def create(
     config: Config, dataset: Dataset, devices: Devices, log: Callable[[str], None]
 ) -> Pipeline:
@@ -76,6 +89,9 @@ def create(
         mean, std = devices.replicate(mean_std or mean_std_of(config, dataset, log))
         fingerprint = f'stream {dataset.fingerprint()}'  # in memory it is that of the images
         return StreamPipeline(config, info, devices, fingerprint, 'stream', dataset, mean, std, log)
-    images = DeviceImages.on_host(dataset.load(), info.train, mean_std)
+    loaded = dataset.load()
+    if line := without_images(info.classes, loaded.labels[: info.train]):
+        log(line)
+    images = DeviceImages.on_host(loaded, info.train, mean_std)
     fingerprint = arrays.fingerprint((images.pixels, images.labels))
     return in_memory(config, info, devices, images, fingerprint)
