@@ -70,7 +70,7 @@ MODES = {
     'describe': Mode('afkd_jax.tools.describe', reads_run=True),
     'plan': Mode('afkd_jax.tools.plan', ('topology', 'largest_batch'), cached=True),
     'benchmark': Mode('afkd_jax.tools.benchmark', ('sweep',)),
-    'prepare': Mode('afkd_jax.tools.prepare'),
+    'prepare': Mode('afkd_jax.tools.prepare', ('verify',)),
 }
 
 _PATH = re.compile(r"""[^'",:=()]*/[^'",:=()]*""")  # in the value of a field
