@@ -41,6 +41,7 @@ flags.DEFINE_string(
 )
 flags.DEFINE_integer('jobs', None, 'Study: processes on this machine [1].', lower_bound=1)
 flags.DEFINE_bool('dry_run', False, 'Study: list the runs and estimate their cost.')
+flags.DEFINE_bool('verify', False, 'Prepare: read every image.')
 flags.DEFINE_bool('debug', False, 'Show the traceback of an error.')
 
 

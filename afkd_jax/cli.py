@@ -21,7 +21,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from afkd_jax import config as config_lib
-from afkd_jax import studies
+from afkd_jax import paths, studies
 from afkd_jax.command import Command, Options
 from afkd_jax.config import Config
 from afkd_jax.devices import compile_cache
@@ -70,7 +70,7 @@ MODES = {
     'describe': Mode('afkd_jax.tools.describe', reads_run=True),
     'plan': Mode('afkd_jax.tools.plan', ('topology', 'largest_batch'), cached=True),
     'benchmark': Mode('afkd_jax.tools.benchmark', ('sweep',)),
-    'prepare': Mode('afkd_jax.tools.prepare'),
+    'prepare': Mode('afkd_jax.tools.prepare', ('verify',)),
 }
 
 _PATH = re.compile(r"""[^'",:=()]*/[^'",:=()]*""")  # in the value of a field
@@ -79,6 +79,7 @@ _OVERRIDE = re.compile(r'--?(?:no)?config\.([^=]+)')
 
 def parse(argv: list[str]) -> list[str]:
     """Parses the flags, of which --config also runs the config file; exits with a message."""
+    _prepare_outputs()
     try:
         config_lib.check_names(filter(None, map(_field, argv[1:])))
         try:
@@ -86,7 +87,9 @@ def parse(argv: list[str]) -> list[str]:
                 rest = flags.FLAGS(_last_values(argv))
             finally:
                 sys.stdout.flush()  # what --help prints
-        except Exception as error:  # a config file is code and may raise anything
+        except (Exception, SystemExit) as error:  # a config file is code and may raise anything
+            if isinstance(error, SystemExit) and not _of_config_file(error):
+                raise  # after --help
             if _unread(error):
                 sys.exit(EXIT_UNREAD)
             raise UserError(_flag_message(error)) from error
@@ -94,6 +97,8 @@ def parse(argv: list[str]) -> list[str]:
             # Orbax logs every step of every save, and tracebacks of what it then raises.
             logging.set_verbosity(logging.FATAL)
         if len(rest) > 1:
+            if '--' in argv:
+                raise UserError(f'{rest[1]}: not read, as it comes after a --; leave out the --')
             raise UserError(f'{rest[1]}: not understood; every option starts with --')
         return rest
     except UserError as error:
@@ -101,6 +106,16 @@ def parse(argv: list[str]) -> list[str]:
             raise
         print(f'error: {_escaped(str(error))}', file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
+
+
+def _prepare_outputs() -> None:
+    """Lets every character be printed: what the encoding of an output lacks is escaped."""
+    for name in ('stdout', 'stderr'):
+        output: Any = getattr(sys, name)
+        if output is None:  # closed, as by >&-
+            setattr(sys, name, open(os.devnull, 'w'))  # noqa: SIM115 - until the end
+        else:
+            output.reconfigure(errors='backslashreplace')
 
 
 def _field(argument: str) -> str | None:
@@ -125,7 +140,7 @@ def _last_values(argv: list[str]) -> list[str]:
     return result
 
 
-def _flag_message(error: Exception) -> str:
+def _flag_message(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if match := re.match(r'flag --config\.([\w.]+)=(.*?): ', lines[0]):
         return config_lib.wrong_type(match[1], match[2])
@@ -137,9 +152,17 @@ def _flag_message(error: Exception) -> str:
         failed = '--config: the file cannot be loaded: ' if 'Traceback' in str(error) else ''
         return f'{failed}{words}; see python launch.py --help'
     words = ' '.join(' '.join(lines).split())
+    if isinstance(error, AttributeError) and words.startswith('FrozenConfigDict'):
+        return '--config: get_config() returns a FrozenConfigDict; return a ConfigDict of it'
     if isinstance(error, UserError):  # e.g. a name that is registered twice
         return words
     return f'--config: the file cannot be loaded ({type(error).__name__}: {words})'
+
+
+def _of_config_file(error: BaseException) -> bool:
+    """Returns whether an error is one of the config file's code."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(frame.filename == config_flags.config_flags.__file__ for frame in frames)
 
 
 def _escaped(message: str) -> str:
@@ -217,12 +240,12 @@ def _command(config_flag: flags.FlagHolder, options: Options) -> Command:
     if MODES[options.mode].no_config:
         if not options.workdir:
             raise UserError(f'--workdir: --mode {options.mode} needs the directory to read')
-        return Command(Config(), options, pathlib.Path(options.workdir))
+        return Command(Config(), options, paths.directory('--workdir', options.workdir))
     if config is None and not config_flag.present:
         if options.workdir and MODES[options.mode].reads_run:
             from afkd_jax.checkpoints import artefact
 
-            workdir = pathlib.Path(options.workdir)
+            workdir = paths.directory('--workdir', options.workdir)
             return Command(artefact.read_config(workdir), options, workdir)
         raise UserError(
             '--config: name a config file, e.g. --config configs/digits.py'
@@ -245,7 +268,7 @@ def _command(config_flag: flags.FlagHolder, options: Options) -> Command:
     }
     folder = 'runs/studies' if options.mode == 'study' else 'runs'
     workdir = options.workdir or f'{folder}/{_run_name(path.stem, argument, overrides)}'
-    return Command(Config.of(config), options, pathlib.Path(workdir), study)
+    return Command(Config.of(config), options, paths.directory('--workdir', workdir), study)
 
 
 def _resolved(command: Command) -> Command:
@@ -286,8 +309,8 @@ def _run_name(config: str, argument: str, overrides: dict[str, Any]) -> str:
     """
 
     def short(path: re.Match) -> str:
-        last = path[0].rstrip('/').rsplit('/', 1)[-1]
-        return path[0] if len(path[0]) <= 20 else f'{last}-{_hash(path[0], 6)}'
+        whole = path[0].rstrip('/')
+        return whole if len(whole) <= 20 else f'{whole.rsplit("/", 1)[-1]}-{_hash(whole, 6)}'
 
     fields = sorted(filter(config_lib.defines_run, overrides))
     words = [config, argument, *(f'{name}={overrides[name]}' for name in fields)]
@@ -328,7 +351,7 @@ def _interrupted() -> NoReturn:
     os._exit(EXIT_KILLED)
 
 
-def _unread(error: Exception) -> bool:
+def _unread(error: BaseException) -> bool:
     """Returns whether an error means that nobody reads the output, which is discarded from then on.
 
     A broken pipe to another process, as one that decodes images, is another error.
@@ -358,7 +381,8 @@ def _message(error: Exception) -> tuple[str, int]:
     if type(error).__name__ == 'JaxRuntimeError' and (processes := _processes()):
         return f'{processes.LOST} ({words})', EXIT_RESUMABLE
     if isinstance(error, OSError):
-        where = error.filename or 'the disk'
+        where = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
+        where = where or 'the disk'
         return f'{where}: {error.strerror or error}; mend that, then run this again', (
             EXIT_USER_ERROR
         )

@@ -58,6 +58,7 @@ class Options:
     study: str | None = None
     jobs: int | None = None
     dry_run: bool = False
+    verify: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

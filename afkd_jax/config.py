@@ -38,6 +38,9 @@ _ADDED = re.compile(
     r'|discriminator\.(loss|norm|condition|input|layers|width|r1|r1_every)'
     r'|logit\.(rule|nesterov|learning_rates|weight_decays|warm_up|clip_norm|decay_all)'
 )
+# Data sets that are named by their directory: the fingerprint of the images identifies them, so the
+# directory may differ when a run resumes.
+_PLACED = re.compile(r'(folder:|idx:).*', re.DOTALL)
 
 
 def _field(default: Any, rule: str = '', test: Test = lambda value: True) -> Any:
@@ -357,6 +360,20 @@ class Config:
         return dataclasses.asdict(self)
 
 
+class _Fields(ConfigDict):
+    """A ConfigDict to which numbers and arrays of NumPy and JAX can be assigned too."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key, _plain(value))
+
+
+def _plain(value: Any) -> Any:
+    """Returns a value with the numbers and arrays of NumPy and JAX in it as Python's."""
+    if type(value) in (tuple, list):
+        return type(value)(map(_plain, value))
+    return value.tolist() if hasattr(value, 'tolist') else value
+
+
 def default_config(networks: str | Iterable[str] = Config.networks) -> ConfigDict:
     """Returns every field with its default, for a config file to assign to.
 
@@ -364,7 +381,8 @@ def default_config(networks: str | Iterable[str] = Config.networks) -> ConfigDic
       networks: names, or one string with commas, as in `--config FILE.py:resnet20,resnet20`.
     """
     names = networks.split(',') if isinstance(networks, str) else networks
-    config = ConfigDict(Config().to_dict())
+    fields = Config().to_dict().items()
+    config = _Fields({n: _Fields(v) if isinstance(v, dict) else v for n, v in fields})
     config.networks = tuple(name.strip() for name in names)
     return config
 
@@ -378,7 +396,7 @@ def _checked(kind: type[Section], given: Mapping[str, Any], prefix: str) -> Sect
             continue
         if name not in given:
             raise UserError(f'config.{name}: missing; start from default_config() and assign')
-        value, of = given[name], type(field.default)
+        value, of = _plain(given[name]), type(field.default)
         if not _is(value, of):
             raise UserError(wrong_type(name, value))
         if of is float and value and not _SMALLEST <= abs(value) <= _LARGEST:
@@ -480,8 +498,14 @@ def defines_run(name: str) -> bool:
 
 
 def run_fields(config: Config | Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the flattened fields that define the run, as JSON has them."""
-    return {name: value for name, value in _as_json(config).items() if defines_run(name)}
+    """Returns the flattened fields that define the run, as JSON has them.
+
+    Of a data set that is named by its directory only the kind does.
+    """
+    fields = {name: value for name, value in _as_json(config).items() if defines_run(name)}
+    if 'dataset' in fields:
+        fields['dataset'] = _PLACED.sub(r'\1', str(fields['dataset']))
+    return fields
 
 
 def completed(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import json
 import pathlib
 import re
 
+import numpy as np
 import pytest
 from conftest import tiny_config
 
@@ -129,6 +130,25 @@ def test_only_close_fields_are_proposed(name, meant):
 
 def test_whole_numbers_are_accepted_where_fractions_are():
     assert tiny_config(loss__temperature=4).loss.temperature == 4
+
+
+def test_numbers_and_arrays_of_numpy_are_accepted():
+    config = digits.get_config()
+    config.epochs, config.data.flip = np.int32(2), np.bool_(False)
+    config.data.validation_fraction, config.logit.factor = np.float64(0.2), np.float32(0.5)
+    config.logit.boundaries = np.array([0.25, 0.5])
+    config.networks = tuple(np.array(['resnet8', 'resnet8']))
+    checked = Config.of(config)
+    expected = Config.of(digits.get_config()).replace(
+        networks=('resnet8', 'resnet8'),
+        **{'epochs': 2, 'data.flip': False, 'data.validation_fraction': 0.2, 'logit.factor': 0.5},
+        **{'logit.boundaries': (0.25, 0.5)},
+    )
+    assert checked == expected
+    json.dumps(checked.to_dict())
+    assert expected.replace(epochs=np.int64(2), **{'logit.boundaries': (np.float64(0.25), 0.5)})
+    with pytest.raises(UserError, match=r'validation_fraction: must be a number, but is nan'):
+        expected.replace(**{'data.validation_fraction': np.float64('nan')})
 
 
 def test_differences_name_each_field():

@@ -48,6 +48,9 @@ def _run(arguments, variables, files, timeout, unread):
         read, write = os.pipe()
         os.close(read)
         os.dup2(write, 1)
+    # Anew, because the old ones remember whether what they wrote to could be seeked.
+    sys.stdout = os.fdopen(1, 'w', closefd=False)
+    sys.stderr = os.fdopen(2, 'w', 1, closefd=False)
     sys.argv, code = ['launch.py', *arguments], 99
     try:
         runpy.run_path('launch.py', run_name='__main__')

@@ -1,6 +1,7 @@
 """launch.py as a user runs it: a process of its own, files, exit codes."""
 
 import gzip
+import io
 import json
 import os
 import pathlib
@@ -30,6 +31,7 @@ from afkd_jax.config import Config
 from afkd_jax.devices import processes
 from afkd_jax.devices.signals import Interrupt
 from afkd_jax.errors import UserError
+from afkd_jax.report import console
 from configs import digits
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -392,6 +394,9 @@ BAD_COMMANDS = {
     'no such file': (['--config=configs/nothing.py'], 'there is no file configs/nothing.py'),
     'broken file': (['--config={small}/broken.py'], 'cannot be loaded .SyntaxError: '),
     'failing file': (['--config={small}/failing.py'], 'cannot be loaded .KeyError: '),
+    'file that ends': (['--config={small}/ending.py'], 'cannot be loaded .SystemExit: no luck'),
+    'frozen config': (['--config={small}/frozen.py'], 'return a ConfigDict of it'),
+    'fields after --': ([*SHORT, '--', '--config.seed=1'], 'seed=1: .* leave out the --'),
     'file without a config': (['--config={small}/empty.py'], 'cannot be loaded .*get_config'),
     'not a config': (['--config={small}/text.py'], 'must return a ConfigDict, not a str'),
     'unknown field': ([*SHORT, '--config.temprature=3'], 'did you mean "loss.temperature"'),
@@ -667,6 +672,15 @@ BAD_COMMANDS = {
     'checkpoints gone': (RUN, 'of this run, which has begun, are gone', remove('checkpoints/')),
     'config.json cut': (RUN, 'config.json cannot be read', replace('config.json', '{{"a')),
     'config.json of something': (RUN, 'it is not an object', replace('config.json', '[1]')),
+    'a workdir in the cloud': ([*SHORT, '--workdir=gs://bucket/run'], '--workdir: gs://.* address'),
+    'images in the cloud': (
+        [*SHORT, '--config.dataset=folder:s3://b'],
+        'dataset: s3://b is an addr',
+    ),
+    'a TFDS set in the cloud': (
+        [*SHORT, '--config.dataset=tfds:mnist', '--config.data.data_dir=gs://b'],
+        'data_dir: gs://b is an address',
+    ),
     'a file for a workdir': ([*SHORT, '--workdir={small}/text.py'], 'text.py is a file; name a'),
     'a workdir in a file': ([*SHORT, '--workdir={small}/text.py/run'], 'cannot be used .Not a dir'),
     'a file for checkpoints': (RUN, 'checkpoints: File exists', replace('checkpoints/', 'x')),
@@ -700,6 +714,12 @@ def test_bad_input_gives_one_message(name, tmp_path, forked, trained):
     for file, text in (
         ('broken', 'def get_config(:'),
         ('failing', 'def get_config():\n    return {}["x"]'),
+        ('ending', 'import sys\n\n\ndef get_config():\n    sys.exit("no luck")'),
+        (
+            'frozen',
+            'import ml_collections\n\n\ndef get_config():\n'
+            '    return ml_collections.FrozenConfigDict({})',
+        ),
         ('empty', ''),
         ('text', 'def get_config():\n    return "config"'),
         ('silent', 'def get_config():\n    pass'),
@@ -804,6 +824,24 @@ def test_libraries_print_no_traceback_but_swallow_no_ctrl_c(error, code, output,
 def test_output_that_nobody_reads_is_no_error(arguments):
     arguments = ['--config=tests/tiny.py', *arguments]
     assert forks.Launch(arguments, ENVIRONMENT, unread=True).end() == [141, '', '']
+
+
+@pytest.mark.parametrize('encoding', ['ascii', 'utf-8'])
+def test_what_an_output_cannot_encode_is_escaped(encoding, monkeypatch, tmp_path):
+    output = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, 'stdout', output)
+    monkeypatch.setattr(sys, 'stderr', None)  # closed
+    cli._prepare_outputs()
+    print('of no stream', file=sys.stderr)
+    sys.stderr.close()
+    for log in (print, console.log):
+        log('\xe9 \udcff')  # a file name that is no UTF-8 has such a character
+    with console.redirected(tmp_path / 'log'):
+        console.log('\xe9 \udcff')
+    output.flush()
+    shown = rb'\xe9' if encoding == 'ascii' else '\xe9'.encode()
+    assert output.buffer.getvalue() == 2 * (shown + b' \\udcff\n')
+    assert (tmp_path / 'log').read_bytes() == '\xe9 \\udcff\n'.encode()
 
 
 def test_a_broken_pipe_between_processes_is_an_error():

@@ -12,7 +12,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / 'afkd_jax'
 # first, except the command line and the package itself, which come last.
 ORDER = (
     ('errors',),
-    ('registry', 'config'),
+    ('registry', 'config', 'paths'),
     ('studies',),
     ('command',),
     ('devices',),
@@ -26,7 +26,7 @@ ORDER = (
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 # What `import afkd_jax` and a config file load must be quick: no JAX, directly or indirectly.
-LIGHT = ('__init__', 'errors', 'registry', 'config', 'studies', 'command', 'cli')
+LIGHT = ('__init__', 'errors', 'registry', 'config', 'paths', 'studies', 'command', 'cli')
 
 
 @functools.cache

@@ -105,7 +105,8 @@ def check_content(path: pathlib.Path, content: dict[str, Any], found: Any, expec
     """
     if content['step'] != step_of(path):
         raise record.Unusable(f'is that of step {content["step"]}')
-    config = config_lib.extended(found.get('config', {}), expected['config'])
+    config = config_lib.run_fields(found.get('config', {}))  # an older version wrote more of them
+    config = config_lib.extended(config, expected['config'])
     different = config_lib.differences(
         config_lib.flatten({**found, 'config': config}), config_lib.flatten(expected)
     )

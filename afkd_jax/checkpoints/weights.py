@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
+from afkd_jax import paths
 from afkd_jax.checkpoints import artefact, partial
 from afkd_jax.checkpoints.artefact import ImageFacts
 from afkd_jax.checkpoints.store import step_of
@@ -120,7 +121,7 @@ def _split(source: str) -> tuple[pathlib.Path, int]:
             "config.init_from: must name a network of a run, as in 'runs/a:1', or an exported "
             f'file, as in net{SAFETENSORS}, but is {source!r}'
         )
-    return pathlib.Path(match[1]).expanduser(), int(match[2])
+    return paths.directory('config.init_from', match[1]), int(match[2])
 
 
 def architecture_of(source: str) -> str:
@@ -155,7 +156,7 @@ def _open(source: str, read: Callable[[Any], Any]) -> Any:
     except ImportError:
         raise UserError(f'{source}: needs a package: python -m pip install safetensors') from None
     try:
-        with safe_open(pathlib.Path(source).expanduser(), framework='numpy') as file:
+        with safe_open(paths.directory('config.init_from', source), framework='numpy') as file:
             return read(file)
     except (OSError, SafetensorError, ValueError, LookupError, AttributeError, TypeError) as error:
         raise UserError(

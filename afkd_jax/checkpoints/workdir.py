@@ -86,6 +86,17 @@ def check(workdir: pathlib.Path, config: Config, extend: bool = False) -> None:
         )
 
 
+def moved(workdir: pathlib.Path, config: Config) -> str | None:
+    """Returns a line about another directory of the images than before; None: it is the same."""
+    try:
+        before = json.loads((workdir / 'config.json').read_text())['dataset']
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if before == config.dataset:
+        return None
+    return f'{workdir}: the images are those of {config.dataset}, which before were in {before}'
+
+
 def check_shared(workdir: pathlib.Path) -> None:
     """Rejects a workdir that this process does not see, after the primary has made it."""
     if not (workdir / 'config.json').exists():
@@ -110,15 +121,15 @@ def write_config(workdir: pathlib.Path, config: Config) -> None:
 def claimed(
     workdir: pathlib.Path, config: Config, log: Callable[[str], None], extend: bool = False
 ) -> Iterator[Callable[[], None]]:
-    """Makes and locks the workdir, and writes config.json; yields lock.locked's check.
+    """Makes and locks the workdir, and writes a new run's config.json; yields lock.locked's check.
 
-    With `extend` a config.json that is there stays, until a checkpoint is of the longer run.
+    A config.json that is there stays, until the images and checkpoints are known to be the run's.
 
     Raises:
       UserError: the workdir cannot be made, holds another run, or another process works in it.
     """
     with locked(workdir, log) as check_held:
         check(workdir, config, extend)  # again: only now can no other process change it
-        if not extend:
+        if not (workdir / 'config.json').exists():
             write_config(workdir, config)
         yield check_held

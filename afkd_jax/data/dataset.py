@@ -66,13 +66,18 @@ class Part(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """The images of a run by random access, numbered: train, validation, test."""
+    """The images of a run by random access, numbered: train, validation, test.
+
+    Attributes:
+      notes: lines for the user about the images.
+    """
 
     info: Info
     view: decode.View
     train: Part
     validation: Part
     test: Part
+    notes: tuple[str, ...] = ()
 
     @property
     def parts(self) -> tuple[Part, Part, Part]:
@@ -283,6 +288,7 @@ def dataset(config: Config) -> Dataset:
         Part(source.train, train),
         validation,
         Part(source.test, np.sort(fixed_permutation(len(source.test))[: info.test])),
+        source.notes,
     )
 
 

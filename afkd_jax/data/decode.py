@@ -1,7 +1,8 @@
 """Decoding: an image file -> uint8 pixels, whole, cropped for training, or centred for evaluation.
 
-simplejpeg (libjpeg-turbo) decodes JPEG; Pillow decodes other formats and what simplejpeg rejects.
-Resizing is Pillow's: bilinear and antialiased.
+simplejpeg (libjpeg-turbo) decodes JPEG; Pillow decodes other formats and what simplejpeg rejects,
+but not damaged JPEG, which it would fill up with grey. Resizing is Pillow's: bilinear and
+antialiased.
 """
 
 import contextlib
@@ -124,11 +125,25 @@ def pixels(image: Stored, channels: int, scale: float = 1.0) -> np.ndarray:
             eighths = math.ceil(8 * scale)
             height, width = (math.ceil(side * eighths / 8) for side in header(image)[:2])
             least = {'min_height': height, 'min_width': width}
-        with contextlib.suppress(ValueError):  # Pillow tolerates some invalid bytes
+        try:
             return simplejpeg.decode_jpeg(image, fast, **least)
+        except ValueError as error:
+            if _is_damage(str(error), image):
+                raise DecodeError(str(error)) from error
     with _opened(image) as file:
         whole = np.asarray(file.convert(slow))
     return whole if channels > 1 else whole[..., None]
+
+
+def _is_damage(fault: str, jpeg: bytes) -> bool:
+    """Returns whether a fault that libjpeg reports means that a part of the image is lost.
+
+    Bytes that are left over at the end are harmless if they are all equal: then they only fill up.
+    """
+    if left := re.match(r'Corrupt JPEG data: (\d+) extraneous bytes before marker 0xd9', fault):
+        filled = rb'(.)\1{%d}\xff\xd9' % (int(left[1]) - 1)
+        return not re.search(filled, jpeg, re.DOTALL)
+    return fault.startswith(('Corrupt JPEG data', 'Premature end of JPEG'))
 
 
 def of_shape(image: np.ndarray, shape: tuple[int | None, ...]) -> np.ndarray:

@@ -2,9 +2,11 @@
 
 import abc
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import os
+from collections.abc import Iterator
 from concurrent import futures
 from typing import Any
 
@@ -52,7 +54,7 @@ class Examples(abc.ABC):
 
     @abc.abstractmethod
     def __getitem__(self, index: int) -> tuple[decode.Stored, int]:
-        """Returns (image, label)."""
+        """Returns (image, label); DecodeError: it cannot be read."""
 
     @abc.abstractmethod
     def read_labels(self, indices: np.ndarray) -> np.ndarray:
@@ -77,12 +79,17 @@ class Examples(abc.ABC):
         """
         shape = pixels.shape[1:]
 
+        @contextlib.contextmanager
+        def named(row: int) -> Iterator[None]:
+            try:
+                yield
+            except decode.DecodeError as error:
+                raise decode.DecodeError(f'{self.name(int(indices[row]))}: {error}') from error
+
         def decode_all(rows: list[int], images: list[decode.Stored]) -> None:
             for row, image in zip(rows, images, strict=True):
-                try:
+                with named(row):
                     pixels[row] = decode.of_shape(decode.pixels(image, shape[2]), shape)
-                except decode.DecodeError as error:
-                    raise decode.DecodeError(f'{self.name(int(indices[row]))}: {error}') from error
 
         threads = min(_MOST_THREADS, os.cpu_count() or 1)
         by_place, waiting = np.argsort(indices), collections.deque()
@@ -91,7 +98,8 @@ class Examples(abc.ABC):
                 rows = by_place[start : start + _CHUNK].tolist()
                 images = []
                 for row in rows:
-                    image, labels[row] = self[int(indices[row])]
+                    with named(row):
+                        image, labels[row] = self[int(indices[row])]
                     images.append(image)
                 waiting.append(pool.submit(decode_all, rows, images))
                 if len(waiting) > 2 * threads:  # so that few encoded images are in memory

@@ -91,13 +91,18 @@ class Batches:
             'remove them'
         )
 
-    def reason(self, index: int) -> str:
-        """Returns where a broken image is stored and why it cannot be decoded."""
+    def fault(self, index: int) -> str | None:
+        """Returns where a broken image is stored and why it cannot be decoded; else None."""
         try:
             self._example(0, index)
         except decode.DecodeError as error:
             return f'{self.dataset.name(index)}: {error}'
-        return f'{self.dataset.name(index)}: could not be decoded at first, but can be now'
+        return None
+
+    def reason(self, index: int) -> str:
+        """Returns fault() of an image that could not be decoded before."""
+        now = f'{self.dataset.name(index)}: could not be decoded at first, but can be now'
+        return self.fault(index) or now
 
 
 def _end_with_parent(index: int, count: int) -> None:

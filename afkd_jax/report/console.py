@@ -34,7 +34,7 @@ def redirected(path: pathlib.Path) -> Iterator[None]:
     """Appends what is printed inside to a file."""
     before: Any = None if console.file in (sys.stdout, sys.stderr) else console.file
     interactive = console.is_interactive
-    with path.open('a', encoding='utf-8') as file:
+    with path.open('a', encoding='utf-8', errors='backslashreplace') as file:
         console.file, console.is_interactive = file, False
         try:
             yield
@@ -67,7 +67,7 @@ def keep_stdout_for_json() -> None:
 def print_json(result: Any) -> None:
     """Prints the result of a mode as one line of JSON on stdout, with --json only."""
     if console.stderr and not console.quiet:
-        print(json.dumps(result), flush=True)
+        print(json.dumps(result, allow_nan=False), flush=True)
 
 
 def bar(*columns: Any, expand: bool = False) -> rich.progress.Progress:

@@ -1,9 +1,15 @@
 """curves.png: a run's losses, accuracies and discriminator outputs, one colour per network."""
 
+import contextlib
+import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 from afkd_jax.report import jsonl
+
+# Of every figure; all else is matplotlib's default.
+_STYLE = {'font.size': 11, 'axes.grid': True, 'grid.alpha': 0.3}
 
 # Values that share a panel, or have a unit: title, unit, value -> (line style, meaning). Any other
 # value of a loss has a panel too, under its own name.
@@ -25,13 +31,28 @@ _FEW = 10  # points, which are marked
 _NOT_LOSSES = {'name', 'accuracy', 'kind', 'step', 'epoch', 'images_per_s', 'skipped', 'networks'}
 
 
+@contextlib.contextmanager
+def styled(**settings: Any) -> Iterator[None]:
+    """Draws what is inside in our style and these settings; the user's own do not count.
+
+    matplotlib reads the user's backend and file of settings when it is imported, and fails there if
+    it cannot use them. Only Figure objects are drawn, without pyplot, so no backend is needed.
+    """
+    users = {name: os.environ.pop(name, None) for name in ('MPLBACKEND', 'MATPLOTLIBRC')}
+    os.environ['MATPLOTLIBRC'] = os.devnull
+    try:
+        import matplotlib as mpl
+    finally:
+        del os.environ['MATPLOTLIBRC']
+        os.environ |= {name: value for name, value in users.items() if value is not None}
+    with mpl.rc_context(mpl.rcParamsDefault):
+        style: dict[Any, Any] = _STYLE | settings
+        mpl.rcParams.update(style)
+        yield
+
+
 def draw(workdir: pathlib.Path) -> pathlib.Path:
     """Draws curves.png from metrics.jsonl, and returns its path."""
-    # Figure objects without pyplot, so that no backend is chosen.
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-
     lines = jsonl.read(workdir / 'metrics.jsonl')
     train = [line for line in lines if line['kind'] == 'epoch']
     splits: dict[str, dict[int, Any]] = {}
@@ -41,7 +62,10 @@ def draw(workdir: pathlib.Path) -> pathlib.Path:
     names = [network['name'] for network in train[0]['networks']] if train else []
     panels = _panels(train)
 
-    with mpl.rc_context({'font.size': 11, 'axes.grid': True, 'grid.alpha': 0.3}):
+    with styled():
+        from matplotlib.figure import Figure
+        from matplotlib.lines import Line2D
+
         count = len(panels) + 1
         columns = min(count, 3)
         rows = -(-count // columns)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from afkd_jax.report.figures import styled
 from afkd_jax.report.results import Result, Results
 from afkd_jax.report.statistics import MARGIN, Comparison, calibration
 
@@ -39,8 +40,6 @@ def draw(
       comparisons: of its arms.
       operations: arm -> those of a run; None where they are not known.
     """
-    import matplotlib as mpl
-
     figures: dict[str, Callable[[], tuple[str, Any] | None]] = {
         'differences': lambda: _differences(results, comparisons),
         'seeds': lambda: _seeds(results),
@@ -51,19 +50,10 @@ def draw(
         'calibration': lambda: _calibration(results),
     }
     found = {}
-    # The user's own settings do not count; fonts are those of the reader's browser.
-    with mpl.rc_context(mpl.rcParamsDefault):
-        mpl.rcParams.update(
-            {
-                'font.size': 11,
-                'axes.grid': True,
-                'grid.alpha': 0.3,
-                'axes.spines.top': False,
-                'axes.spines.right': False,
-                'svg.fonttype': 'none',
-                'svg.hashsalt': 'afkd_jax',
-            }
-        )
+    # Fonts are those of the reader's browser.
+    style = {'axes.spines.top': False, 'axes.spines.right': False, 'svg.fonttype': 'none'}
+    style |= {'svg.hashsalt': 'afkd_jax'}
+    with styled(**style):
         for name, make in figures.items():
             if made := make():
                 title, figure = made

@@ -9,13 +9,13 @@ Beside the file, FILE.json has architecture, classes, image shape, mean and stan
 """
 
 import json
-import pathlib
 from typing import Any
 
 import jax
 import numpy as np
 from jax import export as jax_export
 
+from afkd_jax import paths
 from afkd_jax.checkpoints import weights
 from afkd_jax.checkpoints.files import write_atomic, write_json
 from afkd_jax.command import Command, new_file
@@ -87,7 +87,7 @@ def main(command: Command, _: object) -> int:
         raise UserError(f'--format: is missing; give one of {", ".join(_FORMATS)}')
     model = load_for(command)
     name = f'{model.name.replace(" ", "-")}-step{model.step}.{options.format}'
-    output = new_file(pathlib.Path(options.output or command.workdir / name))
+    output = new_file(paths.local('--output', options.output or command.workdir / name))
     json_file = new_file(output.with_name(output.name + '.json'))
     with working('exporting'):
         content = _FORMATS[options.format](model)

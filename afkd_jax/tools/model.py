@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageOps
 
+from afkd_jax import paths
 from afkd_jax.checkpoints import weights
 from afkd_jax.checkpoints import workdir as workdir_lib
 from afkd_jax.checkpoints.artefact import ImageFacts
@@ -153,7 +154,7 @@ def load(workdir: str | pathlib.Path, network: int | str = 1, step: int | str = 
     if network != 'ensemble' and not numbers:
         raise UserError(f"network: must be a number or 'ensemble', but is {network!r}")
     numbered = None if network == 'ensemble' else [int(network)]
-    trained = weights.read_run(pathlib.Path(workdir), numbered, step)
+    trained = weights.read_run(paths.directory('workdir', workdir), numbered, step)
     for line in trained.warnings():
         log(line)
     cohort = trained.cohort

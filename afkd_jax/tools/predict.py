@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import rich.progress
 
+from afkd_jax import paths
 from afkd_jax.command import Command, new_file
 from afkd_jax.data.sources import folder
 from afkd_jax.errors import UserError
@@ -27,10 +28,10 @@ def image_files(names: Sequence[str]) -> list[pathlib.Path]:
     """
     found = []
     for name in names:
-        path = pathlib.Path(name)
+        path = paths.local('--images', name)
         if not name or not path.exists():
             raise UserError(f'--images: there is no file or directory {name!r}')
-        inside = folder.image_files(os.fsencode(path)) if path.is_dir() else []
+        inside = folder.find(os.fsencode(path)).images if path.is_dir() else []
         found += [path / os.fsdecode(file) for file in inside] if path.is_dir() else [path]
     if not found:
         raise UserError(f'--images: there is no image in {", ".join(names) or "nothing"}')
@@ -44,7 +45,7 @@ def _readable(
         try:
             yield path, model.read(path)
         except UserError as error:
-            log(f'warning: {error}'.encode(errors='backslashreplace').decode())
+            log(f'warning: {error}')
 
 
 def predictions(
@@ -60,7 +61,7 @@ def predictions(
 def _row(path: pathlib.Path, classes: tuple[str, ...], probabilities: np.ndarray) -> list[str]:
     best = np.argsort(-probabilities, kind='stable')[:_TOP]
     named = [value for k in best for value in (classes[k], f'{probabilities[k]:.6f}')]
-    return [str(path).encode(errors='backslashreplace').decode(), *named]
+    return [str(path), *named]
 
 
 def main(command: Command, _: object) -> int:
@@ -69,11 +70,11 @@ def main(command: Command, _: object) -> int:
     files = image_files(options.images)
     model = load_for(command)
     name = f'predictions-{model.name.replace(" ", "-")}-step{model.step}.csv'
-    output = new_file(pathlib.Path(options.output or command.workdir / name))
+    output = new_file(paths.local('--output', options.output or command.workdir / name))
     unfinished = output.with_name(output.name + '.unfinished')
     bar: dict[str, Any] = {'console': console, 'disable': not console.is_interactive}
     images, labelled, correct = 0, 0, 0
-    with unfinished.open('w', newline='') as file:
+    with unfinished.open('w', newline='', encoding='utf-8', errors='backslashreplace') as file:
         writer = csv.writer(file)
         top = range(1, min(_TOP, len(model.classes)) + 1)
         endings = ['' if k == 1 else f'_{k}' for k in top]
@@ -84,7 +85,7 @@ def main(command: Command, _: object) -> int:
             writer.writerow(row)
             images += 1
             # The nearest folder with the name of a class.
-            names = (parent.name for parent in path.parents)
+            names = (folder.class_name(os.fsencode(parent.name)) for parent in path.parents)
             if label := next((one for one in names if one in model.classes), None):
                 labelled += 1
                 correct += label == row[1]

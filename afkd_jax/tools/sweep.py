@@ -64,13 +64,13 @@ def append(result: dict[str, Any], path: pathlib.Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     there = None
     if path.exists():
-        with path.open(newline='') as file:
+        with path.open(newline='', encoding='utf-8') as file:
             there = next(csv.reader(file), None)
         if there not in (None, list(row)):
             names = (path.with_name(f'{path.stem}-{n}{path.suffix}') for n in itertools.count(1))
             path.rename(next(name for name in names if not name.exists()))
             there = None
-    with path.open('a', newline='') as file:
+    with path.open('a', newline='', encoding='utf-8') as file:
         out = csv.DictWriter(file, list(row))
         if there is None:
             out.writeheader()

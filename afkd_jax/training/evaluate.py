@@ -84,6 +84,7 @@ class Evaluator:
             name: np.asarray(np.sum([part[name] for part in parts], axis=0, dtype=np.float64))
             for name in parts[0]
         }
+        _check_any(counts['images'], split)
         return Evaluation.of(counts, self._fetched(outputs))
 
     def _fetched(self, outputs: list[dict[str, jax.Array]]) -> dict[str, np.ndarray]:
@@ -112,7 +113,17 @@ class Evaluator:
         order = np.random.RandomState(0).permutation(self._run.info.indices('test')).tolist()
         with working('comparing the networks'), self._run.pipeline.evaluation(order) as batches:
             parts = [jax.device_get(compare(networks, *batch)) for batch in batches]
+        _check_any([part['images'] for part in parts], 'test')
         return similarity.figures(self._run.cohort, parts)
+
+
+def _check_any(images: Any, split: str) -> None:
+    """Rejects counts of evaluated images, of classes or batches, that are all 0."""
+    if not np.sum(images):
+        raise UserError(
+            f'config.data.max_corrupt: none of the images of {split} could be decoded, so there is '
+            'nothing to evaluate; repair them'
+        )
 
 
 def evaluate(config: Config, workdir: pathlib.Path, step: int | str | None) -> dict[str, Any]:
@@ -146,6 +157,8 @@ def evaluate(config: Config, workdir: pathlib.Path, step: int | str | None) -> d
         restored = checkpoints.restore(run.abstract(), number)
     if restored is None:
         raise UserError(f'--workdir: {workdir} has no checkpoint yet; train first')
+    if line := workdir_lib.moved(workdir, config):
+        log(line)
     for path, why in restored.rejected.items():
         log(f'warning: {path}: this checkpoint {why}; an older one is used')
     if processes.is_primary():  # of a version that did not write it

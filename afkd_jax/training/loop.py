@@ -7,7 +7,7 @@ from typing import Any
 from afkd_jax.checkpoints import files
 from afkd_jax.checkpoints import workdir as workdir_lib
 from afkd_jax.checkpoints.progress import EpochSums
-from afkd_jax.checkpoints.store import Snapshot, checkpoint_paths
+from afkd_jax.checkpoints.store import Checkpoints, Snapshot, checkpoint_paths
 from afkd_jax.command import Command, number_or
 from afkd_jax.config import Config
 from afkd_jax.devices import arrays, processes
@@ -59,6 +59,10 @@ def train(
     if finished and extend and finished.get('epochs', 0) < config.epochs:
         finished = None
     if finished := processes.broadcast(finished):
+        if processes.broadcast(workdir_lib.moved(workdir, config)):  # are these its images?
+            run = processes.primary_first(lambda: run_lib.prepare(config, log_from_any))
+            with Checkpoints(workdir, run.origin()) as checkpoints:
+                checkpoints.restore(run.abstract())
         log(f'{workdir}: this run is finished; its summary:')
         if processes.is_primary() and not (workdir / 'curves.png').exists():
             _draw(workdir)

@@ -268,4 +268,6 @@ def prepare(config: Config, log: Callable[[str], None] = lambda line: None) -> R
         if method.held_out and not images.info.validation:
             rule = f'above 0 with the method "{config.method}", which needs held-out images'
             raise field_error('data.validation_fraction', rule, config.data.validation_fraction)
+        for line in images.notes:
+            log(line)
         return Run(config, images.info, devices, pipelines.create(config, images, devices, log))

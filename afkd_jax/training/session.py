@@ -90,8 +90,9 @@ def opened(
                 run, workdir, checkpoints, metadata, step, spent, extend
             )
         if primary:  # only now that images and checkpoints are known to be those of the run
-            if extend:
-                workdir_lib.write_config(workdir, config)
+            if line := workdir_lib.moved(workdir, config):
+                log(line)
+            workdir_lib.write_config(workdir, config)
             run.image_facts.write(workdir)
         first_step, progress = int(snapshot.state.step), snapshot.progress
         log(

@@ -14,6 +14,7 @@ import pytest
 from conftest import PAIR, initial_state, take_devices, tiny_cohort, tiny_config
 
 from afkd_jax import config as config_lib
+from afkd_jax.checkpoints import record
 from afkd_jax.checkpoints import store as checkpoints_lib
 from afkd_jax.checkpoints.progress import Best, Progress
 from afkd_jax.checkpoints.store import Checkpoints, Snapshot
@@ -222,6 +223,17 @@ def test_a_checkpoint_of_another_run_is_rejected_with_the_differing_fields(
         ),
     ):
         checkpoints.restore(abstract(config))
+
+
+def test_the_directory_of_the_images_identifies_no_checkpoint(snapshot, tmp_path):
+    config = tiny_config(dataset='folder:/b')
+    ours = origin(config)
+    assert ours['config']['dataset'] == 'folder:'
+    older = {**ours, 'config': ours['config'] | {'dataset': 'folder:/a'}}  # as older versions wrote
+    for theirs, same in ((older, True), ({**ours, 'images': {'fingerprint': 'cd'}}, False)):
+        content = {'step': 1, 'progress': snapshot.progress.to_json()}
+        with contextlib.nullcontext() if same else pytest.raises(record.Unusable, match='finger'):
+            checkpoints_lib.check_content(tmp_path / '1', content, theirs, ours)
 
 
 def test_other_shapes_and_images_are_named_too(snapshot, tmp_path):

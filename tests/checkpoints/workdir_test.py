@@ -133,9 +133,22 @@ def test_fields_that_do_not_change_the_bits_may_change(tmp_path):
     for config in (tiny_config(), changed):
         with claimed(tmp_path, config)[0]:
             pass
-    assert '"keep": 7' in (tmp_path / 'config.json').read_text()
+    # The session writes it, once it has seen the checkpoints.
+    assert '"keep": 7' not in (tmp_path / 'config.json').read_text()
     with pytest.raises(UserError, match=r'another config \(log_every: 10 -> 11\)'):
         workdir_lib.check(tmp_path, tiny_config(log_every=11))
+
+
+@pytest.mark.parametrize('kind', ['folder', 'idx'])
+def test_images_may_lie_in_another_directory(kind, tmp_path):
+    first, other = (tiny_config(dataset=f'{kind}:{place}') for place in ('/a/images', '/b/images/'))
+    workdir_lib.write_config(tmp_path, first)
+    workdir_lib.check(tmp_path, other)
+    assert workdir_lib.moved(tmp_path, first) is None
+    words = f'are those of {kind}:/b/images/, which before were in {kind}:/a/images'
+    assert words in workdir_lib.moved(tmp_path, other)
+    with pytest.raises(UserError, match=f"dataset: '{kind}:' -> 'tfds:mnist'"):
+        workdir_lib.check(tmp_path, tiny_config(dataset='tfds:mnist'))
 
 
 def test_a_file_is_no_workdir(tmp_path):

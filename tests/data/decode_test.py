@@ -67,6 +67,31 @@ def test_a_broken_file_is_reported(form):
             VIEW.training(broken, 3, np.random.default_rng(0))
 
 
+def test_damage_in_the_scan_is_reported_and_harmless_bytes_are_not():
+    for options in ({}, {'progressive': True}, {'restart_marker_blocks': 8}):
+        data = encoded(PHOTO, quality=92, **options)
+        half, noise = len(data) // 2, np.random.default_rng(0).integers(0, 255, 512, np.uint8)
+        for damaged in (
+            data[:half] + bytes(len(data) - half),
+            data[:half] + noise.tobytes() + data[half + 512 :],
+            data[:half] + data[half + 512 :],
+            data[:-2],
+        ):
+            with pytest.raises(decode.DecodeError, match='JPEG'):
+                VIEW.evaluation(damaged, 3)
+            with pytest.raises(decode.DecodeError, match='JPEG'):
+                VIEW.training(damaged, 3, np.random.default_rng(0))
+        whole = decode.pixels(data, 3)
+        for harmless in (
+            data + b'text after the end',
+            data + bytes(1000),
+            data[:-2] + bytes(16) + data[-2:],
+            data[:-2] + b'\xff' * 16 + data[-2:],
+            data[:-2] + b' ' * 700 + data[-2:] + data[-2:],
+        ):
+            np.testing.assert_array_equal(decode.pixels(harmless, 3), whole)
+
+
 def test_evaluation_is_the_centre_of_the_resized_image():
     # The usual recipe in two steps: shorter side to 72, then the central 64 x 64.
     data = encoded(PHOTO, 'PNG')

@@ -10,6 +10,7 @@ import pytest
 from conftest import take_devices, tiny_config
 from PIL import Image
 
+from afkd_jax import cli
 from afkd_jax.data import dataset as dataset_lib
 from afkd_jax.data import decode, pipelines
 from afkd_jax.data.sources import folder
@@ -215,6 +216,55 @@ def test_a_broken_first_image_is_as_any_other(content, tmp_path):
 def test_other_folders_are_rejected(names, message, tmp_path):
     write(tmp_path, *names)
     with pytest.raises(UserError, match=f'^config.dataset: .*{message}'):
+        source(tmp_path)
+
+
+def test_what_nas_and_archive_programs_leave_is_no_image(tmp_path):
+    junk = ('train/__MACOSX/a/._0.png', 'train/a/@eaDir/0.png/THUMB_M.png', 'train/@eaDir/0.png')
+    names = ('train/a/0.jfif', 'train/a/1.JPE', 'train/b/2.png', 'val/a/3.png', *junk)
+    write(tmp_path, *names, 'train/a/Thumbs.db', 'train/a/4.heic', 'train/b/.x', 'train/5.png')
+    of = source(tmp_path)
+    assert of.classes == ('a', 'b')
+    assert len(of.train) == 3
+    (line,) = of.notes
+    reasons = '1 without the extension of an image (a/4.heic); 1 in no class folder (5.png)'
+    assert line == f'{tmp_path}/train: passed over: {reasons}'
+
+
+def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
+    write(tmp_path, 'far/0.png', 'train/b/1.png', 'val/a/2.png', 'more/x/3.png')
+    (tmp_path / 'train/a').symlink_to('../far')
+    (tmp_path / 'train/b/more').symlink_to('../../more')
+    (tmp_path / 'more/back').symlink_to('.')
+    (tmp_path / 'train/b/up').symlink_to('..')
+    of = source(tmp_path)
+    names = [os.path.relpath(of.train.name(index), tmp_path) for index in range(3)]
+    assert names == ['train/a/0.png', 'train/b/1.png', 'train/b/more/x/3.png']
+    assert len(of.train) == 3
+    words = '2 links to a folder that contains them (b/more/back, b/up)'
+    assert of.notes == (f'{tmp_path}/train: passed over: {words}',)
+
+
+def test_a_missing_image_is_as_a_broken_one(tmp_path):
+    write(tmp_path, 'train/a/0.png', 'train/a/1.png', 'train/b/2.png', 'val/a/3.png')
+    (tmp_path / 'train/a/0.png').unlink()
+    (tmp_path / 'train/a/0.png').symlink_to('/nowhere/0.png')
+    dataset = dataset_lib.dataset(folder_config(tmp_path))
+    with pytest.raises(UserError, match=r'a/0.png: it cannot be read \(No such file.*; repair'):
+        dataset.load()
+    config = folder_config(tmp_path, data__placement='stream', data__max_corrupt=1)
+    pipelines.create(config, dataset, take_devices(), [].append)
+    assert cli._message(FileNotFoundError(2, 'gone', b'/x/\xc3\xa9'))[0].startswith('/x/\xe9: gone')
+
+
+def test_names_that_look_the_same_are_the_same_class(tmp_path):
+    one, two = 'caf\xe9', 'cafe\u0301'
+    write(tmp_path, f'train/{one}/0.png', 'train/b/1.png', f'val/{two}/2.png')
+    of = source(tmp_path)
+    assert of.classes == ('b', one)
+    assert of.test[0][1] == 1
+    write(tmp_path, f'train/{two}/3.png')
+    with pytest.raises(UserError, match=r'two class folders that look the same, .*; rename'):
         source(tmp_path)
 
 

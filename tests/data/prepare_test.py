@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import pathlib
+import re
 import tarfile
 import time
 import zipfile
@@ -49,6 +50,34 @@ def test_an_archive_is_prepared_once(cifar, tmp_path):
     assert again['fingerprint'] == result['fingerprint']
 
 
+def test_damaged_files_and_records_are_named(cifar, tmp_path):
+    prepare.prepare(cifar, lambda line: None)
+    (file,) = (tmp_path / 'prepared').rglob('cifar100-train.array_record*')
+    whole = file.read_bytes()
+    half = len(whole) // 2
+    for content in (whole[: half * 4 // 3], whole[:half] + bytes(half), b''):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=f'{file} should have 30 records, but has .*; copy'):
+            prepare.prepare(cifar, lambda line: None)
+        with pytest.raises(UserError, match=f'record .* of {file}: it cannot be read; copy'):
+            dataset_lib.dataset(cifar).load()
+    file.write_bytes(whole[:half] + bytes([whole[half] ^ 1]) + whole[half + 1 :])
+    dataset = dataset_lib.dataset(cifar)  # the validation split needs all labels
+    broken = []
+    for index in range(40):
+        try:
+            dataset[index]
+        except decode.DecodeError:
+            broken.append(dataset.name(index))
+    assert len(broken) == 1
+    with pytest.raises(UserError, match=f'{re.escape(broken[0])}: .*config.data.max_corrupt'):
+        dataset.load()
+    prepare.prepare(cifar, lambda line: None)  # reads the first and last images only
+    message = rf'1 of the images of .* is {re.escape(broken[0])} \(it cannot .*; repair'
+    with pytest.raises(UserError, match=message):
+        prepare.prepare(cifar, lambda line: None, verify=True)
+
+
 def test_a_copied_directory_needs_no_network(cifar, tmp_path):
     prepare.prepare(cifar, lambda line: None)
     (tmp_path / 'prepared').rename(tmp_path / 'elsewhere')
@@ -87,7 +116,9 @@ def test_a_broken_first_image_is_reported(monkeypatch):
         raise decode.DecodeError('half a file')
 
     monkeypatch.setattr(decode.View, 'evaluation', broken)
-    with pytest.raises(UserError, match=r'image \d+ cannot be decoded .half a file.; repair or'):
+    with pytest.raises(
+        UserError, match=r'cannot be decoded, the first is image \d+ .half a file.; repair or'
+    ):
         prepare.prepare(tiny_config(), lambda line: None)
 
 

@@ -5,6 +5,7 @@ import io
 import multiprocessing
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -361,14 +362,22 @@ def test_workers_for_which_shared_memory_is_too_small_are_rejected(folder, monke
         created(crops(folder, data__workers=2))
 
 
-def test_where_all_images_are_broken_one_error_message_ends_it(tmp_path):
+def test_where_most_images_are_broken_one_error_message_ends_it(tmp_path):
     for name in ('train/a/0.png', 'train/a/1.png', 'train/b/2.png', 'val/a/3.png'):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / name, PIXELS[0])
+    for name in ('train/a/0.png', 'train/b/2.png'):
         (tmp_path / name).write_bytes(b'')
     for most, words in ((0, '1 images cannot be decoded'), (1, 'nor can the next 1 images of the')):
-        pipeline, _ = created(crops(tmp_path, batch_size=2, data__max_corrupt=most), 1)
+        pipeline, _ = created(crops(tmp_path, batch_size=3, data__max_corrupt=most), 1)
         with pipeline.training(0) as steps, pytest.raises(UserError, match=words):
             list(steps)
+    for name, split in (
+        ('val/a/3.png', '1 images of test'),
+        ('train/a/1.png', '3 images of train'),
+    ):
+        (tmp_path / name).write_bytes(b'')
+        with pytest.raises(UserError, match=f'none of the {split} can .*{name[:6]}.*; repair them'):
+            created(crops(tmp_path, batch_size=3, data__max_corrupt=9), 1)
 
 
 def test_a_label_that_is_no_class_is_rejected(monkeypatch):
@@ -385,20 +394,15 @@ def test_a_label_that_is_no_class_is_rejected(monkeypatch):
         UserError, match=r'image 0 has the label -\d+, but there are 10 classes; ch'
     ):
         bad.load()
-    pipeline = pipelines.create(config, bad, take_devices(), lambda line: None)
-    with (
-        pipeline.evaluation(pipeline.info.indices('test')) as parts,
-        pytest.raises(UserError, match='-1'),
-    ):
-        list(parts)
+    with pytest.raises(UserError, match='-1'):
+        pipelines.create(config, bad, take_devices(), lambda line: None)
 
 
 def test_images_of_more_than_a_byte_are_broken(tmp_path):
     for name in ('train/a/0.png', 'train/b/1.png', 'val/a/2.png'):
         write(tmp_path / name, PIXELS[0].astype(np.uint16) * 255)
-    pipeline, _ = created(crops(tmp_path, batch_size=1), 1)
-    with pipeline.training(0) as steps, pytest.raises(UserError, match='no bytes .mode I;16'):
-        list(steps)
+    with pytest.raises(UserError, match='none of .*train/a/0.png: .* no bytes .mode I;16'):
+        created(crops(tmp_path, batch_size=1), 1)
 
 
 @pytest.mark.parametrize(
@@ -414,6 +418,14 @@ def test_images_of_more_than_a_byte_are_broken(tmp_path):
 def test_what_does_not_fit_the_images_is_rejected(folder, fields, message):
     with pytest.raises(UserError, match=f'config.data.({message})'):
         created(crops(folder, **fields))
+
+
+def test_classes_without_a_training_image_are_named():
+    line = pipelines.without_images(('0', 'a', 'b'), np.array([1, 2, 1]))  # as those of EMNIST
+    assert line.startswith('warning: 1 of 3 classes have no training image: 0 ("0"); the networks')
+    assert pipelines.without_images(('a', 'b'), np.array([1, 0])) is None
+    _, (line,) = created(digits(data__placement='device', data__train_examples=8))
+    assert re.match(r'warning: \d of 10 classes have no', line)
 
 
 def test_where_the_images_go_by_default(monkeypatch, folder):

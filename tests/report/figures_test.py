@@ -1,7 +1,11 @@
 """curves.png: what a run has reported can be seen."""
 
 import json
+import os
+import subprocess
+import sys
 
+import matplotlib as mpl
 import pytest
 from matplotlib.figure import Figure
 
@@ -34,6 +38,17 @@ def test_few_points_are_marked(points, marked, tmp_path, monkeypatch):
     figures.draw(tmp_path)
     assert [len(lines) for lines in drawn] == [6, 2, 4]  # accuracies, cross-entropy, outputs
     assert {line.get_marker() for lines in drawn for line in lines} == {'o' if marked else ''}
+
+
+def test_the_users_backend_and_settings_do_not_count(tmp_path):
+    # matplotlib reads both when it is imported; the backend's package need not be known here.
+    (tmp_path / 'matplotlibrc').write_bytes(b'text.usetex: \xff')
+    users = {'MPLBACKEND': 'module://nowhere.backend_inline', 'MATPLOTLIBRC': str(tmp_path)}
+    code = 'import os\nfrom afkd_jax.report import figures\nbefore = dict(os.environ)\n'
+    code += 'with figures.styled(): pass\nassert os.environ == before'
+    subprocess.run([sys.executable, '-c', code], env=os.environ | users, check=True)
+    with mpl.rc_context({'text.usetex': True, 'font.size': 40}), figures.styled():
+        assert (mpl.rcParams['text.usetex'], mpl.rcParams['font.size']) == (False, 11)
 
 
 def epoch(number, values):

@@ -1,5 +1,6 @@
 """Evaluation counts every image once, whatever the batch."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -12,6 +13,7 @@ from conftest import PAIR, softmax, tiny_config
 
 from afkd_jax.data import augment
 from afkd_jax.devices import mesh
+from afkd_jax.errors import UserError
 from afkd_jax.method import metrics
 from afkd_jax.report import summary
 from afkd_jax.training import evaluate
@@ -69,6 +71,20 @@ def test_what_fills_up_the_last_batch_is_not_counted(one_device):
     pipeline = dataclasses.replace(run.pipeline, images=run.pipeline.images.replace(labels=labels))
     scores = evaluate.Evaluator(dataclasses.replace(run, pipeline=pipeline))(networks, 'test')
     assert scores.accuracy[0] == 100.0
+
+
+def test_an_evaluation_of_no_image_is_an_error(one_device, monkeypatch):
+    run = run_lib.prepare(tiny_config(eval_batch_size=512))
+    whole, networks = run.pipeline.evaluation, run.initial_state().networks
+
+    @contextlib.contextmanager
+    def none_decoded(_, indices):
+        with whole(indices) as batches:
+            yield ((images, index, mask & False) for images, index, mask in batches)
+
+    monkeypatch.setattr(type(run.pipeline), 'evaluation', none_decoded)
+    with pytest.raises(UserError, match='none of the images of test could be decoded'):
+        evaluate.Evaluator(run)(networks, 'test')
 
 
 @pytest.mark.parametrize('mapping', ['shard_map', 'pmap'])

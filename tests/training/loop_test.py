@@ -1,5 +1,6 @@
 """Whole runs: same seed, same bits; stopped and resumed, same bits; what is written."""
 
+import dataclasses
 import json
 import pickle
 import shutil
@@ -14,6 +15,7 @@ import pytest
 from conftest import tiny_config
 
 from afkd_jax.checkpoints import store as checkpoints
+from afkd_jax.checkpoints import workdir as workdir_lib
 from afkd_jax.data import dataset as sources
 from afkd_jax.data import order as batches
 from afkd_jax.devices import arrays as arrays_lib
@@ -392,6 +394,25 @@ def test_curves_that_cannot_be_drawn_hold_back_no_result(every_step, tmp_path, m
     monkeypatch.setattr(figures, 'draw', DRAW)
     assert fit(config, tmp_path)['steps'] == 10
     assert (tmp_path / 'curves.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_a_finished_run_with_its_images_elsewhere_is_compared_with_them(
+    every_step, tmp_path, monkeypatch
+):
+    config, workdir = every_step
+    shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr(workdir_lib, 'moved', lambda *_: 'they were moved')
+    assert fit(config, tmp_path)['steps'] == 10
+
+    def of_other_images(config, log, prepare=run_lib.prepare):
+        run = prepare(config, log)
+        return dataclasses.replace(
+            run, pipeline=dataclasses.replace(run.pipeline, fingerprint='other')
+        )
+
+    monkeypatch.setattr(run_lib, 'prepare', of_other_images)
+    with pytest.raises(UserError, match=r"is of another run \(images.fingerprint: .* -> 'other'"):
+        fit(config, tmp_path)
 
 
 def test_no_pickle_is_loaded(every_step, tmp_path):

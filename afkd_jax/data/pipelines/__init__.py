@@ -14,7 +14,7 @@ from afkd_jax.config import Config
 from afkd_jax.data.dataset import Dataset, Info
 from afkd_jax.data.images import DeviceImages
 from afkd_jax.data.pipelines.base import InMemory, Pipeline
-from afkd_jax.data.pipelines.stream import StreamPipeline, mean_std_of
+from afkd_jax.data.pipelines.stream import StreamPipeline, check_splits, mean_std_of
 from afkd_jax.data.stream import check_shared_memory
 from afkd_jax.devices import arrays, memory
 from afkd_jax.devices.mesh import Devices
@@ -57,13 +57,27 @@ def in_memory(
     return InMemory(config, info, devices, fingerprint, placement, images)
 
 
+def without_images(classes: tuple[str, ...], labels: np.ndarray) -> str | None:
+    """Returns a warning about classes that are not among the labels of the training images."""
+    absent = np.setdiff1d(np.arange(len(classes)), labels)
+    if not len(absent):
+        return None
+    names = ', '.join(f'{n} ("{classes[n]}")' for n in absent[:3]) + ', ...' * (len(absent) > 3)
+    return (
+        f'warning: {len(absent)} of {len(classes)} classes have no training image: {names}; the '
+        'networks have outputs for them all the same. Where labels have a hole, as those that '
+        'count from 1, number them anew in a source of your own (docs/extending.md)'
+    )
+
+
 def create(
     config: Config, dataset: Dataset, devices: Devices, log: Callable[[str], None]
 ) -> Pipeline:
     """Returns the pipeline of a config; unless they are streamed, all images are read now.
 
     Raises:
-      UserError: an image cannot be decoded, or workers have too little shared memory.
+      UserError: an image, or of streamed images a whole split, cannot be decoded; or workers have
+        too little shared memory.
     """
     info, mean_std = dataset.info, None
     if config.data.mean:
@@ -71,9 +85,13 @@ def create(
     if _placement(config, info, devices) == 'stream':
         rows = sum(len(devices.rows(n)) for n in (config.batch_size, config.eval_batch_size))
         check_shared_memory(config.data.workers, rows * math.prod(info.image_shape))
+        check_splits(dataset)
         mean, std = devices.replicate(mean_std or mean_std_of(config, dataset, log))
         fingerprint = f'stream {dataset.fingerprint()}'  # in memory it is that of the images
         return StreamPipeline(config, info, devices, fingerprint, 'stream', dataset, mean, std, log)
-    images = DeviceImages.on_host(dataset.load(), info.train, mean_std)
+    loaded = dataset.load()
+    if line := without_images(info.classes, loaded.labels[: info.train]):
+        log(line)
+    images = DeviceImages.on_host(loaded, info.train, mean_std)
     fingerprint = arrays.fingerprint((images.pixels, images.labels))
     return in_memory(config, info, devices, images, fingerprint)

@@ -88,6 +88,18 @@ def _count_broken(
         log(f'warning: an image is skipped ({len(broken)} of at most {most}): {reason}')
 
 
+def check_splits(dataset: Dataset) -> None:
+    """Rejects a split without any image that can be decoded, however many may be skipped."""
+    batches = _of_list(dataset, [], 1, np.arange(1))
+    for split in ('train', *dataset.info.held_out()):
+        indices = dataset.info.indices(split)
+        if all(map(batches.fault, indices)):
+            raise UserError(
+                f'config.dataset: none of the {len(indices)} images of {split} can be decoded; the '
+                f'first is {batches.reason(indices[0])}; repair them'
+            )
+
+
 def mean_std_of(
     config: Config, dataset: Dataset, log: Callable[[str], None]
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -21,12 +21,17 @@ from afkd_jax.registry import register_source
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """The images and the class names of a data set; wrong types, shapes or values: UserError."""
+    """The images and the class names of a data set; wrong types, shapes or values: UserError.
+
+    Attributes:
+      notes: lines for the user about the images.
+    """
 
     train: Examples
     test: Examples
     classes: tuple[str, ...]
     validation: Examples | None = None  # None: config.data.validation_fraction of `train`
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self):
         if len(self.classes) < 2:

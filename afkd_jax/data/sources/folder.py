@@ -2,48 +2,112 @@
 
 DIR/train/<class>/... and DIR/test/<class>/... and, as the validation split, one of DIR/val,
 DIR/validation and DIR/valid; without DIR/test that is the test split. Folders without class folders
-do not count. Every file
-below a class folder, at any depth, with the extension of an image counts. Hidden files and folders
-are skipped, and links to folders below a class folder. Classes and images are numbered in the order
-of their names, compared as bytes.
+do not count. Every file below a class folder, at any depth, with the extension of an image counts.
+Links are followed, except to a folder that contains them. Hidden files and folders are left out,
+and what NAS and archive programs put beside images. Classes and images are numbered in the order of
+their names, compared as bytes; names of classes in the splits are the same if they look the same.
 """
 
+import contextlib
+import dataclasses
+import errno
 import os
 import pathlib
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterator, Sequence
+from typing import BinaryIO
 
 import numpy as np
 
+from afkd_jax import paths
 from afkd_jax.config import Config
 from afkd_jax.data import decode
 from afkd_jax.data.examples import Examples, digest
 from afkd_jax.data.sources import Source
 from afkd_jax.errors import UserError
 
-_ENDINGS = (b'.jpg', b'.jpeg', b'.png', b'.webp', b'.bmp', b'.gif', b'.tif', b'.tiff')
+_ENDINGS = (
+    *(b'.jpg', b'.jpeg', b'.jpe', b'.jfif'),
+    *(b'.png', b'.webp', b'.bmp', b'.gif', b'.tif', b'.tiff'),
+)
 _HELD_OUT_NAMES = ('test', 'val', 'validation', 'valid')
+# Folders with thumbnails, deleted files and the like, which are left out as hidden ones are.
+_JUNK = (
+    *(b'@eaDir', b'@Recycle', b'#recycle', b'#snapshot'),
+    *(b'__MACOSX', b'$RECYCLE.BIN', b'System Volume Information', b'lost+found'),
+)
+_JUNK_FILES = (b'thumbs.db', b'desktop.ini')
+_UNREADABLE = (errno.ENOENT, errno.EACCES, errno.EIO, errno.ELOOP)  # of an image, not of all
+
+
+def _left_out(name: bytes) -> bool:
+    return name.startswith(b'.') or name in _JUNK or name.lower() in _JUNK_FILES
 
 
 def _folders(folder: pathlib.Path) -> list[bytes]:
     with os.scandir(os.fsencode(folder)) as entries:
-        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith(b'.'))
+        return sorted(e.name for e in entries if e.is_dir() and not _left_out(e.name))
 
 
-def _raise(error: OSError) -> None:
-    raise error
+def _is_image(name: bytes) -> bool:
+    return name.lower().endswith(_ENDINGS)
 
 
-def image_files(folder: bytes) -> list[bytes]:
-    """Returns the image files below a folder, as paths relative to it, sorted."""
-    found = []
-    for where, folders, names in os.walk(folder, onerror=_raise):
-        folders[:] = [name for name in folders if not name.startswith(b'.')]
-        found += [
-            os.path.relpath(os.path.join(where, name), folder)
-            for name in names
-            if name.lower().endswith(_ENDINGS) and not name.startswith(b'.')
-        ]
-    return sorted(found)
+def class_name(name: bytes) -> str:
+    """Returns the class of a folder; equal characters are equal bytes, unlike in file systems."""
+    return unicodedata.normalize('NFC', name.decode(errors='backslashreplace'))
+
+
+@dataclasses.dataclass
+class Found:
+    """What lies below a folder, as paths relative to it.
+
+    Attributes:
+      others: files that are no images, by their extension, except those that are always left out.
+      loops: links to a folder that contains them.
+    """
+
+    images: list[bytes] = dataclasses.field(default_factory=list)
+    others: list[bytes] = dataclasses.field(default_factory=list)
+    loops: list[bytes] = dataclasses.field(default_factory=list)
+
+
+def find(folder: bytes) -> Found:
+    """Returns what lies below a folder, at any depth, sorted."""
+    found = Found()
+
+    def walk(path: bytes, inside: bytes, above: set[tuple[int, int]]) -> None:
+        here = _identity(path)
+        if here in above:
+            found.loops.append(inside)
+            return
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if _left_out(entry.name):
+                    continue
+                name = os.path.join(inside, entry.name)
+                if entry.is_dir():
+                    walk(entry.path, name, {*above, here})
+                else:
+                    (found.images if _is_image(entry.name) else found.others).append(name)
+
+    above = {
+        parent for one in (os.path.abspath, os.path.realpath) for parent in _above(one(folder))
+    }
+    walk(folder, b'', set(map(_identity, above)))
+    for names in (found.images, found.others, found.loops):
+        names.sort()
+    return found
+
+
+def _identity(path: bytes) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def _above(path: bytes) -> set[bytes]:
+    parent = os.path.dirname(path)
+    return {parent} | (_above(parent) if parent != path else set())
 
 
 class _Files(Examples):
@@ -52,11 +116,15 @@ class _Files(Examples):
     def __init__(self, root: pathlib.Path, labels: dict[bytes, int]):
         self._folders = list(labels)
         self._paths = [os.path.join(os.fsencode(root), name) for name in labels]
-        files = [image_files(path) for path in self._paths]
+        found = [find(path) for path in self._paths]
+        files = [one.images for one in found]
         self._folder = np.repeat(np.arange(len(files)), [len(names) for names in files])
         self._labels = np.array([*labels.values()], np.int32)[self._folder]
         # An array instead of a list: a million names are 50 MB, sent to every worker process.
         self._files = np.array([name for names in files for name in names], 'S')
+        pairs = list(zip(self._paths, found, strict=True))
+        self.others = [os.path.join(path, name) for path, one in pairs for name in one.others]
+        self.loops = [os.path.join(path, name) for path, one in pairs for name in one.loops]
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -64,13 +132,24 @@ class _Files(Examples):
     def _path(self, index: int) -> bytes:
         return b'%b/%b' % (self._paths[self._folder[index]], self._files[index])
 
+    @contextlib.contextmanager
+    def _open(self, index: int, buffering: int) -> Iterator[BinaryIO]:
+        """Opens a file; one that is missing or cannot be read is an image that is broken."""
+        try:
+            with open(self._path(index), 'rb', buffering) as file:
+                yield file
+        except OSError as error:
+            if error.errno not in _UNREADABLE:
+                raise
+            raise decode.DecodeError(f'it cannot be read ({error.strerror})') from error
+
     def __getitem__(self, index: int) -> tuple[bytes, int]:
-        with open(self._path(index), 'rb', buffering=0) as file:
+        with self._open(index, 0) as file:
             return file.read(), int(self._labels[index])
 
     def header(self, index: int) -> decode.Shape:
         """Returns the decode.header of an image."""
-        with open(self._path(index), 'rb') as file:
+        with self._open(index, -1) as file:
             return decode.read_header(file)
 
     def read_labels(self, indices: np.ndarray) -> np.ndarray:
@@ -82,6 +161,23 @@ class _Files(Examples):
     def fingerprint(self) -> str:
         description = self._folders, self._files.dtype.str
         return digest(description, self._files, self._folder, self._labels)
+
+
+def _notes(root: pathlib.Path, split: _Files) -> list[str]:
+    """Returns a line about the files below a split's folder that are passed over, if there are."""
+    with os.scandir(os.fsencode(root)) as entries:
+        beside = sorted(e.path for e in entries if _is_image(e.name) and not _left_out(e.name))
+    reasons = []
+    for found, why in (
+        (split.others, 'without the extension of an image'),
+        (beside, 'in no class folder'),
+        (split.loops, 'links to a folder that contains them'),
+    ):
+        if found:
+            names = [os.fsdecode(os.path.relpath(path, os.fsencode(root))) for path in found[:3]]
+            names += ['...'] if len(found) > 3 else []
+            reasons.append(f'{len(found)} {why} ({", ".join(names)})')
+    return [f'{root}: passed over: {"; ".join(reasons)}'] if reasons else []
 
 
 def _stored_shape(splits: Sequence[_Files]) -> decode.Shape:
@@ -116,7 +212,7 @@ def source(config: Config, argument: str) -> Source:
     Raises:
       UserError: a folder is missing or empty, or the classes of the splits differ.
     """
-    root = pathlib.Path(argument).expanduser()
+    root = paths.local('config.dataset', argument)
     expected = f'{root}/train/CLASS/... and {root}/val/CLASS/... are expected'
     train_root = root / 'train'
     if not train_root.is_dir():
@@ -137,7 +233,14 @@ def source(config: Config, argument: str) -> Source:
             f'config.dataset: none of {", ".join(_HELD_OUT_NAMES)} in {root} has class folders; '
             f'{expected}'
         )
-    labels = {folder: label for label, folder in enumerate(classes)}
+    labels: dict[str, int] = {}
+    for label, name in enumerate(map(class_name, classes)):
+        if name in labels:
+            raise UserError(
+                f'config.dataset: {train_root} has two class folders that look the same, '
+                f'{classes[labels[name]]!r} and {classes[label]!r}; rename or merge them'
+            )
+        labels[name] = label
     if len(validation := [name for name in held_out if name != 'test']) > 1:
         raise UserError(
             f'config.dataset: {" and ".join(str(root / name) for name in validation)} have class '
@@ -146,12 +249,16 @@ def source(config: Config, argument: str) -> Source:
     splits = []
     for name in ('train', *held_out):
         folders = held_out.get(name, classes)
-        if unknown := [os.fsdecode(folder) for folder in folders if folder not in labels]:
+        if unknown := [
+            os.fsdecode(folder) for folder in folders if class_name(folder) not in labels
+        ]:
             raise UserError(
                 f'config.dataset: {root / name} has the class {unknown[0]!r}, which is not in '
                 f'{train_root}; the classes must be the same'
             )
-        splits.append(_Files(root / name, {folder: labels[folder] for folder in folders}))
+        splits.append(
+            _Files(root / name, {folder: labels[class_name(folder)] for folder in folders})
+        )
         if not len(splits[-1]):
             raise UserError(
                 f'config.dataset: there are no image files below {root / name}; remove that folder '
@@ -167,5 +274,9 @@ def source(config: Config, argument: str) -> Source:
     shape = (None, None, 3) if config.data.image_size else _stored_shape(splits)
     for split in splits:
         split.image_shape = shape
-    names = tuple(name.decode(errors='backslashreplace') for name in classes)
-    return Source(train, test, names, *validation)
+    notes = [
+        line
+        for split, name in zip(splits, ('train', *held_out), strict=True)
+        for line in _notes(root / name, split)
+    ]
+    return Source(train, test, tuple(labels), *(validation or [None]), notes=tuple(notes))

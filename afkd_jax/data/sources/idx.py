@@ -9,6 +9,7 @@ from typing import IO
 
 import numpy as np
 
+from afkd_jax import paths
 from afkd_jax.config import Config
 from afkd_jax.data.examples import Images
 from afkd_jax.data.sources import Source
@@ -62,7 +63,7 @@ def source(config: Config, argument: str) -> Source:
     Raises:
       UserError: the directory or a file is missing, broken, or does not fit the others.
     """
-    folder, splits = pathlib.Path(argument).expanduser(), []
+    folder, splits = paths.local('config.dataset', argument), []
     if not folder.is_dir():
         raise UserError(
             f'config.dataset: there is no directory {folder}; name one that holds the four '

@@ -7,8 +7,12 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from array_record.python import array_record_module  # pyright: ignore
+from tensorflow_datasets.core import constants
 
+from afkd_jax import paths
 from afkd_jax.config import Config
+from afkd_jax.data import decode
 from afkd_jax.data.examples import Examples, Shape, digest, input_shape
 from afkd_jax.data.sources import Source, tfds_prepare
 from afkd_jax.errors import UserError, field_error, first_line, nearest
@@ -23,6 +27,9 @@ _PUBLISHED_SIZES = {
     'stl10': (5_000, 8_000),
     'svhn_cropped': (73_257, 26_032),
 }
+
+
+_UNREADABLE = -1  # the label of a damaged record
 
 
 class _Set:
@@ -78,8 +85,11 @@ def _builder(config: Config, name: str) -> tfds.core.DatasetBuilder:
         except Exception as error:  # of several types
             rule = f"a split as 'train[:90%]' ({first_line(error)})"
             raise field_error(f'data.{field}', rule, value) from error
+    # Without a home directory TFDS would put its default, which has a ~ then, where we are.
+    where = config.data.data_dir or constants.DATA_DIR
+    folder = paths.directory('config.data.data_dir', where)
     try:
-        return tfds_prepare.builder(name, config.data.data_dir or None)
+        return tfds_prepare.builder(name, folder if config.data.data_dir else None)
     except tfds.core.DatasetNotFoundError:
         known = tfds.list_builders(with_community_datasets=False)
         raise UserError(
@@ -130,13 +140,23 @@ class _Split(Examples):
         return len(self._source)
 
     def __getitem__(self, index: int) -> tuple[bytes, int]:
-        example, (image, label) = self._source[index], self._keys
+        image, label = self._keys
+        try:
+            example = self._source[index]
+        except Exception as error:  # array_record raises RuntimeErrors, Python's parser others
+            raise decode.DecodeError(
+                f'it cannot be read; copy the file again, or delete it with its directory and '
+                f'prepare the set anew ({first_line(error)})'
+            ) from error
         return example[image], int(example[label])
 
     def read_labels(self, indices: np.ndarray) -> np.ndarray:
         labels = np.empty(len(indices), np.int32)
         for row in np.argsort(indices).tolist():  # in the order in which they are stored
-            labels[row] = self[int(indices[row])][1]
+            try:
+                labels[row] = self[int(indices[row])][1]
+            except decode.DecodeError:
+                labels[row] = _UNREADABLE  # reported where its image is read
         return labels
 
     def name(self, index: int) -> str:
@@ -169,8 +189,24 @@ def _prepared(config: Config, name: str, log: Callable[[str], None]) -> _Set:
 
 
 def prepare(config: Config, name: str, log: Callable[[str], None]) -> pathlib.Path:
-    """Prepares a set if it is not prepared yet, and returns its directory."""
-    return pathlib.Path(_prepared(config, name, log).builder.data_path)
+    """Prepares a set if it is not prepared yet, checks its files, and returns its directory.
+
+    Raises:
+      UserError: see source(); or a file is missing, cut, or has another number of records.
+    """
+    builder = _prepared(config, name, log).builder
+    for split in builder.info.splits.values():
+        for path, count in zip(split.filepaths, split.shard_lengths, strict=True):
+            try:
+                found = array_record_module.ArrayRecordReader(str(path)).num_records()
+            except RuntimeError as error:
+                found = first_line(error)
+            if found != count:
+                raise UserError(
+                    f'config.dataset: {path} should have {count} records, but has {found}; copy '
+                    f'the file again, or delete {builder.data_path} and prepare the set anew'
+                )
+    return pathlib.Path(builder.data_path)
 
 
 def source(config: Config, argument: str) -> Source:

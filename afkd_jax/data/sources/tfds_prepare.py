@@ -26,6 +26,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from afkd_jax import paths
 from afkd_jax.config import Config
 from afkd_jax.data.sources import idx
 from afkd_jax.errors import UserError, typed_line
@@ -212,7 +213,7 @@ def prepare(builder: Builder, config: Config, name: str) -> None:
 
 def _prepare(builder: Builder, config: Config, name: str) -> None:
     wanted = config.data.manual_dir
-    manual = pathlib.Path(wanted).expanduser() if wanted else None
+    manual = paths.local('config.data.manual_dir', wanted) if wanted else None
     archives = ', '.join(_archives(builder).values()) or 'its archives'
     remedy = f'put {archives} into a directory and name it by --config.data.manual_dir, or '
     remedy += elsewhere(name)
