@@ -87,6 +87,7 @@ def test_gradients_are_those_of_single_precision_to_its_digits(method):
         np.testing.assert_allclose(half_values[name], values[name], rtol=0.02)
 
 
+@pytest.mark.slow
 def test_a_short_training_ends_as_well(tmp_path, forked):
     found, fingerprints = {}, set()
     for dtype in ('float32', 'bfloat16'):

@@ -195,7 +195,7 @@ def test_own_views_do_not_depend_on_the_devices(x64):
         pytest.param(2, 2, 'afd', marks=pytest.mark.slow),
         pytest.param(4, 4, 'afd', marks=pytest.mark.slow),
         (2, 8, 'afd'),  # 2 x 4, two networks a device
-        (4, 8, 'l1_kd'),  # 4 x 2
+        pytest.param(4, 8, 'l1_kd', marks=pytest.mark.slow),  # 4 x 2
         (2, 4, 'dml'),  # one, two and three hops
         pytest.param(2, 4, 'loo_mean', marks=pytest.mark.slow),
         pytest.param(2, 4, 'shuffled+moments', marks=pytest.mark.slow),

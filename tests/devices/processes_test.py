@@ -157,7 +157,7 @@ def lost(tmp_path_factory):
     }
 
 
-@pytest.mark.parametrize('victim', [1, 0])
+@pytest.mark.parametrize('victim', [pytest.param(1, marks=pytest.mark.slow), 0])
 def test_a_lost_process_ends_the_others_and_the_run_continues_with_more(victim, one, lost):
     tmp_path, ended, seconds = lost[victim]
     assert seconds < LOST_S + 15

@@ -47,7 +47,7 @@ def lowered(platform, networks=('resnet8', 'wrn-10-1'), method='vanilla'):
     return step.trace(*arguments).lower(lowering_platforms=(platform,))
 
 
-@pytest.mark.parametrize('platform', ['tpu', 'cuda'])
+@pytest.mark.parametrize('platform', [pytest.param('tpu', marks=pytest.mark.slow), 'cuda'])
 def test_programs_for_other_platforms_contain_no_workaround(monkeypatch, platform):
     networks = 'resnet8', 'mobilenet_v2x0.5'
     program = lowered(platform, networks).as_text()

@@ -171,6 +171,7 @@ def test_a_run_that_another_worker_holds_is_left_to_it(finished, tmp_path, monke
     assert study.main(command(workdir, 'method=vanilla,dml'), None) == 0
 
 
+@pytest.mark.slow
 def test_a_signal_ends_the_worker_after_a_checkpoint(tmp_path, monkeypatch):
     train = loop.train
 

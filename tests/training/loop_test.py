@@ -596,6 +596,7 @@ def test_without_validation_the_test_split_is_only_watched(tmp_path, monkeypatch
     assert {row['split'] for row in lines(tmp_path, 'evaluation')} == {'test'}
 
 
+@pytest.mark.slow
 def test_networks_on_several_devices_stop_and_continue_to_the_bit(monkeypatch, tmp_path):
     monkeypatch.setattr(mesh, 'available', lambda: jax.devices()[:4])
     config = short_config(mesh__peer=2, checkpoint__every_steps=3)
