@@ -62,7 +62,9 @@ class Comparison:
         if low > -MARGIN and high < MARGIN:
             return f'no difference larger than {MARGIN} points'
         assert self.sd is not None
-        needed = max(seeds_for(self.sd, self.comparisons), n + 1)
+        # Few seeds say little about the standard deviation: its 80 % upper limit counts.
+        sd = self.sd * math.sqrt((n - 1) / stats.chi2.ppf(0.2, n - 1))
+        needed = max(seeds_for(sd, self.comparisons), n + 1)
         return f'cannot tell with {n} seeds; about {needed} would tell {MARGIN} points'
 
 

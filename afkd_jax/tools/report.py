@@ -93,9 +93,11 @@ def _markdown(
     lines += [
         'Accuracy in percent on the test split after the last epoch: mean and standard deviation '
         'over seeds. `best` is the mean test accuracy of the networks at their best epoch on '
-        'validation; nothing is selected on test. `operations` (of convolutions and products, '
-        'without discriminators) and `time` (of the training steps) of a run are relative to '
-        f'{study.reference}. ECE and NLL are of the networks, on test.',
+        'validation; nothing is selected on test. `operations` are those of convolutions and '
+        'products in the networks (an adversary pulls back twice; discriminators are left out) and '
+        f'`time` that of the training steps, relative to {study.reference}. img/s and time are '
+        'medians over seeds and depend on what else the machine does. ECE and NLL are of the '
+        'networks, on test.',
         '',
     ]
     if comparisons:
@@ -124,10 +126,17 @@ def _missing(results: Results) -> Iterator[str]:
     for run in left:
         if run.state is State.FAILED:
             yield f'- failed: {run.arm}, seed {run.seed} (`{run.folder}`): {run.error}'
-    for state, arm in dict.fromkeys((run.state, run.arm) for run in left):
-        if state is not State.FAILED:
-            seeds = [str(run.seed) for run in left if (run.state, run.arm) == (state, arm)]
-            yield f'- {state.value}: {arm}, seed{"s" * (len(seeds) > 1)} {", ".join(seeds)}'
+    found = {(run.arm, run.seed) for run in results.runs}
+    gaps = [
+        ('missing', arm, seed)
+        for arm in results.study.arms
+        for seed in results.study.seeds
+        if (arm, seed) not in found
+    ]
+    gaps += [(r.state.value, r.arm, r.seed) for r in left if r.state is not State.FAILED]
+    for what, arm in dict.fromkeys((what, arm) for what, arm, _ in gaps):
+        seeds = [str(seed) for kind, label, seed in gaps if (kind, label) == (what, arm)]
+        yield f'- {what}: {arm}, seed{"s" * (len(seeds) > 1)} {", ".join(seeds)}'
     yield ''
 
 
@@ -141,13 +150,17 @@ def _spread(values: list[float]) -> str:
 
 def _results_table(results: Results, operations: dict[str, float | None]) -> str:
     baseline = results.study.reference
-    times = {arm: _median([run.training_s for run in results.of(arm)]) for arm in operations}
+    speeds = {
+        arm: _median([run.summary['images_per_s'] for run in results.of(arm) if run.summary])
+        for arm in operations
+    }
+    times = {arm: _training_s(results.of(arm), speeds[arm]) for arm in operations}
     rows = []
     for arm in results.study.arms:
         runs = results.of(arm)
         by_network = list(zip(*(run.networks('test_accuracy') for run in runs), strict=False))
         best = [run.mean('test_accuracy_at_best_validation') for run in runs]
-        speed = _median([run.summary['images_per_s'] for run in runs if run.summary])
+        speed = speeds[arm]
         pooled = study_figures.pooled_confidence(results, arm)
         entropies = [
             entropy
@@ -172,6 +185,14 @@ def _results_table(results: Results, operations: dict[str, float | None]) -> str
         )
     columns = ['arm', 'n', 'mean of networks', 'networks', 'ensemble', 'best', 'NLL', 'ECE']
     return page.table([*columns, 'img/s', 'operations', 'time'], rows)
+
+
+def _training_s(runs: list[Result], speed: float | None) -> float | None:
+    """Returns the seconds of the training steps of a run at this speed, images per second."""
+    steps = next(
+        (run.summary['steps'] * run.config['batch_size'] for run in runs if run.summary), 0
+    )
+    return steps / speed if speed else None
 
 
 def _ratio(value: float | None, base: float | None) -> str:
@@ -261,8 +282,17 @@ def _provenance(results: Results) -> Iterator[str]:
         words = ', '.join(f'`{name} = {value}`' for name, value in fields.items())
         yield f'- {arm}: {words or "none"}'
     yield ''
+    for name in ('dataset', 'networks', 'epochs', 'batch_size'):
+        values = dict.fromkeys(str(run.config[name]) for run in results.runs if run.config)
+        yield f'- {name}: {"; ".join(values)}'
     facts = [
         {
+            'images': ', '.join(
+                f'{run.summary["images"][split]} {split}'
+                for split in ('train', 'validation', 'test')
+            )
+            if run.summary
+            else 'unknown',
             'devices': line['devices'],
             'commit': line['commit'] or 'unknown',
             **{f'{name}': version for name, version in line['versions'].items()},

@@ -17,6 +17,7 @@ from typing import Any
 
 from afkd_jax import studies
 from afkd_jax.checkpoints import files, lock, starts
+from afkd_jax.checkpoints import workdir as workdir_lib
 from afkd_jax.checkpoints.workdir import FAILED, State, finished_summary, state_of
 from afkd_jax.command import Command
 from afkd_jax.config import Config
@@ -167,6 +168,7 @@ def _points(study: Study, config: Config, workdir: pathlib.Path) -> list[Point]:
     points = []
     for point in study.points(config):
         resolved = starts.resolved(point.config, workdir / point.folder)
+        workdir_lib.check(workdir / point.folder, resolved)
         info = dataset.info(resolved)
         cohort_lib.assemble(resolved, info.image_shape, info.num_classes, info.train)
         points.append(dataclasses.replace(point, config=resolved))
@@ -215,6 +217,7 @@ def main(command: Command, _: object) -> int:
     options, started = command.options, time.time()
     if options.study:
         study = studies.parse(options.study, command.config)
+        study = dataclasses.replace(study, name=command.workdir.name)
     elif command.study:
         study = command.study
     else:
@@ -234,6 +237,7 @@ def main(command: Command, _: object) -> int:
     files.write_json(workdir / studies.NAME, study.to_json())
     jobs = options.jobs or 1
     with Interrupt() as interrupt:
+        interrupt.effect = 'each worker stops after its current step, with a checkpoint'
         if jobs > 1:
             _together(jobs, interrupt)
         else:
@@ -243,4 +247,9 @@ def main(command: Command, _: object) -> int:
         print_json(report.write(workdir))
     if State.FAILED in states:
         return EXIT_USER_ERROR
-    return 0 if set(states) == {State.DONE} else EXIT_RESUMABLE
+    if set(states) == {State.DONE}:
+        return 0
+    if _WORKER not in os.environ:
+        done = states.count(State.DONE)
+        log(f'{done} of {len(states)} runs are done; the same command continues')
+    return EXIT_RESUMABLE

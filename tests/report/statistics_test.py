@@ -79,6 +79,11 @@ def test_verdicts(differences, p_holm, words):
     assert result.verdict.startswith(words)
 
 
+def test_the_standard_deviation_of_few_seeds_counts_by_its_upper_limit():
+    # Of two seeds chi-square(0.2, 1) = 0.0642: SD 0.4 counts as 1.58; t intervals of 0.3 need 109.
+    assert 'about 109 would tell' in compared([0.0, 0.4 * math.sqrt(2)]).verdict
+
+
 def test_the_number_of_seeds_that_would_tell():
     # 10 seeds at SD 0.3 have a half-width of 0.21; 6 of 0.31, 7 of 0.28.
     assert stats.seeds_for(0.3, margin=0.215) == 10
