@@ -204,12 +204,13 @@ def _run(config_flag: flags.FlagHolder, options: Options) -> int:
     _check_options(options)
     if options.topology:  # the TPU need not be attached; one that is stays free
         _set_platform('cpu')
-    if mode.cached:
-        compile_cache.enable()
-    from afkd_jax.report.console import console, keep_stdout_for_json, working
+    warning = compile_cache.enable() if mode.cached else None
+    from afkd_jax.report.console import console, keep_stdout_for_json, log, working
 
     if options.json:
         keep_stdout_for_json()
+    if warning:
+        log(warning)
     # In training a signal is a request from here on, even while JAX is imported.
     with Interrupt() if options.mode == 'train' else Cancel() as interrupt:
         if not mode.distributed:
