@@ -24,7 +24,7 @@ from afkd_jax import config as config_lib
 from afkd_jax import paths, studies
 from afkd_jax.command import Command, Options
 from afkd_jax.config import Config
-from afkd_jax.devices import compile_cache
+from afkd_jax.devices import compile_cache, environment
 from afkd_jax.devices.signals import Cancel, Interrupt
 from afkd_jax.errors import (
     EXIT_BUG,
@@ -202,6 +202,7 @@ def main(config_flag: flags.FlagHolder, options: Options) -> int:
 def _run(config_flag: flags.FlagHolder, options: Options) -> int:
     mode, command = MODES[options.mode], _command(config_flag, options)
     _check_options(options)
+    environment.check()
     if options.topology:  # the TPU need not be attached; one that is stays free
         _set_platform('cpu')
     warning = compile_cache.enable() if mode.cached else None
