@@ -24,7 +24,7 @@ from afkd_jax import config as config_lib
 from afkd_jax import paths, studies
 from afkd_jax.command import Command, Options
 from afkd_jax.config import Config
-from afkd_jax.devices import compile_cache
+from afkd_jax.devices import compile_cache, environment
 from afkd_jax.devices.signals import Cancel, Interrupt
 from afkd_jax.errors import (
     EXIT_BUG,
@@ -202,14 +202,16 @@ def main(config_flag: flags.FlagHolder, options: Options) -> int:
 def _run(config_flag: flags.FlagHolder, options: Options) -> int:
     mode, command = MODES[options.mode], _command(config_flag, options)
     _check_options(options)
+    environment.check()
     if options.topology:  # the TPU need not be attached; one that is stays free
         _set_platform('cpu')
-    if mode.cached:
-        compile_cache.enable()
-    from afkd_jax.report.console import console, keep_stdout_for_json, working
+    warning = compile_cache.enable() if mode.cached else None
+    from afkd_jax.report.console import console, keep_stdout_for_json, log, working
 
     if options.json:
         keep_stdout_for_json()
+    if warning:
+        log(warning)
     # In training a signal is a request from here on, even while JAX is imported.
     with Interrupt() if options.mode == 'train' else Cancel() as interrupt:
         if not mode.distributed:

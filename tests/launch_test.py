@@ -699,6 +699,7 @@ BAD_COMMANDS = {
     'negative step': ([*RUN, '--mode=eval', '--step=-1'], 'step'),
     'a step to describe': ([*SHORT, '--mode=describe', '--step=3'], '--step: 3 is only for'),
     'export to nothing': ([*RUN, '--mode=export'], '--format: is missing; give one of saf'),
+    'a run that would be another': (SHORT, 'JAX_ENABLE_X64: .*unset it'),
     'no truth value for a flag': ([*SHORT, '--debug=perhaps'], 'debug'),
 }
 
@@ -738,7 +739,8 @@ def test_bad_input_gives_one_message(name, tmp_path, forked, trained):
     before = contents(tmp_path / 'run')
     code, output, errors = forked(
         [argument.format(small=tmp_path) for argument in arguments],
-        forks.environment(8 if 'devices' in name else 1),
+        forks.environment(8 if 'devices' in name else 1)
+        | ({'JAX_ENABLE_X64': '1'} if 'would be another' in name else {}),
     )
     assert code == 1, output
     *warnings, line = errors.splitlines()

@@ -1,8 +1,10 @@
 """Files that are written whole or not at all, and what is set aside instead of deleted."""
 
+import errno
 import json
 import os
 import pathlib
+import shutil
 from typing import Any
 
 
@@ -42,5 +44,24 @@ def set_aside(workdir: pathlib.Path, path: pathlib.Path) -> pathlib.Path:
     while free.exists():
         count += 1
         free = target.with_name(f'{target.name}.{count}')
-    path.rename(free)
+    _move(path, free)
     return free
+
+
+def _move(path: pathlib.Path, target: pathlib.Path) -> None:
+    """Renames a file or directory; to another file system it is copied, whole, and then deleted."""
+    try:
+        path.rename(target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        copy = target.with_name(target.name + '.unfinished')
+        if path.is_dir():
+            shutil.rmtree(copy, ignore_errors=True)  # of a process that was killed
+            shutil.copytree(path, copy)
+            copy.rename(target)
+            shutil.rmtree(path)
+        else:
+            shutil.copy2(path, copy)
+            copy.rename(target)
+            path.unlink()

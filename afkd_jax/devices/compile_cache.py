@@ -8,16 +8,31 @@ import re
 import sys
 
 
-def enable() -> None:
+def enable() -> str | None:
     """Uses ~/.cache/afkd_jax/<CPU>, unless JAX_COMPILATION_CACHE_DIR names another directory.
 
     One directory per kind of CPU, because machines that share a home directory may differ.
+
+    Returns:
+      A warning if there can be no cache, as without a home directory; else None.
     """
-    cache = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
-    directory = str(pathlib.Path(cache) / 'afkd_jax' / _cpu_kind())
-    directory = os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', directory)
+    if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+        try:
+            cache = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
+            folder = pathlib.Path(cache) / 'afkd_jax' / _cpu_kind()
+            folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK):
+                raise PermissionError(f'{folder} cannot be written')
+        except (OSError, RuntimeError) as error:  # the latter where no home directory is known
+            return (
+                f'warning: compiled programs are not cached ({error}); name a directory by '
+                'JAX_COMPILATION_CACHE_DIR'
+            )
+        os.environ['JAX_COMPILATION_CACHE_DIR'] = str(folder)
+    directory = os.environ['JAX_COMPILATION_CACHE_DIR']
     if 'jax' in sys.modules:  # a config file has imported it, so the variable comes too late
         sys.modules['jax'].config.update('jax_compilation_cache_dir', directory)
+    return None
 
 
 def _cpu_kind() -> str:

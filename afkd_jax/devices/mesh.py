@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import platform
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -35,8 +36,9 @@ def available() -> list[Device]:
         return jax.devices()
     except RuntimeError as error:
         words = ' '.join(str(error).split())
+        name = 'JAX_PLATFORM_NAME' if 'JAX_PLATFORM_NAME' in os.environ else 'JAX_PLATFORMS'
         raise UserError(
-            f'JAX_PLATFORMS: JAX cannot use what it asks for ({words}); unset it, or install '
+            f'{name}: JAX cannot use what it asks for ({words}); unset it, or install '
             'JAX for those devices (see README)'
         ) from error
 

@@ -15,8 +15,18 @@ import rich.progress
 _SILENT_S = 3.0  # elsewhere than on a terminal, work that takes longer is announced
 
 
+_LEAST, _NO_LIMIT = 80, 10_000  # columns: of tables on a terminal, and in files
+
+
 class _Console(rich.console.Console):
     needs_reader = True  # False: the mode continues when nobody reads its output any more
+    least = 0  # columns, even where the terminal has fewer
+
+    @property
+    def size(self) -> rich.console.ConsoleDimensions:
+        """The size of the terminal; COLUMNS=0 means that it is not known."""
+        columns, lines = super().size
+        return rich.console.ConsoleDimensions(max(columns or _LEAST, self.least), lines)
 
     def on_broken_pipe(self) -> None:
         """Discards the output from here on, or raises the BrokenPipeError that is handled."""
@@ -43,8 +53,12 @@ def redirected(path: pathlib.Path) -> Iterator[None]:
 
 
 def log(line: Any) -> None:
-    """Prints a line, or a table, of the primary process."""
-    console.print(line)
+    """Prints a line, or a table, of the primary process; a narrow terminal cuts no number of it."""
+    console.least = _LEAST if console.is_terminal else _NO_LIMIT
+    try:
+        console.print(line)
+    finally:
+        console.least = 0
 
 
 def log_from_any(line: str) -> None:

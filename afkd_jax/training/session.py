@@ -8,7 +8,7 @@ from typing import Any
 
 from afkd_jax.checkpoints import workdir as workdir_lib
 from afkd_jax.checkpoints.store import Checkpoints, Snapshot
-from afkd_jax.devices import processes
+from afkd_jax.devices import environment, processes
 from afkd_jax.devices.signals import Interrupt
 from afkd_jax.report.console import log, working
 from afkd_jax.report.jsonl import JsonLines
@@ -81,7 +81,7 @@ def opened(
             lambda: stack.enter_context(claim) if claim else lambda: None
         )
         processes.raise_on_all(lambda: workdir_lib.check_shared(workdir))
-        metadata = {'versions': versions(), 'devices': run.devices.name}
+        metadata = {'versions': versions() | environment.rounding(), 'devices': run.devices.name}
         checkpoints = stack.enter_context(
             Checkpoints(workdir, run.origin(), metadata, config.checkpoint.keep, check_held)
         )

@@ -1,5 +1,6 @@
 """The workdir: its run, its lock, and its files."""
 
+import errno
 import os
 import pathlib
 import signal
@@ -192,6 +193,27 @@ def test_only_the_summary_of_a_finished_run_counts(text, tmp_path):
     assert workdir_lib.finished_summary(tmp_path) is None
     (tmp_path / 'summary.json').write_text('{"finished": true, "steps": 3}')
     assert workdir_lib.finished_summary(tmp_path) == {'finished': True, 'steps': 3}
+
+
+@pytest.mark.parametrize('name', ['7', 'summary.json'])
+def test_what_is_set_aside_may_go_to_another_file_system(name, tmp_path, monkeypatch):
+    path, rename = tmp_path / name, pathlib.Path.rename
+    if name == '7':
+        path.mkdir()
+        (path / 'record.json').write_text('whole')
+    else:
+        path.write_text('whole')
+
+    def of_one_disk(self, target):
+        if self.parent != target.parent:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        return rename(self, target)
+
+    monkeypatch.setattr(pathlib.Path, 'rename', of_one_disk)
+    target = files.set_aside(tmp_path, path)
+    assert (target / 'record.json' if name == '7' else target).read_text() == 'whole'
+    assert sorted(tmp_path.iterdir()) == [tmp_path / 'set_aside']
+    assert [*target.parent.iterdir()] == [target]
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

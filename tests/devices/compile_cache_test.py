@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 
 import pytest
 
@@ -40,3 +41,20 @@ def test_jaxs_own_variable_wins(environment, tmp_path):
     environment.setenv(NAME, str(tmp_path))
     compile_cache.enable()
     assert os.environ[NAME] == str(tmp_path)
+
+
+@pytest.mark.parametrize('home', [None, 'a file'])
+def test_where_there_can_be_no_cache_a_warning_says_so(home, environment, tmp_path):
+    environment.delenv('XDG_CACHE_HOME', raising=False)
+    if home:
+        (tmp_path / home).touch()
+        environment.setenv('HOME', str(tmp_path / home))
+    else:  # and no entry in passwd
+
+        def unknown():
+            raise RuntimeError('Could not determine home directory.')
+
+        environment.setattr(pathlib.Path, 'home', unknown)
+    words = 'warning: compiled programs are not cached .*; name a directory by JAX_COMPILATION'
+    assert re.match(words, compile_cache.enable())
+    assert NAME not in os.environ

@@ -10,7 +10,7 @@ from conftest import tiny_config
 
 from afkd_jax.method.metrics import Evaluation
 from afkd_jax.report import console as console_lib
-from afkd_jax.report import terminal
+from afkd_jax.report import tables, terminal
 from afkd_jax.report.trackers import EpochEnd, EvaluationValues, Start, TrainValues
 
 CONTROL = re.compile(r'\x1b\[[?\d;]*[A-Za-z]')
@@ -125,3 +125,23 @@ def test_a_line_ends_between_two_parts():
     assert terminal.lines(parts, None) == ['epoch 1/2  loss 1 2  val % 3 4']
     assert terminal.lines(parts, 19) == ['epoch 1/2  loss 1 2', '  val % 3 4']
     assert terminal.lines(parts, 9) == ['epoch 1/2', '  loss 1', '    2', '  val % 3', '    4']
+
+
+@pytest.mark.parametrize('columns', ['0', '20', None])
+@pytest.mark.parametrize('terminal', [True, False])
+def test_no_width_cuts_a_table_or_a_line(columns, terminal, monkeypatch):
+    environment = {} if columns is None else {'COLUMNS': columns}
+    file = io.StringIO()
+    shown = type(console_lib.console)(
+        file=file, force_terminal=terminal, _environ=environment, soft_wrap=True, color_system=None
+    )
+    monkeypatch.setattr(console_lib, 'console', shown)
+    names = tuple(f'column {n}' for n in range(5 if terminal else 30))
+    table = tables.table('network', names)
+    table.add_row('resnet32', *(f'{n}.25' for n in range(len(names))))
+    console_lib.log(table)
+    console_lib.log('a line ' * 30)
+    header, _, row = (line for line in file.getvalue().splitlines()[:5] if line.strip())
+    assert [*map(str.strip, re.split(r'  +', header.strip()))] == ['network', *names]
+    assert row.split() == ['resnet32', *(f'{n}.25' for n in range(len(names)))]
+    assert 'a line ' * 30 in file.getvalue()
