@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from afkd_jax.errors import typed_line
+from afkd_jax.report.console import log
 from afkd_jax.report.figures import styled
 from afkd_jax.report.results import Result, Results
 from afkd_jax.report.statistics import MARGIN, Comparison, calibration
@@ -55,11 +57,14 @@ def draw(
     style |= {'svg.hashsalt': 'afkd_jax'}
     with styled(**style):
         for name, make in figures.items():
-            if made := make():
-                title, figure = made
-                file = io.BytesIO()
-                figure.savefig(file, format='svg', metadata={'Date': None})
-                found[name] = title, file.getvalue()
+            try:
+                if made := make():
+                    title, figure = made
+                    file = io.BytesIO()
+                    figure.savefig(file, format='svg', metadata={'Date': None})
+                    found[name] = title, file.getvalue()
+            except Exception as error:  # the tables matter more
+                log(f'warning: the figure "{name}" cannot be drawn ({typed_line(error)})')
     return found
 
 

@@ -27,7 +27,7 @@ from afkd_jax.data import dataset
 from afkd_jax.devices import mesh
 from afkd_jax.devices.signals import Interrupt
 from afkd_jax.errors import EXIT_RESUMABLE, EXIT_USER_ERROR, UserError
-from afkd_jax.report import predictions, results
+from afkd_jax.report import predictions, results, study_figures
 from afkd_jax.studies import Study
 from afkd_jax.tools import report, study
 from afkd_jax.training import loop
@@ -186,7 +186,7 @@ def test_a_signal_ends_the_worker_after_a_checkpoint(tmp_path, monkeypatch):
     assert study.main(command(workdir, 'method=vanilla'), None) == 0
 
 
-def test_runs_that_nobody_planned_as_a_study(finished, tmp_path):
+def test_runs_that_nobody_planned_as_a_study(finished, tmp_path, monkeypatch, capsys):
     workdir, _ = finished
     folder = tmp_path / 'runs'
     for source, target in (('dml/seed=0', 'a'), ('vanilla/seed=0', 'b/c'), ('vanilla/seed=1', 'd')):
@@ -201,6 +201,14 @@ def test_runs_that_nobody_planned_as_a_study(finished, tmp_path):
     assert found['accuracy']['vanilla'].keys() == {'0', '1'}
     assert found['comparisons'][0]['arm'] == 'dml'
     assert '| vanilla | 2 |' in (folder / 'report.md').read_text()
+
+    def broken(_):
+        raise ValueError('no figure')
+
+    monkeypatch.setattr(study_figures, '_seeds', broken)
+    report.write(folder)
+    assert 'the figure "seeds" cannot be drawn' in capsys.readouterr().out
+    assert 'report_figures/curves.svg' in (folder / 'report.md').read_text()
     (empty := tmp_path / 'empty').mkdir()
     with pytest.raises(UserError, match='holds no runs'):
         report.write(empty)
