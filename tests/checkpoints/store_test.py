@@ -106,6 +106,7 @@ def test_a_snapshot_is_restored_to_the_bit_on_any_number_of_devices(snapshot, tm
             assert (restored.rejected, restored.newer) == ({}, [])
 
 
+@pytest.mark.slow
 def test_a_snapshot_is_restored_to_the_bit_on_any_number_of_peers(tmp_path):
     config = tiny_config(('tiny-4-2',) * 4, dataset='digits')
     runs = {

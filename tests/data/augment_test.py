@@ -116,6 +116,7 @@ def mapped_batch(recipe, devices, network):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'recipe',
     [

@@ -51,6 +51,7 @@ def test_values_and_gradients_are_those_of_the_convolution(x64, shape, size, str
         np.testing.assert_allclose(mine, theirs, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_it_can_be_differentiated_again_and_vmapped(x64):
     x, kernel = random((2, 4, 4, 3)), random((3, 3, 1, 3), seed=1)
 

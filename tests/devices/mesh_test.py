@@ -196,7 +196,7 @@ def test_own_views_do_not_depend_on_the_devices(x64):
         pytest.param(4, 4, 'afd', marks=pytest.mark.slow),
         (2, 8, 'afd'),  # 2 x 4, two networks a device
         pytest.param(4, 8, 'l1_kd', marks=pytest.mark.slow),  # 4 x 2
-        (2, 4, 'dml'),  # one, two and three hops
+        pytest.param(2, 4, 'dml', marks=pytest.mark.slow),  # one, two and three hops
         pytest.param(2, 4, 'loo_mean', marks=pytest.mark.slow),
         pytest.param(2, 4, 'shuffled+moments', marks=pytest.mark.slow),
     ],
@@ -213,7 +213,7 @@ def test_sharding_the_networks_changes_nothing(peers, count, method, x64):
     ('mapping', 'count', 'peers', 'switches'),
     [
         ('shard_map', 4, 1, JOINT),
-        ('shard_map', 4, 2, SPECTRAL),
+        pytest.param('shard_map', 4, 2, SPECTRAL, marks=pytest.mark.slow),
         pytest.param('shard_map', 4, 2, JOINT, marks=pytest.mark.slow),
         pytest.param('shard_map', 8, 1, SPECTRAL, marks=pytest.mark.slow),
         pytest.param('pmap', 2, 1, JOINT, marks=pytest.mark.slow),

@@ -177,6 +177,7 @@ def test_a_lost_process_ends_the_others_and_the_run_continues_with_more(victim, 
     assert resume['step'] >= 3
 
 
+@pytest.mark.slow
 def test_processes_start_from_the_weights_of_a_run(one, tmp_path):
     """One frozen, one that learns; if the source is damaged for one process, all end."""
     start = [

@@ -233,6 +233,7 @@ def test_losses_and_gradients_equal_numpy(method, x64):
         np.testing.assert_allclose((slopes[i] * direction).sum(), difference, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_a_step_follows_the_gradient_of_the_whole_loss(x64):
     """Of networks and module at once: also through the maps into the trunks."""
     config = tiny_config(('tiny-4-2', 'tiny-6-1'), method='ffl', batch_size=BATCH)

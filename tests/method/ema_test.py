@@ -42,6 +42,7 @@ def weights(network):
     return {'params': network.params, 'batch_stats': network.batch_stats}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('decay', [0.6, 0.9])
 def test_averages_equal_their_recursion(decay, x64):
     states, _ = states_of(tiny_config(PAIR, method='afd', ema__decay=decay))

@@ -252,6 +252,7 @@ def test_rates_that_do_not_fit_are_rejected(fields, message):
         tiny_cohort(tiny_config(**fields))
 
 
+@pytest.mark.slow
 def test_two_accumulated_halves_are_one_batch(x64):
     # With local statistics a batch on two devices has the statistics of its halves; so all
     # optimizers, those of the discriminators too, see the same mean gradient.

@@ -101,6 +101,7 @@ def test_the_figures_equal_numpy(networks, fields, batch_size, monkeypatch):
         assert edge['only_teacher_correct'] == pytest.approx(100 * (~right & teacher_right).mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('devices', 'mapping'), [(8, 'shard_map'), (2, 'pmap')])
 def test_devices_and_mapping_change_nothing(devices, mapping, monkeypatch):
     figures = []

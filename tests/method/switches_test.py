@@ -305,6 +305,7 @@ def test_the_penalty_on_real_maps_equals_numpy(every, x64):
             np.testing.assert_allclose((more[k] * along).sum(), slope, rtol=1e-6, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_penalty_of_a_joint_batch_and_of_patches(x64):
     # By differences: the slope of the teacher's outputs, each the mean over its locations, to one
     # element of one of the teacher's maps.
@@ -375,6 +376,7 @@ def adversarial_move(network, weight=1.0, **fields):
     return moved_by(weight, network, **fields) - moved_by(0.0, network)
 
 
+@pytest.mark.slow
 def test_the_logit_optimizer_takes_both_gradients(x64):
     # Adam's first moment after one step is 0.1 times the gradient of L_G.
     config = tiny_config(PAIR, method='adversarial', batch_size=8, epochs=4)
@@ -389,6 +391,7 @@ def test_the_logit_optimizer_takes_both_gradients(x64):
         np.testing.assert_allclose(adversarial_move(k), -RATE * flat, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_balanced_weight_is_the_ratio_of_the_gradients_at_the_map(x64):
     state, _, _ = one_step(1.0)
     images, labels = as_float64(random_batch(8))

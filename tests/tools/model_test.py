@@ -67,7 +67,7 @@ def images_of(config, split):
     return np.stack(pixels), np.array(labels)
 
 
-@pytest.mark.parametrize('run', ['stacked', 'mixed'])
+@pytest.mark.parametrize('run', ['stacked', pytest.param('mixed', marks=pytest.mark.slow)])
 @pytest.mark.parametrize('step', ['last', 'best', 5])
 def test_predictions_are_those_of_the_runs_evaluation(run, step, request):
     config, workdir, evaluations = request.getfixturevalue(run)

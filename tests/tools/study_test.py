@@ -127,6 +127,7 @@ def test_predictions_are_those_of_the_evaluation(finished):
     assert (found['confidence'] <= 1).all()
 
 
+@pytest.mark.slow
 def test_a_study_can_grow_but_an_arm_cannot_change(finished, tmp_path):
     workdir, _ = finished
     before = {path: path.stat().st_mtime for path in workdir.rglob('summary.json')}
@@ -159,6 +160,7 @@ def test_a_failed_run_is_recorded_and_tried_again(tmp_path, monkeypatch):
     assert state_of(workdir / 'vanilla' / 'seed=0') is State.DONE
 
 
+@pytest.mark.slow
 def test_a_run_that_another_worker_holds_is_left_to_it(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(lock, 'LEASE_S', 2.0)
     workdir = tmp_path / 'study'

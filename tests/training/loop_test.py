@@ -298,6 +298,7 @@ def test_a_run_continues_from_any_checkpoint(step, every_step, uninterrupted, tm
     assert {line for line in before if json.loads(line)['step'] <= step} <= set(after)
 
 
+@pytest.mark.slow
 def test_a_run_continues_between_accumulated_steps_and_with_spectral_norms(tmp_path):
     fields = {'accumulate': 2, 'discriminator__norm': 'spectral', 'logit__rule': 'adamw'}
     config = short_config(checkpoint__every_steps=1, checkpoint__keep=100, **fields)
@@ -520,6 +521,7 @@ def failing(monkeypatch, bad):
     monkeypatch.setattr(step_lib, 'update', broken)
 
 
+@pytest.mark.slow
 def test_a_skipped_step_leaves_nothing_but_its_count(tmp_path, monkeypatch, capsys):
     failing(monkeypatch, lambda step: step == 2)
     config = short_config(checkpoint__every_steps=1, checkpoint__keep=99)

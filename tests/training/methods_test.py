@@ -18,6 +18,7 @@ def lines(workdir, kind):
     return [line for line in jsonl.read(workdir / 'metrics.jsonl') if line['kind'] == kind]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('method', 'values', 'step_values'),
     [
