@@ -876,6 +876,7 @@ def test_every_error_becomes_one_line(error, pattern, code):
     assert given == code
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_same_run_whatever_is_written_meanwhile(trained, tmp_path):
     with kills.start(tmp_path, ENVIRONMENT, *kills.OFTEN) as process:
         assert ' steps, on ' in process.stdout.readline()

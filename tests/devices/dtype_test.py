@@ -29,6 +29,7 @@ def updated(dtype, method):
     return before, jax.device_get(after), jax.device_get(values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('method', ['afd', 'l1_kd'])
 def test_state_losses_and_values_stay_in_single_precision(method):
     before, after, values = updated('bfloat16', method)

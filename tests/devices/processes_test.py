@@ -122,6 +122,7 @@ def test_two_processes_make_the_run_of_one(one, two):
     # Training itself checks that all processes end in one fingerprint (processes.assert_equal).
 
 
+@pytest.mark.slow
 def test_a_signal_to_any_process_stops_all_and_they_continue_to_the_bit(two, tmp_path):
     group = Group(2, 2, tmp_path)
     metrics = tmp_path / 'metrics.jsonl'

@@ -164,6 +164,7 @@ def test_the_order_of_the_test_images_does_not_matter(monkeypatch):
         assert edge['cka'] == pytest.approx(whole, abs=0.02)
 
 
+@pytest.mark.slow
 def test_sharded_networks_have_the_same_figures(monkeypatch):
     networks = ('tiny-4-2',) * 4
     run, state = prepared(monkeypatch, networks)
