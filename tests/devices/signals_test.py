@@ -46,8 +46,6 @@ def start(program, stderr=subprocess.PIPE):
         stdout=subprocess.PIPE,
         stderr=stderr,
         text=True,
-        # Where the tests run in the background of a shell, SIGINT is ignored, also by children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout.readline() == 'ready\n'
     return process
