@@ -220,7 +220,7 @@ class Objective:
         labels_B: jax.Array,
         mixed: Mixed | None = None,
     ) -> tuple[Any, Any]:
-        """Returns what D is told of the students' and the teachers' maps, each [K, B, C] or K None.
+        """Returns the conditions of D on students' and teachers' maps, each [K, B, C] or K None.
 
         The one-hot label, mixed as the images are; or the softmax of the logits of the network
         whose map it is, gradient stopped.

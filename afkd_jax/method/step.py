@@ -415,9 +415,9 @@ def eval_step(
 
     Sums, of each network and, last, the ensemble: cross_entropy [K + 1], metrics.prediction_counts
     of K + 1, and images, int32 [C]: the number of each class; error_products [K, K], if the method
-    needs them. Outputs: label [B], -1 where the mask
-    is False, predicted [B, K + 1], the class, and confidence [B, K + 1], its probability. The
-    ensemble is the mean of the probabilities. Norms use the running statistics.
+    needs them. Outputs: label [B], -1 where the mask is False, predicted [B, K + 1], the class, and
+    confidence [B, K + 1], its probability. The ensemble is the mean of the probabilities. Norms use
+    the running statistics.
 
     Args:
       cohort: this device's part (Cohort.local).

@@ -74,13 +74,16 @@ class Result:
         values = self.networks(key)
         return statistics.fmean(values) if values else None
 
-    @property
-    def training_s(self) -> float | None:
-        """Returns the seconds of the training steps, without compilation and evaluation."""
-        speed = self.summary and self.summary['images_per_s']
-        if not self.summary or not speed:
+    def training_s(self, speed: float | None) -> float | None:
+        """Returns the seconds of the training steps at this speed, in images per second."""
+        if not (self.summary and speed):
             return None
         return self.summary['steps'] * self.config['batch_size'] / speed
+
+    @property
+    def speed(self) -> float | None:
+        """The training speed, in images per second, without compilation and evaluation."""
+        return self.summary['images_per_s'] if self.summary else None
 
     def evaluations(self, split: str) -> list[dict[str, Any]]:
         """Returns the evaluation lines of a split, in order of steps."""

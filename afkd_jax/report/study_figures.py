@@ -196,7 +196,7 @@ def _cost(results: Results, operations: dict[str, float | None]) -> tuple[str, A
     drawn = False
     for arm, colour in colours(results).items():
         for run in results.of(arm):
-            for axis, x in zip(axes[0], (run.training_s, operations[arm]), strict=True):
+            for axis, x in zip(axes[0], (run.training_s(run.speed), operations[arm]), strict=True):
                 if x and run.mean() is not None:
                     axis.plot(x, run.mean(), 'o', color=colour, label=arm, alpha=0.7)
                     drawn = True

@@ -150,11 +150,12 @@ def _spread(values: list[float]) -> str:
 
 def _results_table(results: Results, operations: dict[str, float | None]) -> str:
     baseline = results.study.reference
-    speeds = {
-        arm: _median([run.summary['images_per_s'] for run in results.of(arm) if run.summary])
-        for arm in operations
+    speeds = {arm: _median([run.speed for run in results.of(arm)]) for arm in operations}
+    # The runs of an arm have the same number of steps.
+    times = {
+        arm: next((run.training_s(speed) for run in results.of(arm)), None)
+        for arm, speed in speeds.items()
     }
-    times = {arm: _training_s(results.of(arm), speeds[arm]) for arm in operations}
     rows = []
     for arm in results.study.arms:
         runs = results.of(arm)
@@ -185,14 +186,6 @@ def _results_table(results: Results, operations: dict[str, float | None]) -> str
         )
     columns = ['arm', 'n', 'mean of networks', 'networks', 'ensemble', 'best', 'NLL', 'ECE']
     return page.table([*columns, 'img/s', 'operations', 'time'], rows)
-
-
-def _training_s(runs: list[Result], speed: float | None) -> float | None:
-    """Returns the seconds of the training steps of a run at this speed, images per second."""
-    steps = next(
-        (run.summary['steps'] * run.config['batch_size'] for run in runs if run.summary), 0
-    )
-    return steps / speed if speed else None
 
 
 def _ratio(value: float | None, base: float | None) -> str:

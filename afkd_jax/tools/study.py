@@ -23,7 +23,7 @@ from afkd_jax.command import Command
 from afkd_jax.config import Config
 from afkd_jax.data import dataset
 from afkd_jax.devices.signals import Interrupt
-from afkd_jax.errors import EXIT_RESUMABLE, EXIT_USER_ERROR, UserError, first_line
+from afkd_jax.errors import EXIT_RESUMABLE, EXIT_USER_ERROR, UserError, typed_line
 from afkd_jax.method import cohort as cohort_lib
 from afkd_jax.report.console import log, print_json, redirected, working
 from afkd_jax.report.tables import table
@@ -72,8 +72,8 @@ class Worker:
 
     def _train(self, point: Point) -> bool:
         """Trains a run; returns whether this worker need not try it again."""
-        folder = self.workdir / point.folder
-        log(f'{self._counts()}  starts {point.arm}, seed {point.seed}')
+        folder, name = self.workdir / point.folder, f'{point.arm}, seed {point.seed}'
+        log(f'{_counts(self._states())}  starts {name}')
         begin = time.perf_counter()
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -83,39 +83,41 @@ class Worker:
             return True
         except Exception as error:
             words = str(error) if isinstance(error, UserError) else ''
-            message = words or f'{type(error).__name__}: {first_line(error)}'
+            message = words or typed_line(error)
             files.write_json(folder / FAILED, {'error': message})
-            log(f'{self._counts()}  failed: {point.arm}, seed {point.seed}: {message}')
+            log(f'{_counts(self._states())}  failed: {name}: {message}')
             return True
         if result is None:
             return False
         (folder / FAILED).unlink(missing_ok=True)
-        accuracies = [network['test_accuracy'] for network in result['networks']]
+        accuracies = ' '.join(f'{network["test_accuracy"]:.2f}' for network in result['networks'])
+        seconds, states = time.perf_counter() - begin, self._states()
         log(
-            f'{self._counts()}  {point.arm}, seed {point.seed}: test '
-            f'{" ".join(f"{value:.2f}" for value in accuracies)} % in '
-            f'{time.perf_counter() - begin:.0f} s{self._left()}'
+            f'{_counts(states)}  {name}: test {accuracies} % in {seconds:.0f} s{self._left(states)}'
         )
         return True
 
-    def _counts(self) -> str:
-        states = [self._state(point) for point in self.points]
-        done, *others = (states.count(state) for state in State)
-        names = [state.value for state in State][1:]
-        parts = [f'{count} {name}' for name, count in zip(names, others, strict=True) if count]
-        return f'[{done}/{len(states)} done{"".join(f", {part}" for part in parts)}]'
+    def _states(self) -> list[State]:
+        return [self._state(point) for point in self.points]
 
-    def _left(self) -> str:
+    def _left(self, states: list[State]) -> str:
         """Returns ', about 5 min left', by the mean time of the finished runs."""
         folders = [self.workdir / point.folder for point in self.points]
         done = [summary['wall_s'] for folder in folders if (summary := finished_summary(folder))]
-        states = [self._state(point) for point in self.points]
-        left = states.count(State.WAITING) + states.count(State.RUNNING) / 2
-        workers = 1 + states.count(State.RUNNING)
+        running = states.count(State.RUNNING)
+        left = states.count(State.WAITING) + running / 2
         if not (done and left):
             return ''
-        minutes = sum(done) / len(done) * left / workers / 60
+        minutes = sum(done) / len(done) * left / (1 + running) / 60
         return f', about {minutes:.0f} min left' if minutes >= 1 else ', less than 1 min left'
+
+
+def _counts(states: list[State]) -> str:
+    """Returns '[3/50 done, 1 running, 46 waiting]'."""
+    done, *others = (states.count(state) for state in State)
+    names = [state.value for state in State][1:]
+    parts = [f'{count} {name}' for name, count in zip(names, others, strict=True) if count]
+    return f'[{done}/{len(states)} done{"".join(f", {part}" for part in parts)}]'
 
 
 def _together(jobs: int, interrupt: Interrupt) -> None:
