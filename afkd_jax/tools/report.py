@@ -93,7 +93,8 @@ def _markdown(
     lines += [
         'Accuracy in percent on the test split after the last epoch: mean and standard deviation '
         'over seeds. `best` is the mean test accuracy of the networks at their best epoch on '
-        'validation; nothing is selected on test. `operations` are those of convolutions and '
+        'validation; nothing is selected on test. `averages` are the networks with averaged weights '
+        '(`config.ema.decay`), where there are such. `operations` are those of convolutions and '
         'products in the networks (an adversary pulls back twice; discriminators are left out) and '
         f'`time` that of the training steps, relative to {study.reference}. img/s and time are '
         'medians over seeds and depend on what else the machine does. ECE and NLL are of the '
@@ -156,11 +157,13 @@ def _results_table(results: Results, operations: dict[str, float | None]) -> str
         arm: next((run.training_s(speed) for run in results.of(arm)), None)
         for arm, speed in speeds.items()
     }
+    with_averages = any(run.networks('test_ema_accuracy') for run in results.runs)
     rows = []
     for arm in results.study.arms:
         runs = results.of(arm)
         by_network = list(zip(*(run.networks('test_accuracy') for run in runs), strict=False))
         best = [run.mean('test_accuracy_at_best_validation') for run in runs]
+        averages = [run.mean('test_ema_accuracy') for run in runs]
         speed = speeds[arm]
         pooled = study_figures.pooled_confidence(results, arm)
         entropies = [
@@ -177,6 +180,7 @@ def _results_table(results: Results, operations: dict[str, float | None]) -> str
                 ', '.join(_spread(list(values)) for values in by_network) or '-',
                 _spread([run.summary['ensemble']['test_accuracy'] for run in runs if run.summary]),
                 _spread([value for value in best if value is not None]),
+                *([_spread([v for v in averages if v is not None])] if with_averages else []),
                 f'{statistics.fmean(entropies):.3f}' if entropies else '-',
                 f'{calibration(*pooled)[0]:.1f}' if pooled else '-',
                 f'{speed:,.0f}' if speed else '-',
@@ -184,8 +188,9 @@ def _results_table(results: Results, operations: dict[str, float | None]) -> str
                 _ratio(times[arm], times[baseline]),
             ]
         )
-    columns = ['arm', 'n', 'mean of networks', 'networks', 'ensemble', 'best', 'NLL', 'ECE']
-    return page.table([*columns, 'img/s', 'operations', 'time'], rows)
+    columns = ['arm', 'n', 'mean of networks', 'networks', 'ensemble', 'best']
+    columns += ['averages'] if with_averages else []
+    return page.table([*columns, 'NLL', 'ECE', 'img/s', 'operations', 'time'], rows)
 
 
 def _ratio(value: float | None, base: float | None) -> str:

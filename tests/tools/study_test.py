@@ -202,7 +202,15 @@ def test_runs_that_nobody_planned_as_a_study(finished, tmp_path, monkeypatch, ca
     assert found['runs'] == {'done': 3}
     assert found['accuracy']['vanilla'].keys() == {'0', '1'}
     assert found['comparisons'][0]['arm'] == 'dml'
-    assert '| vanilla | 2 |' in (folder / 'report.md').read_text()
+    text = (folder / 'report.md').read_text()
+    assert '| vanilla | 2 |' in text
+    assert '| averages |' not in text
+
+    path = folder / 'd' / 'summary.json'
+    values = json.loads(path.read_text())
+    for network, accuracy in zip(values['networks'], (70.0, 80.0), strict=True):
+        network['test_ema_accuracy'] = accuracy
+    path.write_text(json.dumps(values))
 
     def broken(_):
         raise ValueError('no figure')
@@ -210,7 +218,10 @@ def test_runs_that_nobody_planned_as_a_study(finished, tmp_path, monkeypatch, ca
     monkeypatch.setattr(study_figures, '_seeds', broken)
     report.write(folder)
     assert 'the figure "seeds" cannot be drawn' in capsys.readouterr().out
-    assert 'report_figures/curves.svg' in (folder / 'report.md').read_text()
+    text = (folder / 'report.md').read_text()
+    assert 'report_figures/curves.svg' in text
+    assert '| best | averages |' in text
+    assert '| 75.00 |' in text
     (empty := tmp_path / 'empty').mkdir()
     with pytest.raises(UserError, match='holds no runs'):
         report.write(empty)
