@@ -34,7 +34,7 @@ _MAY_CHANGE = re.compile(
 
 # Fields that are newer than the first runs, which did what the default does.
 _ADDED = re.compile(
-    r'accumulate|teacher|ema\.decay|data\.views|adversarial\..*'
+    r'accumulate|stages|teacher|ema\.decay|data\.views|adversarial\..*'
     r'|discriminator\.(loss|norm|condition|input|layers|width|r1|r1_every)'
     r'|logit\.(rule|nesterov|learning_rates|weight_decays|warm_up|clip_norm|decay_all)'
 )
@@ -287,6 +287,9 @@ class Config:
     # Logits and maps come from the teachers' 'live' weights, or from averages of them (ema.decay).
     teacher: str = _one_of('live', 'live', 'ema')
     ema: Ema = Ema()
+    # How many of the trunks' last stages have their maps compared, each with transfer layers and
+    # discriminators of its own; 1: the feature map alone.
+    stages: int = _positive(1)
     epochs: int = _positive(300)  # passes over the training images
     batch_size: int = _positive(128)  # images per step, over all devices
     eval_batch_size: int = _between(1000, 1, 2**16)  # likewise, in evaluation

@@ -43,6 +43,28 @@ def _tiny(name, layers, large):
     return Tiny(int(match[1]), int(match[2]), 0.3 if match[3] else 0.0, layers)
 
 
+class Staged(nn.Module):
+    """Two convolutions with norm and ReLU, each a stage."""
+
+    channels: int
+    layers: layers_lib.Layers
+
+    @nn.compact
+    def __call__(self, images, train):
+        x, maps = images, []
+        for stage in (1, 2):
+            x = self.layers.conv(stage * self.channels, (3, 3), 2, padding=1)(x)
+            x = nn.relu(self.layers.norm(use_running_average=not train)(x))
+            maps.append(x)
+        return tuple(maps)
+
+
+# 'staged-C': 8x8 images give maps of 4x4xC and 2x2x2C.
+@register_network(pattern=r'staged-(\d+)')
+def _staged(name, layers, large):
+    return Staged(int(name.removeprefix('staged-')), layers)
+
+
 class Convs(nn.Module):
     """Three convolutions, each with a norm and a ReLU: learns the digits in a few epochs."""
 

@@ -97,6 +97,18 @@ class Transfer(nn.Module):
         return relu(self.layers.norm(use_running_average=not train)(x))
 
 
+class StageTransfer(nn.Module):
+    """The transfer layers of the maps of several stages; None where a map fits."""
+
+    stages: tuple[Transfer | None, ...]
+
+    @nn.compact
+    def __call__(self, maps: tuple[jax.Array, ...], train: bool) -> tuple[jax.Array, ...]:
+        """Returns each map in the shape that its stage shares."""
+        pairs = zip(self.stages, maps, strict=True)
+        return tuple(layer(own, train) if layer else own for layer, own in pairs)
+
+
 def average_pool(maps_BxHxWxC: jax.Array, shape: tuple[int, int]) -> jax.Array:
     """Returns the maps averaged to a smaller height and width, [B, h, w, C].
 

@@ -11,7 +11,7 @@ from afkd_jax import models
 from afkd_jax.config import Config, steps_in
 from afkd_jax.errors import UserError, field_error
 from afkd_jax.method import optim, presets
-from afkd_jax.method.adversary import Discriminator, Transfer
+from afkd_jax.method.adversary import Discriminator, StageTransfer, Transfer
 from afkd_jax.method.objective import Objective
 from afkd_jax.method.ring import Ring
 from afkd_jax.models import layers
@@ -28,8 +28,9 @@ class Cohort:
       discriminators: K, None of a frozen network; () if the method has none.
       auxiliary: the module that the logit loss needs besides the networks; None if none.
       frozen: the networks that never change and only teach, counted from 0.
-      map_shapes: K, before the transfer layers.
-      shared_map: the shape after the transfer layers; None if no maps are compared.
+      stage_shapes: K, of the maps that are compared, before the transfer layers; else of the
+        feature map. The last is the feature map.
+      shared_shapes: the same, after the transfer layers; () if no maps are compared.
       ema_decay: of the averages of the networks; 0 if there are none.
       ema_teaches: whether teachers are the averages.
       local_statistics: whether batch statistics are over each device's shard of the batch.
@@ -37,14 +38,14 @@ class Cohort:
 
     names: tuple[str, ...]
     networks: tuple[models.Network, ...]
-    transfers: tuple[Transfer | None, ...]
+    transfers: tuple[Transfer | StageTransfer | None, ...]
     discriminators: tuple[Discriminator | None, ...]
     auxiliary: nn.Module | None
     frozen: tuple[int, ...]
     optimizers: optim.Optimizers
     objective: Objective
-    map_shapes: tuple[Shape, ...]
-    shared_map: Shape | None
+    stage_shapes: tuple[tuple[Shape, ...], ...]
+    shared_shapes: tuple[Shape, ...]
     image_shape: Shape
     num_classes: int
     ema_decay: float
@@ -57,6 +58,21 @@ class Cohort:
         return self.objective.method
 
     @property
+    def stages(self) -> int:
+        """How many maps of a network are compared; above 1 they are a tuple."""
+        return len(self.shared_shapes) or 1
+
+    @property
+    def map_shapes(self) -> tuple[Shape, ...]:
+        """K, of the feature maps, before the transfer layers."""
+        return tuple(shapes[-1] for shapes in self.stage_shapes)
+
+    @property
+    def shared_map(self) -> Shape | None:
+        """The shape of the feature maps after the transfer layers; None if none are compared."""
+        return self.shared_shapes[-1] if self.shared_shapes else None
+
+    @property
     def ring(self) -> Ring:
         """Which network teaches which."""
         return self.objective.ring
@@ -65,7 +81,7 @@ class Cohort:
     def local(self) -> 'Cohort':
         """The first K / peers networks: what one device has where they are sharded."""
         count = len(self.names) // self.ring.peers
-        parts = ('names', 'networks', 'transfers', 'discriminators', 'map_shapes')
+        parts = ('names', 'networks', 'transfers', 'discriminators', 'stage_shapes')
         return dataclasses.replace(self, **{part: getattr(self, part)[:count] for part in parts})
 
     def learns(self, network: int) -> bool:
@@ -85,17 +101,19 @@ class Cohort:
 
 
 @functools.lru_cache(maxsize=64)
-def _map_shape(network: Any, image_shape: Shape) -> Shape:
-    """Returns the shape of a network's map; touches no device."""
+def _stage_shapes(network: Any, image_shape: Shape) -> tuple[Shape, ...]:
+    """Returns the shapes of the maps of a network's trunk; touches no device."""
     image = jax.ShapeDtypeStruct((1, *image_shape), 'float32')
     key = jax.eval_shape(lambda: jax.random.key(0))
     maps, _ = jax.eval_shape(lambda k, x: network.trunk.init_with_output(k, x, False), key, image)
-    if len(getattr(maps, 'shape', ())) != 4:
+    stages = maps if isinstance(maps, tuple) else (maps,)
+    if not stages or any(len(getattr(each, 'shape', ())) != 4 for each in stages):
         raise UserError(
             f'config.networks: {type(network.trunk).__name__} must return one feature map '
-            f'[B, h, w, c], but returns {jax.tree.map(lambda leaf: leaf.shape, maps)}'
+            '[B, h, w, c], or a tuple of the maps of its stages, but returns '
+            f'{jax.tree.map(lambda leaf: leaf.shape, maps)}'
         )
-    return maps.shape[1:]
+    return tuple(each.shape[1:] for each in stages)
 
 
 def method_of(config: Config) -> presets.Method:
@@ -115,6 +133,11 @@ def method_of(config: Config) -> presets.Method:
         if not method.averages_can_teach:
             rule = f'\'live\' with the method "{config.method}", whose teachers are no averages'
             raise field_error('teacher', rule, config.teacher)
+    if config.stages > 1 and method.auxiliary:
+        raise field_error('stages', f'1 with the method "{method.logits}"', config.stages)
+    if config.stages > 1 and method.adversarial and config.adversarial.balance != 'none':
+        rule = '1 with adversarial.balance, which compares gradients at one map'
+        raise field_error('stages', rule, config.stages)
     if method.switches and len(config.networks) != 2:
         rule = f'two, teacher and student, with the method "{method.logits}"'
         raise field_error('networks', rule, config.networks)
@@ -173,6 +196,32 @@ def frozen_of(config: Config) -> tuple[int, ...]:
     return tuple(network - 1 for network in frozen)
 
 
+def _shared(shapes: dict[str, Shape], names: tuple[str, ...], frozen: tuple[int, ...]) -> Shape:
+    """Returns the shape to which all maps of a stage are brought."""
+    heights, widths, channels = zip(*shapes.values(), strict=True)
+    # A frozen network's map is used as it is: no transfer layer is trained for it.
+    teachers = {names[k]: shapes[names[k]][2] for k in frozen}
+    if len(set(teachers.values())) > 1:
+        raise UserError(
+            'config.frozen: with a method that compares maps, the maps of all frozen networks '
+            f'must have equally many channels, but have {teachers}'
+        )
+    return min(heights), min(widths), max(teachers.values() or channels)
+
+
+def _transfer(
+    shapes: tuple[Shape, ...], shared: tuple[Shape, ...], parts: layers.Layers
+) -> Transfer | StageTransfer | None:
+    """Returns the transfer layers of a network; None if all of its maps fit."""
+    found = tuple(
+        None if own == target else Transfer(target, parts)
+        for own, target in zip(shapes, shared, strict=True)
+    )
+    if not any(found):
+        return None
+    return found[0] if len(found) == 1 else StageTransfer(found)
+
+
 def assemble(
     config: Config,
     image_shape: Shape,
@@ -199,11 +248,16 @@ def assemble(
     local = config.batch_statistics == 'local'
     parts = layers.layers(axis_name, dtype=config.dtype, local_statistics=local)
     # One module serves all networks of one name: modules hold no parameters.
-    modules = {name: models.build(name, num_classes, image_shape, parts) for name in names}
-    shapes = {
-        name: _map_shape(module, image_shape)  # pyright: ignore - modules hash by fields
-        for name, module in modules.items()
-    }
+    stages = config.stages if method.uses_maps else 1
+    modules = {name: models.build(name, num_classes, image_shape, parts, stages) for name in names}
+    stage_shapes = {}
+    for name, module in modules.items():
+        found = _stage_shapes(module, image_shape)  # pyright: ignore - modules hash by fields
+        if len(found) < stages:
+            rule = f'at most {len(found)}, the stages of which "{name}" returns maps'
+            raise field_error('stages', rule, stages)
+        stage_shapes[name] = found[-stages:]
+    shapes = {name: found[-1] for name, found in stage_shapes.items()}
     # Our choice: D_k needs more than a single point.
     least = 2 if method.adversarial and config.discriminator.input != 'pooled' else 1
     for name, (height, width, _) in shapes.items():
@@ -214,24 +268,19 @@ def assemble(
                 f'"{name}": its feature map would be {height}x{width}{why}; at least '
                 f'{least}x{least} is needed: choose larger images or another network'
             )
-    shared = None
+    shared = ()
     if method.uses_maps:
-        heights, widths, channels = zip(*shapes.values(), strict=True)
-        # A frozen network's map is used as it is: no transfer layer is trained for it.
-        teachers = {names[k]: shapes[names[k]][2] for k in frozen}
-        if len(set(teachers.values())) > 1:
-            raise UserError(
-                'config.frozen: with a method that compares maps, the maps of all frozen networks '
-                f'must have equally many channels, but have {teachers}'
-            )
-        shared = (min(heights), min(widths), max(teachers.values() or channels))
+        shared = tuple(
+            _shared({name: found[stage] for name, found in stage_shapes.items()}, names, frozen)
+            for stage in range(stages)
+        )
 
     def run_steps(fraction: float) -> int:
         return steps_in(fraction * config.epochs, train_examples, config.batch_size)
 
     transfers = {
-        name: Transfer(shared, parts) if shared and shape != shared else None
-        for name, shape in shapes.items()
+        name: _transfer(found, shared, parts) if shared else None
+        for name, found in stage_shapes.items()
     }
     conditioned = 0 if config.discriminator.condition == 'none' else num_classes
     adversarial = config.adversarial
@@ -256,8 +305,8 @@ def assemble(
             adversarial,
             run_steps(adversarial.warm_up),
         ),
-        map_shapes=tuple(shapes[name] for name in names),
-        shared_map=shared,
+        stage_shapes=tuple(stage_shapes[name] for name in names),
+        shared_shapes=shared,
         image_shape=image_shape,
         num_classes=num_classes,
         ema_decay=config.ema.decay,

@@ -14,7 +14,7 @@ import numpy as np
 from afkd_jax.devices.spmd import DATA
 from afkd_jax.method.cohort import Cohort
 from afkd_jax.method.state import NetworkState
-from afkd_jax.models.layers import at_least_float32
+from afkd_jax.models.layers import at_least_float32, last
 
 
 def sums(
@@ -35,7 +35,8 @@ def sums(
         module.apply(state.variables(), pixels_BxHxWxC, False)
         for module, state in zip(cohort.networks, networks, strict=True)
     ]
-    logits, own_maps = zip(*outputs, strict=True)
+    logits, maps_K = zip(*outputs, strict=True)
+    own_maps = list(map(last, maps_K))
     predicted_KxB = jnp.stack(logits).argmax(-1)
     teacher_KxB = ring.teachers(predicted_KxB)
     correct_KxB, teacher_correct_KxB = (
@@ -46,7 +47,7 @@ def sums(
         'only_network_correct': correct_KxB & ~teacher_correct_KxB,
         'only_teacher_correct': ~correct_KxB & teacher_correct_KxB,
     }
-    maps = _in_one_shape(cohort, networks, own_maps)
+    maps = _in_one_shape(cohort, networks, maps_K)
     if maps is not None:
         per_image |= _distances(maps, ring.teachers(maps))
     totals = {name: jnp.where(mask_B[None], values, 0).sum(1) for name, values in per_image.items()}
@@ -55,7 +56,7 @@ def sums(
 
 
 def _in_one_shape(
-    cohort: Cohort, networks: tuple[NetworkState, ...], maps: Sequence[jax.Array]
+    cohort: Cohort, networks: tuple[NetworkState, ...], maps: Sequence[Any]
 ) -> jax.Array | None:
     """Returns the maps as the method compares them, [K, B, H, W, C]; None if it cannot."""
     if not cohort.method.uses_maps and len(set(cohort.map_shapes)) > 1:
@@ -64,7 +65,7 @@ def _in_one_shape(
         module.apply(state.transfer_variables(), own, False) if module else own
         for own, module, state in zip(maps, cohort.transfers, networks, strict=True)
     ]
-    return at_least_float32(jnp.stack(shared))
+    return at_least_float32(jnp.stack(list(map(last, shared))))
 
 
 def _distances(maps_KxBxHxWxC: jax.Array, teacher_maps: jax.Array) -> dict[str, jax.Array]:

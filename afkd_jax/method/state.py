@@ -51,8 +51,9 @@ class DiscriminatorState:
     """One discriminator.
 
     Attributes:
+      params: with several stages (config.stages) a tuple, one discriminator's of each.
       opt: the state of its optimizer.
-      batch_stats: the vectors of spectral norms; {} without them.
+      batch_stats: the vectors of spectral norms, as `params`; {} without them.
     """
 
     params: Any
@@ -249,7 +250,8 @@ def _create_network(
         'transfer': None,
     }
     if module := cohort.transfers[index]:
-        maps = jnp.zeros((1, *cohort.map_shapes[index]))
+        zeros = tuple(jnp.zeros((1, *shape)) for shape in cohort.stage_shapes[index])
+        maps = zeros if cohort.stages > 1 else zeros[0]
         variables = module.init(jax.random.fold_in(key, 1), maps, False)
         params['transfer'] = variables.get('params', {})  # empty where the layer only pools
         stats['transfer'] = variables.get('batch_stats', {})
@@ -267,12 +269,18 @@ def _create_network(
 
 def _create_discriminator(cohort: Cohort, index: int, key: jax.Array) -> DiscriminatorState:
     rule, module = cohort.optimizers.discriminator, cohort.discriminators[index]
-    assert cohort.shared_map and rule and module  # noqa: PT018
-    maps = jnp.zeros((1, *cohort.shared_map))
+    assert rule and module  # noqa: PT018
     conditions = (jnp.zeros((1, module.classes)),) if module.classes else ()
-    variables = module.init(jax.random.fold_in(key, 2), maps, *conditions)
-    stats = variables['batch_stats'] if module.has_state else {}
-    return DiscriminatorState(variables['params'], rule.init(variables['params']), stats)
+    # The last stage has key 2, so that it starts the same however many there are.
+    stages = [
+        module.init(jax.random.fold_in(key, 2 + before), jnp.zeros((1, *shape)), *conditions)
+        for before, shape in enumerate(reversed(cohort.shared_shapes))
+    ][::-1]
+    params = tuple(each['params'] for each in stages)
+    stats = tuple(each['batch_stats'] if module.has_state else {} for each in stages)
+    if cohort.stages == 1:
+        [params], [stats] = params, stats
+    return DiscriminatorState(params, rule.init(params), stats)
 
 
 def _create_auxiliary(cohort: Cohort, key: jax.Array) -> AuxiliaryState | None:

@@ -10,7 +10,8 @@ place in the order is our choice.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -27,7 +28,14 @@ from afkd_jax.method.adversary import Discriminator
 from afkd_jax.method.auxiliary import error_products
 from afkd_jax.method.cohort import Cohort
 from afkd_jax.method.objective import AuxiliaryFn, DiscriminatorFn
-from afkd_jax.method.state import AuxiliaryState, DiscriminatorState, NetworkState, TrainState
+from afkd_jax.method.state import (
+    AuxiliaryState,
+    DiscriminatorState,
+    NetworkState,
+    TrainState,
+    stack,
+    unstack,
+)
 from afkd_jax.models import layers
 
 
@@ -59,15 +67,15 @@ class _Pass:
     """One network's forward pass: in training mode, or of a frozen network in evaluation mode."""
 
     logits: jax.Array
-    maps: jax.Array  # after the transfer layer if there is one
+    maps: Any  # after the transfer layers, if there are any; a tuple of several stages
     # The new running statistics, as in NetworkState; None of a frozen network.
     batch_stats: dict[str, Any] | None
     # (cotangent of logits, cotangent of maps) -> gradients of trunk, head and transfer; {} of a
     # frozen network
-    pull: Callable[[jax.Array, jax.Array], dict[str, Any]]
-    # The same cotangents -> gradient to the trunk's map, before the transfer layer
+    pull: Callable[[jax.Array, Any], dict[str, Any]]
+    # The same cotangents -> gradient to the trunk's map, before the transfer layer; of one stage
     to_trunk: Callable[[jax.Array, jax.Array], jax.Array]
-    taught: tuple[jax.Array, jax.Array]  # logits and maps as a teacher
+    taught: tuple[jax.Array, Any]  # logits and maps as a teacher
 
 
 def _forward(
@@ -83,6 +91,13 @@ def _forward(
     return outputs, pullback, updated.get('batch_stats', {})
 
 
+_zeros = functools.partial(jax.tree.map, jnp.zeros_like)
+
+
+def _added(one: Sequence[Any], other: Sequence[Any]) -> list[Any]:
+    return jax.tree.map(jnp.add, list(one), list(other))
+
+
 def _evaluated(module: nn.Module, variables: dict, inputs: jax.Array) -> Any:
     return module.apply(variables, inputs, False)
 
@@ -91,7 +106,7 @@ def _pass(
     cohort: Cohort, k: int, state: NetworkState, images_BxHxWxC: jax.Array, key: jax.Array
 ) -> _Pass:
 
-    def evaluated(state: NetworkState) -> tuple[jax.Array, jax.Array]:
+    def evaluated(state: NetworkState) -> tuple[jax.Array, Any]:
         logits, maps = _evaluated(cohort.networks[k], state.variables(), images_BxHxWxC)
         if module := cohort.transfers[k]:
             maps = _evaluated(module, state.transfer_variables(), maps)
@@ -99,7 +114,7 @@ def _pass(
 
     if not cohort.learns(k):
         logits, maps = evaluated(state)
-        nothing = jnp.zeros_like(maps)
+        nothing = _zeros(maps)
         return _Pass(logits, maps, None, lambda *_: {}, lambda *_: nothing, (logits, maps))
     (logits, own_maps), pull_network, stats = _forward(
         cohort.networks[k], state.variables(), images_BxHxWxC, key
@@ -110,7 +125,7 @@ def _pass(
             module, state.transfer_variables(), maps, key
         )
 
-    def pull(to_logits: jax.Array, to_maps: jax.Array) -> dict[str, Any]:
+    def pull(to_logits: jax.Array, to_maps: Any) -> dict[str, Any]:
         to_transfer = None
         if pull_transfer:
             to_transfer, to_maps = pull_transfer(to_maps)
@@ -182,14 +197,12 @@ def _moved(averages: Any, new: Any, cohort: Cohort, step: jax.Array) -> Any:
     return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, averages, new)
 
 
-def _discriminator_fn(
-    module: Discriminator | None, state: DiscriminatorState | None
-) -> DiscriminatorFn | None:
-    if module is None or state is None:
+def _discriminator_fn(module: Discriminator | None, batch_stats: Any) -> DiscriminatorFn | None:
+    if module is None:
         return None
 
     def discriminate(params: Any, maps: jax.Array, condition: Any) -> tuple[jax.Array, Any]:
-        variables = {'params': params, 'batch_stats': state.batch_stats}
+        variables = {'params': params, 'batch_stats': batch_stats}
         outputs, updated = module.apply(variables, maps, condition, mutable=['batch_stats'])
         # The running statistics of batch norms are dropped.
         return outputs, updated['batch_stats'] if module.has_state else {}
@@ -205,25 +218,37 @@ def _of_adversaries(
     labels_B: jax.Array,
     mixed: augment.Mixed | None,
     entropy_K: jax.Array,
-) -> tuple[jax.Array, list[Any], list[Any], dict[str, jax.Array]]:
+) -> tuple[Any, list[Any], list[Any], dict[str, jax.Array]]:
     """Returns the gradients of L_G to the maps, and the others of Objective.of_adversaries.
 
-    `of_logits` are the gradients of the logit losses to logits and maps.
+    `of_logits` are the gradients of the logit losses to logits and maps. With several stages L_G
+    and the values are means over them, and the others are tuples.
     """
     objective, step, ring = cohort.objective, state.step, cohort.ring
     weight, balanced = objective.adversarial_weight(step), objective.balanced
-    taught_logits, taught_maps = map(jnp.stack, zip(*[own.taught for own in passes], strict=True))
-    to_maps, gradients, stats, values = objective.of_adversaries(
-        list(map(_discriminator_fn, cohort.discriminators, state.discriminators)),
-        [own and varying(own.params) for own in state.discriminators],
-        jnp.stack([own.maps for own in passes]),
-        taught_maps,
-        objective.conditions(
-            jnp.stack([own.logits for own in passes]), taught_logits, labels_B, mixed
-        ),
-        step,
-        1.0 if balanced else weight,
+    maps, taught_logits, taught_maps = map(
+        stack, zip(*[(own.maps, *own.taught) for own in passes], strict=True)
     )
+    conditions = objective.conditions(
+        jnp.stack([own.logits for own in passes]), taught_logits, labels_B, mixed
+    )
+
+    def of_stage(pick: Callable[[Any], Any]) -> Any:
+        picked = [own and (pick(own.params), pick(own.batch_stats)) for own in state.discriminators]
+        return objective.of_adversaries(
+            [
+                _discriminator_fn(module, own and own[1])
+                for module, own in zip(cohort.discriminators, picked, strict=True)
+            ],
+            [own and varying(own[0]) for own in picked],
+            pick(maps),
+            pick(taught_maps),
+            conditions,
+            step,
+            1.0 if balanced else weight,
+        )
+
+    to_maps, gradients, stats, values = _over_stages(cohort, of_stage)
     if balanced:
         balance_K = _balance(objective.adversarial.balance_limit, passes, of_logits, to_maps)
         to_maps *= weight * balance_K[:, None, None, None, None]
@@ -231,8 +256,27 @@ def _of_adversaries(
     if objective.adversarial.direction == 'better_only':
         taught_K = objective.entropy(taught_logits, labels_B, mixed)
         entropy_K, taught_K = jax.lax.pmean((entropy_K, taught_K), DATA)
-        to_maps *= (ring.teachers(taught_K) < entropy_K)[:, None, None, None, None]
+        better_K = ring.teachers(taught_K) < entropy_K
+        to_maps = jax.tree.map(lambda own: own * better_K[:, None, None, None, None], to_maps)
     return to_maps, gradients, stats, values
+
+
+def _over_stages(cohort: Cohort, of_stage: Callable[[Callable[[Any], Any]], Any]) -> Any:
+    """Returns (gradients to the maps, ..., values) of all stages, by of_stage of each.
+
+    of_stage has a function that picks the stage's part of maps or parameters, and returns a tuple:
+    first gradients to maps and last values, of which the means are taken; between them lists over
+    the networks, whose entries become tuples over the stages.
+    """
+    if cohort.stages == 1:
+        return of_stage(lambda whole: whole)
+    found = [of_stage(operator.itemgetter(stage)) for stage in range(cohort.stages)]
+    to_maps, *lists, values = zip(*found, strict=True)
+    return (
+        tuple(own / cohort.stages for own in to_maps),
+        *([None if own[0] is None else own for own in zip(*each, strict=True)] for each in lists),
+        {name: sum(own[name] for own in values) / cohort.stages for name in values[0]},
+    )
 
 
 def _balance(
@@ -302,7 +346,7 @@ def update(
     logits_KxBxC = jnp.stack([own.logits for own in passes])
     taught_KxBxC = jnp.stack([own.taught[0] for own in passes]) if cohort.ema_teaches else None
     # What each optimizer pulls back: (to logits, to maps), entry k or zeros.
-    no_maps = [jnp.zeros_like(own.maps) for own in passes]
+    no_maps = [_zeros(own.maps) for own in passes]
     gradients: dict[str, Any] = {}
     auxiliary_stats, auxiliary_to_maps = None, no_maps
     if cohort.auxiliary and state.auxiliary:
@@ -328,17 +372,20 @@ def update(
             to_maps, gradients['discriminator'], discriminator_stats, more = _of_adversaries(
                 cohort, state, passes, cotangents['logit'], labels_B, mixed, values['cross_entropy']
             )
+            to_maps = unstack(to_maps)
             if cohort.optimizers.feature:
                 cotangents['feature'] = (no_logits, to_maps)
             else:
-                to_maps = list(map(jnp.add, to_maps, auxiliary_to_maps))
-                cotangents['logit'] = (to_logits, to_maps)
+                cotangents['logit'] = (to_logits, _added(to_maps, auxiliary_to_maps))
         else:
-            maps_KxBxHxWxC = jnp.stack([own.maps for own in passes])
-            taught = jnp.stack([own.taught[1] for own in passes]) if cohort.ema_teaches else None
-            to_maps, more = objective.of_maps(maps_KxBxHxWxC, labels_B, taught)
+            maps = stack(tuple(own.maps for own in passes))
+            taught = stack(tuple(own.taught[1] for own in passes)) if cohort.ema_teaches else maps
+            to_maps, more = _over_stages(
+                cohort, lambda pick: objective.of_maps(pick(maps), labels_B, pick(taught))
+            )
+            to_maps = unstack(to_maps)
             if cohort.auxiliary:
-                to_maps = list(map(jnp.add, to_maps, auxiliary_to_maps))
+                to_maps = _added(to_maps, auxiliary_to_maps)
             cotangents['logit'] = (to_logits, to_maps)
         values |= more
     for name, (to_logits, to_maps) in cotangents.items():

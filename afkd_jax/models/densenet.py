@@ -28,13 +28,13 @@ class DenseNet(nn.Module):
     stem: str = 'conv 3x3'
 
     @nn.compact
-    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
-        """Returns the feature map, [B, H / 4, W / 4, C]; heights and widths are rounded down."""
+    def __call__(self, images: jax.Array, train: bool) -> tuple[jax.Array, ...]:
+        """Returns the stages' maps, the last [B, H / 4, W / 4, C]; sizes are rounded down."""
 
         def activated(x):
             return relu(self.layers.norm(use_running_average=not train)(x))
 
-        x = self.layers.conv(2 * self.growth, (3, 3), padding=1)(images)
+        x, maps = self.layers.conv(2 * self.growth, (3, 3), padding=1)(images), []
         for stage in range(3):
             if stage > 0:
                 x = self.layers.conv(x.shape[-1] // 2, (1, 1))(activated(x))
@@ -43,7 +43,8 @@ class DenseNet(nn.Module):
                 y = self.layers.conv(4 * self.growth, (1, 1))(activated(x))
                 y = self.layers.conv(self.growth, (3, 3), padding=1)(activated(y))
                 x = jnp.concatenate([x, y], axis=-1)
-        return activated(x)
+            maps.append(x)
+        return *maps[:-1], activated(x)
 
 
 @register_network('densenet-40-12', 'densenet-100-12', pattern=_PATTERN)

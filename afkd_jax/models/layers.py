@@ -26,6 +26,11 @@ def at_least_float32(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+def last(maps: Any) -> jax.Array:
+    """Returns a network's feature map: the maps themselves, or the last of a tuple of stages."""
+    return maps[-1] if isinstance(maps, tuple) else maps
+
+
 class Dropout(nn.Module):
     """Zeroes each element with probability `rate` and divides the others by 1 - rate.
 
@@ -125,14 +130,16 @@ class ConvNorm(nn.Module):
 
 def residual_stages(
     block: Callable[..., nn.Module], channels: int, blocks: Sequence[int], x: jax.Array, train: bool
-) -> jax.Array:
-    """Returns x after stages of `blocks` blocks each, the first with this number of channels.
+) -> tuple[jax.Array, ...]:
+    """Returns x after each stage of `blocks` blocks, the first with this number of channels.
 
     Every other stage doubles the channels and halves height and width in its first block.
     """
+    outputs = []
     for stage, count in enumerate(blocks):
         for number in range(count):
             stride = 2 if stage > 0 and number == 0 else 1
             name = f'stage{stage + 1}_block{number + 1}'
             x = block(channels=channels * 2**stage, stride=stride, name=name)(x, train)
-    return x
+        outputs.append(x)
+    return tuple(outputs)

@@ -58,10 +58,13 @@ class MobileNetV2(nn.Module):
     stem: str
 
     @nn.compact
-    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
-        """Returns the map, [B, H / 32, W / 32, C], of small images / 8; sizes are rounded up."""
+    def __call__(self, images: jax.Array, train: bool) -> tuple[jax.Array, ...]:
+        """Returns the stages' maps, the last [B, H / 32, W / 32, C].
+
+        Of small images it is / 8; sizes are rounded up.
+        """
         first = ConvNorm(self.layers, _rounded(32 * self.width), 3, 2 if self.large else 1)
-        x = relu6(first(images, train))
+        x, maps = relu6(first(images, train)), []
         for stage, (expansion, channels, blocks, stride) in enumerate(_STAGES):
             if stage == 1 and not self.large:
                 stride = 1
@@ -73,8 +76,9 @@ class MobileNetV2(nn.Module):
                     layers=self.layers,
                     name=f'stage{stage + 1}_block{block + 1}',
                 )(x, train)
+            maps.append(x)
         last = _rounded(1280 * max(1.0, self.width))
-        return relu6(ConvNorm(self.layers, last, 1)(x, train))
+        return *maps[:-1], relu6(ConvNorm(self.layers, last, 1)(x, train))
 
 
 @register_network(

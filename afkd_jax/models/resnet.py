@@ -62,8 +62,11 @@ class ResNet(nn.Module):
     stem: str
 
     @nn.compact
-    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
-        """Returns the map, [B, H / 32, W / 32, C], of small images / 8; sizes are rounded up."""
+    def __call__(self, images: jax.Array, train: bool) -> tuple[jax.Array, ...]:
+        """Returns the stages' maps, the last [B, H / 32, W / 32, C].
+
+        Of small images it is / 8; sizes are rounded up.
+        """
         kernel, stride = (7, 2) if self.large else (3, 1)
         x = relu(ConvNorm(self.layers, 64, kernel, stride)(images, train))
         if self.large:

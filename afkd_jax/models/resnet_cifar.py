@@ -67,8 +67,8 @@ class ResNetCifar(nn.Module):
     stem: str = 'conv 3x3'
 
     @nn.compact
-    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
-        """Returns the feature map, [B, H / 4, W / 4, 64 width], sizes rounded up."""
+    def __call__(self, images: jax.Array, train: bool) -> tuple[jax.Array, ...]:
+        """Returns the stages' maps, the last [B, H / 4, W / 4, 64 width], sizes rounded up."""
         x = self.layers.conv(16 * self.width, (3, 3), padding=1, name='conv')(images)
         x = relu(self.layers.norm(use_running_average=not train, name='norm')(x))
         block = functools.partial(Block, shortcut=self.shortcut, layers=self.layers)

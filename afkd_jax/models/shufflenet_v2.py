@@ -61,16 +61,21 @@ class ShuffleNetV2(nn.Module):
     stem: str
 
     @nn.compact
-    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
-        """Returns the map, [B, H / 32, W / 32, C], of small images / 8; sizes are rounded up."""
+    def __call__(self, images: jax.Array, train: bool) -> tuple[jax.Array, ...]:
+        """Returns the stages' maps, the last [B, H / 32, W / 32, C].
+
+        Of small images it is / 8; sizes are rounded up.
+        """
         x = relu(ConvNorm(self.layers, 24, 3, 2 if self.large else 1)(images, train))
         if self.large:
             x = padded_max_pool(x)
+        maps = []
         for stage, units in enumerate((4, 8, 4)):
             for unit in range(units):
                 name = f'stage{stage + 1}_unit{unit + 1}'
                 x = Unit(self.channels[stage], unit == 0, self.layers, name=name)(x, train)
-        return relu(ConvNorm(self.layers, self.channels[3], 1)(x, train))
+            maps.append(x)
+        return *maps[:-1], relu(ConvNorm(self.layers, self.channels[3], 1)(x, train))
 
 
 @register_network(*_NETWORKS)

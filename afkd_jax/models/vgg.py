@@ -34,15 +34,19 @@ class VGG(nn.Module):
     stem: str
 
     @nn.compact
-    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
-        """Returns the map, [B, H / 8, W / 8, 512], of large images / 16; sizes are rounded down."""
-        x = images
+    def __call__(self, images: jax.Array, train: bool) -> tuple[jax.Array, ...]:
+        """Returns the stages' maps, the last [B, H / 8, W / 8, 512].
+
+        Of large images it is / 16; sizes are rounded down.
+        """
+        x, maps = images, []
         for stage, convolutions in enumerate(self.convolutions):
             if 0 < stage < (5 if self.large else 4):
                 x = nn.max_pool(x, (2, 2), (2, 2))
             for _ in range(convolutions):
                 x = relu(ConvNorm(self.layers, CHANNELS[stage], 3)(x, train))
-        return x
+            maps.append(x)
+        return tuple(maps)
 
 
 @register_network(*_NETWORKS)

@@ -59,12 +59,13 @@ class WideResNet(nn.Module):
     stem: str = 'conv 3x3'
 
     @nn.compact
-    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
-        """Returns the feature map, [B, H / 4, W / 4, 64 width], sizes rounded up."""
+    def __call__(self, images: jax.Array, train: bool) -> tuple[jax.Array, ...]:
+        """Returns the stages' maps, the last [B, H / 4, W / 4, 64 width], sizes rounded up."""
         x = self.layers.conv(16, (3, 3), padding=1, name='conv')(images)
         block = functools.partial(Block, rate=self.rate, layers=self.layers)
-        x = residual_stages(block, 16 * self.width, 3 * [self.blocks], x, train)
-        return relu(self.layers.norm(use_running_average=not train, name='norm')(x))
+        *others, x = residual_stages(block, 16 * self.width, 3 * [self.blocks], x, train)
+        x = relu(self.layers.norm(use_running_average=not train, name='norm')(x))
+        return *others, x
 
 
 @register_network(*_NAMES, pattern=_PATTERN)

@@ -71,6 +71,7 @@ def describe(config: Config) -> dict[str, Any]:
         'epochs': config.epochs,
         'batch_size': config.batch_size,
         'teacher': config.teacher,
+        'compared_maps': [list(each) for each in cohort.shared_shapes],
         'ema_decay': config.ema.decay,
         'auxiliary': _auxiliary(cohort, state),
         'loss': _weights(cohort.objective),
@@ -115,8 +116,7 @@ def _adversary(config: Config, cohort: cohort_lib.Cohort) -> dict[str, Any]:
     """Returns the adversary's switches, as they are set."""
     optimizer = {field.name for field in dataclasses.fields(config_lib.Optimizer)}
     own = dataclasses.asdict(config.discriminator) | dataclasses.asdict(config.adversarial)
-    assert cohort.shared_map
-    own['width'] = own['width'] or cohort.shared_map[-1]
+    own['width'] = own['width'] or max(channels for _, _, channels in cohort.shared_shapes)
     own['warm_up_steps'] = cohort.objective.adversarial_ramp_steps
     return {name: own[name] for name in own if name not in {*optimizer, 'warm_up'}}
 
@@ -160,6 +160,8 @@ def text(facts: dict[str, Any]) -> str:
             )
         if discriminator := row['discriminator']:
             lines.append(f'  discriminator, {discriminator["parameters"]:,} parameters')
+    if len(facts['compared_maps']) > 1:
+        lines.append(f'maps of stages: {", ".join(map(shape, facts["compared_maps"]))}')
     if decay := facts['ema_decay']:
         use = ', and teaches' if facts['teacher'] == 'ema' else ''
         lines.append(f'an average of each network, with decay up to {decay:g}, is evaluated{use}')

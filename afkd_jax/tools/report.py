@@ -93,7 +93,7 @@ def _markdown(
     lines += [
         'Accuracy in percent on the test split after the last epoch: mean and standard deviation '
         'over seeds. `best` is the mean test accuracy of the networks at their best epoch on '
-        'validation; nothing is selected on test. `averages` are the networks with averaged weights '
+        'validation; nothing is selected on test. `averages` are networks with averaged weights '
         '(`config.ema.decay`), where there are such. `operations` are those of convolutions and '
         'products in the networks (an adversary pulls back twice; discriminators are left out) and '
         f'`time` that of the training steps, relative to {study.reference}. img/s and time are '

@@ -232,6 +232,15 @@ def test_devices_change_nothing_with_the_adversarys_switches(mapping, count, pee
     assert difference < 1e-9, where
 
 
+def test_devices_change_nothing_with_maps_of_several_stages(x64):
+    whole, sharded = (
+        after_three_steps('shard_map', *how, 2 * ('staged-4',), 'afd', stages=2)
+        for how in ((1, 1), (4, 2))
+    )
+    difference, where = relative_difference(sharded, whole)
+    assert difference < 1e-9, where
+
+
 def sent(method='afd', peers=1, count=8, networks=FOUR, **fields):
     """Returns {(operation, axis): Collective} of the compiled step, and the cohort."""
     config = tiny_config(networks, batch_size=BATCH, method=method, **fields)
