@@ -35,6 +35,22 @@ def test_what_does_not_change_a_run_is_accepted(monkeypatch):
     environment.check()
 
 
+@pytest.mark.parametrize(
+    ('value', 'words'),
+    [
+        ('--xla_foo=1', '--xla_foo=1'),
+        ('--xla_cpu_enable_fast_math=maybe', 'value maybe for flag xla_cpu_enable_fast_math'),
+        ('nowhere', '"nowhere"'),
+    ],
+)
+def test_flags_at_which_xla_aborts_are_rejected(value, words, monkeypatch):
+    monkeypatch.setenv('XLA_FLAGS', '--xla_force_host_platform_device_count=2')
+    environment.check()
+    monkeypatch.setenv('XLA_FLAGS', value)
+    with pytest.raises(UserError, match=f'^XLA_FLAGS: .*{words}.*; correct or unset it$'):
+        environment.check()
+
+
 def test_what_changes_the_rounding_is_recorded(monkeypatch):
     assert environment.rounding()['usable cores'] == str(len(os.sched_getaffinity(0)))
     monkeypatch.setenv('JAX_DEFAULT_MATMUL_PRECISION', 'highest')
