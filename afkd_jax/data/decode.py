@@ -20,10 +20,10 @@ from PIL import Image
 from afkd_jax.config import Data
 from afkd_jax.data import randaugment
 
-_JPEG = b'\xff\xd8'
+_JPEG, _PNG = b'\xff\xd8', b'\x89PNG'
 # Beginnings of JPEG, PNG, GIF and BMP files, which have their header first, and how much is read of
 # them for it. It may be longer: a JPEG may have a colour profile before it.
-_HEADER_FIRST, _HEADER_BYTES = (_JPEG, b'\x89PNG', b'GIF8', b'BM'), 2**15
+_HEADER_FIRST, _HEADER_BYTES = (_JPEG, _PNG, b'GIF8', b'BM'), 2**15
 _COLOURS = {1: ('GRAY', 'L'), 3: ('RGB', 'RGB')}
 _GREY = '1', 'L', 'LA'  # Pillow's modes of images without colours; a palette counts as colours
 _SPARE = 2  # as in Pillow's reducing_gap, "almost indistinguishable"
@@ -130,6 +130,9 @@ def pixels(image: Stored, channels: int, scale: float = 1.0) -> np.ndarray:
         except ValueError as error:
             if _is_damage(str(error), image):
                 raise DecodeError(str(error)) from error
+    if image.startswith(_PNG):  # of the pixels Pillow compares the checksums only here
+        with _opened(image) as file:
+            file.verify()
     with _opened(image) as file:
         whole = np.asarray(file.convert(slow))
     return whole if channels > 1 else whole[..., None]

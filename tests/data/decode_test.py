@@ -92,6 +92,14 @@ def test_damage_in_the_scan_is_reported_and_harmless_bytes_are_not():
             np.testing.assert_array_equal(decode.pixels(harmless, 3), whole)
 
 
+def test_a_png_whose_pixels_are_not_those_of_its_checksum_is_reported():
+    data = encoded(PHOTO, 'PNG')
+    damaged = data[:-16] + bytes([data[-16] ^ 1]) + data[-15:]  # of the pixels' last checksum
+    assert opened(damaged).shape == PHOTO.shape
+    with pytest.raises(decode.DecodeError, match='checksum'):
+        decode.pixels(damaged, 3)
+
+
 def test_evaluation_is_the_centre_of_the_resized_image():
     # The usual recipe in two steps: shorter side to 72, then the central 64 x 64.
     data = encoded(PHOTO, 'PNG')
