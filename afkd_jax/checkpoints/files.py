@@ -1,11 +1,13 @@
 """Files that are written whole or not at all, and what is set aside instead of deleted."""
 
+import contextlib
 import errno
 import json
 import os
 import pathlib
 import shutil
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TextIO
 
 
 def write_atomic(path: pathlib.Path, content: bytes) -> None:
@@ -16,6 +18,18 @@ def write_atomic(path: pathlib.Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+@contextlib.contextmanager
+def created(path: pathlib.Path) -> Iterator[TextIO]:
+    """Opens a text file that gets its name at the end; after an error nothing of it is left."""
+    unfinished = path.with_name(path.name + '.unfinished')
+    try:
+        with unfinished.open('w', newline='', encoding='utf-8', errors='backslashreplace') as file:
+            yield file
+        unfinished.rename(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

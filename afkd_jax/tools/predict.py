@@ -11,6 +11,7 @@ import numpy as np
 import rich.progress
 
 from afkd_jax import paths
+from afkd_jax.checkpoints import files as files_lib
 from afkd_jax.command import Command, new_file
 from afkd_jax.data.sources import folder
 from afkd_jax.errors import UserError
@@ -71,10 +72,9 @@ def main(command: Command, _: object) -> int:
     model = load_for(command)
     name = f'predictions-{model.name.replace(" ", "-")}-step{model.step}.csv'
     output = new_file(paths.local('--output', options.output or command.workdir / name))
-    unfinished = output.with_name(output.name + '.unfinished')
     bar: dict[str, Any] = {'console': console, 'disable': not console.is_interactive}
     images, labelled, correct = 0, 0, 0
-    with unfinished.open('w', newline='', encoding='utf-8', errors='backslashreplace') as file:
+    with files_lib.created(output) as file:
         writer = csv.writer(file)
         top = range(1, min(_TOP, len(model.classes)) + 1)
         endings = ['' if k == 1 else f'_{k}' for k in top]
@@ -89,10 +89,8 @@ def main(command: Command, _: object) -> int:
             if label := next((one for one in names if one in model.classes), None):
                 labelled += 1
                 correct += label == row[1]
-    if not images:
-        unfinished.unlink()
-        raise UserError(f'--images: none of {len(files)} files can be read as an image')
-    unfinished.rename(output)
+        if not images:
+            raise UserError(f'--images: none of {len(files)} files can be read as an image')
     accuracy = 100 * correct / labelled if labelled else None
     log(f'{model.name} of step {model.step}: {images} images; written to {output}')
     if len(files) > images:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from afkd_jax.checkpoints.files import write_json
+from afkd_jax.checkpoints.files import created, write_json
 
 
 def test_the_row_of_a_matrix_is_one_line(tmp_path):
@@ -27,3 +27,14 @@ def test_the_row_of_a_matrix_is_one_line(tmp_path):
         with pytest.raises(ValueError, match='not JSON compliant'):
             write_json(tmp_path / 'b.json', {'a': bad})
     assert not (tmp_path / 'b.json').exists()
+
+
+def test_a_file_that_breaks_off_leaves_nothing(tmp_path):
+    def breaks_off():
+        with created(tmp_path / 'a.csv') as file:
+            file.write('half')
+            raise BrokenPipeError  # as a warning does where nobody reads the output
+
+    with pytest.raises(BrokenPipeError):
+        breaks_off()
+    assert not list(tmp_path.iterdir())
