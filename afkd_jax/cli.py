@@ -270,7 +270,10 @@ def _command(config_flag: flags.FlagHolder, options: Options) -> Command:
     }
     folder = 'runs/studies' if options.mode == 'study' else 'runs'
     workdir = options.workdir or f'{folder}/{_run_name(path.stem, argument, overrides)}'
-    return Command(Config.of(config), options, paths.directory('--workdir', workdir), study)
+    command = Command(Config.of(config), options, paths.directory('--workdir', workdir), study)
+    if options.mode == 'study':
+        study = studies.planned(options.study, study, command.config, command.workdir)
+    return dataclasses.replace(command, study=study)
 
 
 def _resolved(command: Command) -> Command:

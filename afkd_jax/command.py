@@ -67,7 +67,7 @@ class Command:
 
     Attributes:
       workdir: of the run; exists only if a run has begun.
-      study: of the config file, if it defines one.
+      study: to be run in --mode study; else of the config file, if it defines one.
     """
 
     config: Config

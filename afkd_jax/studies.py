@@ -187,6 +187,31 @@ def _values(name: str, word: str, default: Any) -> Iterator[Any]:
     yield tuple(value) if isinstance(default, tuple) and isinstance(value, list) else value
 
 
+def planned(
+    words: str | None, defined: Study | None, config: Config, workdir: pathlib.Path
+) -> Study:
+    """Returns the study to be run, with the arms and seeds of study.json.
+
+    Args:
+      words: of --study.
+      defined: by the config file; --study replaces it.
+      config: from which the arms differ.
+      workdir: of the study.
+
+    Raises:
+      UserError: there is none, or one of its runs has a wrong config.
+    """
+    if not (study := parse(words, config) if words else defined):
+        raise UserError(
+            "--study: name the fields and their values, as in 'method=vanilla,afd;seed=0:10', or "
+            'a config file that defines a study, as configs/studies/digits.py'
+        )
+    study = dataclasses.replace(study, name=workdir.name) if words else study
+    study = merged(study, read(workdir))
+    study.points(config)
+    return study
+
+
 def label(fields: Mapping[str, Any]) -> str:
     """Returns 'afd' of a method, 'afd, epochs=3' with another field."""
 

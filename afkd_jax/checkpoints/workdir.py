@@ -31,6 +31,7 @@ class State(enum.Enum):
 
     DONE = 'done'
     RUNNING = 'running'
+    STOPPED = 'stopped'
     WAITING = 'waiting'
     FAILED = 'failed'
 
@@ -43,7 +44,7 @@ def state_of(workdir: pathlib.Path, since: float = 0.0) -> State:
 
     Args:
       workdir: of the run; need not exist.
-      since: failures before this time count as waiting.
+      since: failures before this time do not count.
     """
     if finished_summary(workdir):
         return State.DONE
@@ -52,7 +53,7 @@ def state_of(workdir: pathlib.Path, since: float = 0.0) -> State:
     failed = workdir / FAILED
     if failed.exists() and failed.stat().st_mtime >= since:
         return State.FAILED
-    return State.WAITING
+    return State.STOPPED if (workdir / 'checkpoints').is_dir() else State.WAITING
 
 
 def check(workdir: pathlib.Path, config: Config, extend: bool = False) -> None:

@@ -47,9 +47,15 @@ class Result:
             return []
 
     @functools.cached_property
+    def outputs(self) -> dict[str, np.ndarray] | None:
+        """What predictions.read returns, of a finished run."""
+        columns = len(self.summary['networks']) + 1 if self.summary else 0
+        return predictions.read(self.root / self.folder, columns) if columns else None
+
+    @property
     def predictions(self) -> dict[str, np.ndarray] | None:
-        """What predictions.read returns, of the networks that learn alone."""
-        found = predictions.read(self.root / self.folder)
+        """The outputs of the networks that learn alone."""
+        found = self.outputs
         if found is None or not self.summary:
             return None
         learn = [k for k, n in enumerate(self.summary['networks']) if not n.get('frozen')]

@@ -322,7 +322,7 @@ def _csv(results: Results) -> str:
     file = io.StringIO()
     columns = [
         'arm', 'seed', 'folder', 'state', 'network', 'name', 'split', 'accuracy', 'top5_accuracy',
-        'cross_entropy', 'test_accuracy_at_best_validation', 'images_per_s', 'wall_s',
+        'cross_entropy', 'ece', 'test_accuracy_at_best_validation', 'images_per_s', 'wall_s',
         'fingerprint',
     ]  # fmt: skip
     out = csv.DictWriter(file, columns, restval='', lineterminator='\n')
@@ -333,7 +333,7 @@ def _csv(results: Results) -> str:
             out.writerow(base)
             continue
         base |= {name: run.summary[name] for name in ('images_per_s', 'wall_s', 'fingerprint')}
-        entries = [*run.summary['networks'], run.summary['ensemble']]
+        entries, found = [*run.summary['networks'], run.summary['ensemble']], run.outputs
         for split in ('validation', 'test'):
             for line in run.evaluations(split)[-1:]:
                 for k, (network, entry) in enumerate(zip(line['networks'], entries, strict=True)):
@@ -344,10 +344,16 @@ def _csv(results: Results) -> str:
                         | {
                             'network': k + 1 if entry is not entries[-1] else 'ensemble',
                             'split': split,
+                            'ece': _ece(found, k) if found and split == 'test' else '',
                             'test_accuracy_at_best_validation': '' if best is None else best,
                         }
                     )
     return file.getvalue()
+
+
+def _ece(outputs: dict[str, np.ndarray], k: int) -> float:
+    right = outputs['predicted'][:, k] == outputs['label']
+    return calibration(outputs['confidence'][:, k].astype(float), right)[0]
 
 
 def main(command: Command, _: object) -> int:

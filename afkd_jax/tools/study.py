@@ -31,6 +31,7 @@ from afkd_jax.studies import Point, Study
 from afkd_jax.tools import benchmark, plan, report
 from afkd_jax.training import loop
 
+_UNHELD = State.WAITING, State.STOPPED
 _WORKER = 'AFKD_JAX_STUDY_WORKER'  # in the environment of the processes of --jobs
 
 
@@ -55,7 +56,7 @@ class Worker:
         left, idle_since = set(self.points), None
         while not self.interrupt.requested:
             states = {p: self._state(p) for p in self.points if p in left}
-            point = next((p for p in states if states[p] is State.WAITING), None)
+            point = next((p for p in states if states[p] in _UNHELD), None)
             if point:
                 if self._train(point):
                     left.remove(point)
@@ -88,6 +89,7 @@ class Worker:
             log(f'{_counts(self._states())}  failed: {name}: {message}')
             return True
         if result is None:
+            log(f'{_counts(self._states())}  stopped: {name}')
             return False
         (folder / FAILED).unlink(missing_ok=True)
         accuracies = ' '.join(f'{network["test_accuracy"]:.2f}' for network in result['networks'])
@@ -105,7 +107,7 @@ class Worker:
         folders = [self.workdir / point.folder for point in self.points]
         done = [summary['wall_s'] for folder in folders if (summary := finished_summary(folder))]
         running = states.count(State.RUNNING)
-        left = states.count(State.WAITING) + running / 2
+        left = sum(map(states.count, _UNHELD)) + running / 2
         if not (done and left):
             return ''
         minutes = sum(done) / len(done) * left / (1 + running) / 60
@@ -217,20 +219,10 @@ def main(command: Command, _: object) -> int:
     That is 0 if all runs are finished, 1 if some failed, 75 if some are left.
     """
     options, started = command.options, time.time()
-    if options.study:
-        study = studies.parse(options.study, command.config)
-        study = dataclasses.replace(study, name=command.workdir.name)
-    elif command.study:
-        study = command.study
-    else:
-        raise UserError(
-            "--study: name the fields and their values, as in 'method=vanilla,afd;seed=0:10', or "
-            'a config file that defines a study, as configs/studies/digits.py'
-        )
-    workdir = command.workdir
+    study, workdir = command.study, command.workdir
+    assert study
     if finished_summary(workdir) or (workdir / 'config.json').exists():
         raise UserError(f'--workdir: {workdir} holds a run; name another directory for the study')
-    study = studies.merged(study, studies.read(workdir))
     points = _points(study, command.config, workdir)
     if options.dry_run:
         _dry_run(study, points, log)

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -42,7 +43,9 @@ def command(workdir, words=WORDS, defined=None, **fields):
         ('step', 'coordinator_address', 'num_processes', 'process_id', 'topology', 'sweep')
     )
     options = Options('study', str(workdir), largest_batch=False, debug=False, study=words, **empty)
-    return Command(tiny_config(**BASE | fields), options, pathlib.Path(workdir), defined)
+    config, workdir = tiny_config(**BASE | fields), pathlib.Path(workdir)
+    planned = studies.planned(words, defined, config, workdir)
+    return Command(config, options, workdir, planned)
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -110,6 +113,16 @@ def test_the_report_has_the_figures_of_the_runs(finished):
     )
     expected = summary(workdir, 'dml', 1)['networks'][1]['test_accuracy']
     assert float(row['accuracy']) == pytest.approx(expected)
+    found = predictions.read(workdir / 'dml' / 'seed=1', 3)
+    confidence, bins = found['confidence'][:, 1].astype(float), np.linspace(0, 1, 16)
+    right = found['predicted'][:, 1] == found['label']
+    gaps = [
+        abs(right[inside].sum() - confidence[inside].sum())
+        for low, high in itertools.pairwise(bins)
+        if (inside := (confidence >= low) & (confidence < high)).any()
+    ]
+    assert float(row['ece']) == pytest.approx(100 * sum(gaps) / len(right))
+    assert all((r['ece'] == '') == (r['split'] == 'validation') for r in rows)
     page = (workdir / 'report.html').read_text()
     assert page.count('data:image/svg+xml;base64,') == text.count('](report_figures/') >= 5
     assert not re.search(r'(src|href)="(?!data:)', page)  # one file
@@ -118,13 +131,27 @@ def test_the_report_has_the_figures_of_the_runs(finished):
 def test_predictions_are_those_of_the_evaluation(finished):
     workdir, _ = finished
     run = results.collect(workdir).of('dml')[1]
-    found = predictions.read(run.root / run.folder)
+    found = predictions.read(run.root / run.folder, 3)
     assert found['label'].shape == (359,)
     accuracy = 100 * (found['predicted'] == found['label'][:, None]).mean(0)
     entries = [*run.summary['networks'], run.summary['ensemble']]
     assert accuracy == pytest.approx([entry['test_accuracy'] for entry in entries])
     assert (found['confidence'] > 0.09).all()
     assert (found['confidence'] <= 1).all()
+
+
+def test_damaged_predictions_are_left_out_with_a_warning(finished, tmp_path, capsys):
+    workdir, _ = finished
+    content = (workdir / 'dml' / 'seed=0' / 'predictions.npz').read_bytes()
+    middle = len(content) // 2
+    flipped = content[:middle] + bytes(50) + content[middle + 50 :]
+    for damaged in (b'', b'PK', content[:-100], flipped):
+        (tmp_path / 'predictions.npz').write_bytes(damaged)
+        assert predictions.read(tmp_path, 3) is None
+        assert 'predictions.npz: cannot be read' in capsys.readouterr().out
+    (tmp_path / 'predictions.npz').write_bytes(content)
+    assert predictions.read(tmp_path, 4) is None
+    assert predictions.read(tmp_path / 'none', 3) is None
 
 
 @pytest.mark.slow
@@ -174,7 +201,7 @@ def test_a_run_that_another_worker_holds_is_left_to_it(finished, tmp_path, monke
 
 
 @pytest.mark.slow
-def test_a_signal_ends_the_worker_after_a_checkpoint(tmp_path, monkeypatch):
+def test_a_signal_ends_the_worker_after_a_checkpoint(tmp_path, monkeypatch, capsys):
     train = loop.train
 
     def interrupted(config, workdir, step, interrupt):
@@ -185,6 +212,11 @@ def test_a_signal_ends_the_worker_after_a_checkpoint(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(loop, 'train', interrupted)
         assert study.main(command(workdir), None) == EXIT_RESUMABLE
+    assert '4 waiting]  stopped: vanilla, seed 0' in capsys.readouterr().out
+    folder = workdir / 'vanilla' / 'seed=0'
+    assert state_of(folder) is State.WAITING
+    (folder / 'checkpoints').mkdir()
+    assert state_of(folder) is State.STOPPED
     assert study.main(command(workdir, 'method=vanilla'), None) == 0
 
 
