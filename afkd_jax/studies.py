@@ -65,22 +65,23 @@ class Study:
         Raises:
           UserError: a field is unknown or wrong, or labels or seeds are not distinct.
         """
-        self._check()
+        self.check()
+        for fields in self.arms.values():
+            config_lib.check_names(fields)
+            if 'seed' in fields:
+                raise UserError('study: seeds are a field of the study, not of an arm')
         return [
             Point(arm, seed, config.replace(**fields, seed=seed))
             for seed in self.seeds
             for arm, fields in self.arms.items()
         ]
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raises a UserError if labels or seeds are not distinct, or an arm does not exist."""
         folders = [slug(arm) for arm in self.arms]
         for what, values in (('arms', folders), ('seeds', list(self.seeds))):
             if not values or len(set(values)) < len(values):
                 raise UserError(f'study: {what} must be distinct, at least one, but are {values}')
-        for fields in self.arms.values():
-            config_lib.check_names(fields)
-            if 'seed' in fields:
-                raise UserError('study: seeds are a field of the study, not of an arm')
         for arm in [self.reference, *itertools.chain(*self.comparisons)]:
             if arm not in self.arms:
                 raise UserError(f'study: there is no arm "{arm}"; arms: {", ".join(self.arms)}')
@@ -263,9 +264,10 @@ def read(workdir: pathlib.Path) -> Study | None:
     """
     path = workdir / NAME
     try:
-        values = json.loads(path.read_text())
-        return Study(**values)
+        study = Study(**json.loads(path.read_text()))
+        study.check()
+        return study
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f'{path}: cannot be read ({error})') from None
+    except (OSError, ValueError, TypeError, UserError) as error:
+        raise UserError(f'{path}: cannot be read ({error}); is it of another version?') from None

@@ -78,6 +78,20 @@ def test_wrong_studies():
         studies.split(ConfigDict({'study': 3}))
 
 
+@pytest.mark.parametrize(
+    'values',
+    ['{', '[]', {'colour': 1}, {'seeds': 3}, {'seeds': []}, {'arms': {}}, {'baseline': 'gone'}],
+)
+def test_a_damaged_study_json(values, tmp_path):
+    whole = Study('x', '', {'a': {}, 'b': {}}, [0]).to_json()
+    (tmp_path / 'study.json').write_text(json.dumps(whole))
+    assert studies.read(tmp_path).to_json() == whole
+    text = values if isinstance(values, str) else json.dumps(whole | values)
+    (tmp_path / 'study.json').write_text(text)
+    with pytest.raises(UserError, match=r'study\.json: cannot be read \(.*\); is it of another'):
+        studies.read(tmp_path)
+
+
 def test_arms_are_compared_with_those_that_differ_in_the_method_alone():
     pair = "('a','a')"
     found = studies.parse(f"epochs=2,3;method=vanilla,afd;networks={pair},('a','b')", Config())

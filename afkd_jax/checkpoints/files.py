@@ -5,31 +5,43 @@ import errno
 import json
 import os
 import pathlib
+import secrets
 import shutil
 from collections.abc import Iterator
 from typing import Any, TextIO
 
 
+@contextlib.contextmanager
+def _renamed(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields the name under which a file is written; after an error nothing of it is left."""
+    # Another process, as a worker of the same study, may write the same file.
+    unfinished = path.with_name(f'{path.name}.{secrets.token_hex(4)}.tmp')
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    except OSError as error:
+        if error.filename in (None, str(unfinished)):  # None of a full disk
+            error.filename = str(path)
+        raise
+    finally:
+        with contextlib.suppress(OSError):  # it has its name, or could not be made
+            unfinished.unlink()
+
+
 def write_atomic(path: pathlib.Path, content: bytes) -> None:
     """Writes the file whole or not at all, even when the machine loses power."""
-    temporary = path.with_name(path.name + '.tmp')
-    with temporary.open('wb') as file:
+    with _renamed(path) as temporary, temporary.open('wb') as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 @contextlib.contextmanager
 def created(path: pathlib.Path) -> Iterator[TextIO]:
     """Opens a text file that gets its name at the end; after an error nothing of it is left."""
-    unfinished = path.with_name(path.name + '.unfinished')
-    try:
-        with unfinished.open('w', newline='', encoding='utf-8', errors='backslashreplace') as file:
-            yield file
-        unfinished.rename(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    options: Any = {'newline': '', 'encoding': 'utf-8', 'errors': 'backslashreplace'}
+    with _renamed(path) as unfinished, unfinished.open('w', **options) as file:
+        yield file
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

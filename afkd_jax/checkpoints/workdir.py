@@ -20,7 +20,7 @@ def finished_summary(workdir: pathlib.Path) -> dict[str, Any] | None:
     An unreadable summary counts as none: it is written anew from the last checkpoint.
     """
     try:
-        result = json.loads((workdir / 'summary.json').read_text())
+        result = json.loads((workdir / 'summary.json').read_text(), parse_constant=int)  # no NaN
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     return result if isinstance(result, dict) and result.get('finished') is True else None

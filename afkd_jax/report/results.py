@@ -14,7 +14,14 @@ from afkd_jax import studies
 from afkd_jax.checkpoints import workdir as workdir_lib
 from afkd_jax.checkpoints.workdir import State
 from afkd_jax.report import jsonl, predictions
+from afkd_jax.report.console import log
 from afkd_jax.studies import Study
+
+# What a report needs to know of every run, and of a finished one.
+_CONFIG = {'batch_size', 'dataset', 'epochs', 'method', 'networks', 'seed'}
+_SUMMARY = {
+    'ensemble', 'fingerprint', 'images', 'images_per_s', 'networks', 'steps', 'wall_s',
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,11 +70,11 @@ class Result:
 
     @property
     def error(self) -> str:
-        """Why the run failed."""
+        """Why the run failed, or cannot be used."""
         try:
             return json.loads((self.root / self.folder / workdir_lib.FAILED).read_text())['error']
         except (OSError, ValueError, KeyError, TypeError):
-            return ''
+            return 'its config.json or summary.json is damaged'
 
     def networks(self, key: str) -> list[float]:
         """Returns a value of each network in the summary, those that learn; [] without values."""
@@ -149,12 +156,13 @@ def collect(root: pathlib.Path) -> Results:
         if 'set_aside' not in path.parts
     ]
     runs = [_read(root, '', 0, folder) for folder in folders]
-    runs = [run for run in runs if run.config]
+    runs = [run for run in runs if run.config.keys() >= _CONFIG]
     labels = _labels([run.config for run in runs])
     runs = [
         dataclasses.replace(run, arm=label, seed=run.config['seed'])
         for run, label in zip(runs, labels, strict=True)
     ]
+    runs = _distinct(runs)
     arms = dict.fromkeys(labels)
     baseline = next((label for label in arms if label.startswith('vanilla')), '')
     seeds = sorted({run.seed for run in runs})
@@ -168,8 +176,21 @@ def _read(root: pathlib.Path, arm: str, seed: int, folder: pathlib.PurePath) -> 
         config = config_lib.completed(json.loads((path / 'config.json').read_text()))
     except (OSError, ValueError, AttributeError):
         config = {}
-    summary = workdir_lib.finished_summary(path)
-    return Result(root, arm, seed, folder, workdir_lib.state_of(path), config, summary)
+    summary, state = workdir_lib.finished_summary(path), workdir_lib.state_of(path)
+    if summary and not (config.keys() >= _CONFIG and summary.keys() >= _SUMMARY):
+        log(f'warning: {path}: config.json or summary.json is damaged; the run is left out')
+        summary, state = None, State.FAILED
+    return Result(root, arm, seed, folder, state, config, summary)
+
+
+def _distinct(runs: list[Result]) -> list[Result]:
+    """Returns one run of each arm and seed, a finished one if there is; a copy must not count."""
+    found: dict[tuple[str, int], Result] = {}
+    for run in sorted(runs, key=lambda run: run.summary is None):
+        first = found.setdefault((run.arm, run.seed), run)
+        if first is not run:
+            log(f'warning: {run.folder}: left out, because its config is that of {first.folder}')
+    return [run for run in runs if found[run.arm, run.seed] is run]
 
 
 def _labels(configs: list[dict[str, Any]]) -> list[str]:

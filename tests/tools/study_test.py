@@ -259,6 +259,24 @@ def test_runs_that_nobody_planned_as_a_study(finished, tmp_path, monkeypatch, ca
         report.write(empty)
 
 
+def test_copies_of_a_run_count_once_and_damaged_ones_not_at_all(finished, tmp_path, capsys):
+    workdir, _ = finished
+    folder = tmp_path / 'runs'
+    for source, target in (('dml', 'a'), ('dml', 'copy of a'), ('vanilla', 'b'), ('dml', 'c')):
+        shutil.copytree(workdir / source / 'seed=0', folder / target)
+    (folder / 'a' / 'summary.json').unlink()
+    (folder / 'c' / 'config.json').write_text('{"model": "of another program"}')
+    (folder / 'b' / 'summary.json').write_text('{"finished": true}')
+    found = results.collect(folder)
+    assert [(str(run.folder), run.state.value) for run in found.runs] == [
+        ('b', 'failed'), ('copy of a', 'done')
+    ]  # fmt: skip
+    out = capsys.readouterr().out
+    assert 'a: left out, because its config is that of copy of a' in out
+    assert 'b: config.json or summary.json is damaged; the run is left out' in out
+    assert found.runs[0].error == 'its config.json or summary.json is damaged'
+
+
 def test_the_command_of_a_run_makes_its_config():
     config = tiny_config(**BASE, logit__learning_rate=0.2, ring_order=(2, 1), data__mean=(0.5,))
     flat = json.loads(json.dumps(config.to_dict()))
