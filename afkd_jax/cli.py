@@ -385,6 +385,8 @@ def _message(error: Exception) -> tuple[str, int]:
         )
     if type(error).__name__ == 'JaxRuntimeError' and (processes := _processes()):
         return f'{processes.LOST} ({words})', EXIT_RESUMABLE
+    if isinstance(error, UnicodeEncodeError):
+        return f'{error.object} is not valid {error.encoding}; use a UTF-8 locale', EXIT_USER_ERROR
     if isinstance(error, OSError):
         where = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
         where = where or 'the disk'

@@ -8,6 +8,7 @@ import ast
 import dataclasses
 import itertools
 import json
+import math
 import pathlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,8 @@ from afkd_jax.config import Config
 from afkd_jax.errors import UserError
 
 NAME = 'study.json'
+_LONGEST = 200  # bytes of the name of a directory; most file systems end at 255
+_MOST = 10_000  # values of a range, and arms: more are a slip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +80,14 @@ class Study:
         ]
 
     def check(self) -> None:
-        """Raises a UserError if labels or seeds are not distinct, or an arm does not exist."""
+        """Raises a UserError if labels or seeds are wrong or not distinct, or an arm is unknown."""
+        if not (isinstance(self.seeds, Sequence) and all(type(seed) is int for seed in self.seeds)):
+            raise UserError(f'study: seeds must be whole numbers in a list, but are {self.seeds!r}')
+        for arm in self.arms:
+            if not (isinstance(arm, str) and arm.isprintable() and re.search(r'\w', arm)):
+                raise UserError(f'study: a label must have letters or digits, but one is {arm!r}')
+            if len(slug(arm).encode()) > _LONGEST:
+                raise UserError(f'study: a label must be shorter: {arm}')
         folders = [slug(arm) for arm in self.arms]
         for what, values in (('arms', folders), ('seeds', list(self.seeds))):
             if not values or len(set(values)) < len(values):
@@ -153,6 +163,8 @@ def parse(text: str, config: Config) -> Study:
             value for word in _split(values) for value in _values(name, word.strip(), default)
         ]
     seeds = axes.pop('seed', [config.seed])
+    if math.prod(map(len, axes.values())) > _MOST:
+        raise UserError(f'--study: {text!r} are more than {_MOST} arms')
     arms = {
         label(fields) or config.method: fields
         for values in itertools.product(*axes.values())
@@ -179,6 +191,8 @@ def _values(name: str, word: str, default: Any) -> Iterator[Any]:
         yield word
         return
     if type(default) is int and (match := re.fullmatch(r'(\d+):(\d+)', word)):
+        if int(match[2]) - int(match[1]) > _MOST:
+            raise UserError(f'--study: {name}={word} are more than {_MOST} values')
         yield from range(int(match[1]), int(match[2]))
         return
     try:
@@ -208,6 +222,7 @@ def planned(
             'a config file that defines a study, as configs/studies/digits.py'
         )
     study = dataclasses.replace(study, name=workdir.name) if words else study
+    study.check()
     study = merged(study, read(workdir))
     study.points(config)
     return study
@@ -269,5 +284,7 @@ def read(workdir: pathlib.Path) -> Study | None:
         return study
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, UserError) as error:
+    except OSError as error:
+        raise UserError(f'{path}: cannot be read ({error.strerror})') from None
+    except (ValueError, TypeError, UserError) as error:
         raise UserError(f'{path}: cannot be read ({error}); is it of another version?') from None

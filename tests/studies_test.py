@@ -52,6 +52,8 @@ def test_the_grid_of_a_command_line(words, arms, seeds):
         ('epochs=x', r'config\.epochs: must be a whole number'),
         ('epochs=0', r'config\.epochs: must be at least 1'),
         ('seed=1,1', 'seeds must be distinct'),
+        ('seed=0:9999999999', 'more than 10000 values'),
+        ('epochs=1:201;batch_size=1:101', 'more than 10000 arms'),
         ('method=afd,afd', None),
     ],
 )
@@ -70,10 +72,17 @@ def test_wrong_studies():
         ({'a': {'seed': 1}}, {}, 'seeds are a field of the study'),
         ({'a': {}}, {'baseline': 'b'}, 'there is no arm "b"; arms: a'),
         ({'a': {}}, {'comparisons': [('a', 'c')]}, 'there is no arm "c"'),
+        ({'': {}}, {}, "a label must have letters or digits, but one is ''"),
+        ({'..': {}}, {}, 'a label must have letters'),
+        ({'a\nb': {}}, {}, r"but one is 'a\\nb'"),
+        ({3: {}}, {}, 'but one is 3'),
+        ({'é' * 101: {}}, {}, 'a label must be shorter: é'),
+        ({'a': {}}, {'seeds': 3}, 'seeds must be whole numbers in a list, but are 3'),
+        ({'a': {}}, {'seeds': ['0']}, 'seeds must be whole numbers'),
         ({'a': {'nets': 1}}, {}, r'config\.nets: there is no such field'),
     ]:
         with pytest.raises(UserError, match=words):
-            Study('x', '', arms, [0], **more).points(Config())
+            Study('x', '', **{'arms': arms, 'seeds': [0], **more}).points(Config())
     with pytest.raises(UserError, match=r'config\.study: must be an afkd_jax\.Study, but is 3'):
         studies.split(ConfigDict({'study': 3}))
 

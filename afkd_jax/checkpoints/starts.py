@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
@@ -92,28 +93,33 @@ def read(
             del variables['params']['head']
             line += ', with a new classifier: the classes are others'
         expected = abstract.networks[k].variables()
-        expected['params'] = {part: expected['params'][part] for part in variables['params']}
-        _check_shapes(weights, cohort.names[k], expected, variables)
+        kept = expected['params'].keys() & variables['params'].keys()
+        expected['params'] = {part: expected['params'][part] for part in kept}
+        _check_arrays(weights, cohort.names[k], expected, variables)
         variables = jax.tree.map(lambda own, like: np.asarray(own, like.dtype), variables, expected)
         log(line)
         found[k] = variables
     return found
 
 
-def _check_shapes(
+def _check_arrays(
     weights: Weights, name: str, expected: dict[str, Any], variables: dict[str, Any]
 ) -> None:
-    def shapes(tree: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-        flat: dict[str, Any] = traverse_util.flatten_dict(tree, sep='/')
-        return {key: tuple(leaf.shape) for key, leaf in flat.items()}
-
-    ours, theirs = shapes(expected), shapes(variables)
+    wanted: dict[str, Any] = traverse_util.flatten_dict(expected, sep='/')
+    found: dict[str, Any] = traverse_util.flatten_dict(variables, sep='/')
+    ours, theirs = ({key: tuple(leaf.shape) for key, leaf in a.items()} for a in (wanted, found))
     if ours != theirs:
         where = next(key for key in [*ours, *theirs] if ours.get(key) != theirs.get(key))
         raise UserError(
             f'config.init_from: {weights.source} is a {weights.architecture} and does not fit '
             f'"{name}": {where} is {theirs.get(where, "missing")}, not {ours.get(where, "there")}'
         )
+    for key, leaf in found.items():
+        if not (jnp.issubdtype(leaf.dtype, jnp.floating) and np.isfinite(leaf).all()):
+            raise UserError(
+                f'config.init_from: {weights.source}: {key} holds {leaf.dtype} values that are no '
+                'finite floating-point numbers; export it again'
+            )
 
 
 def _check_frozen(weights: Weights, images: ImageFacts) -> None:

@@ -143,9 +143,11 @@ def _described(source: str) -> dict[str, Any]:
     """Returns the description in a safetensors file."""
 
     def facts(file: Any) -> dict[str, Any]:
-        found = {key: json.loads(value) for key, value in file.metadata().items()}
-        found['architecture'][0]
-        return found
+        found = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+        match found.get('architecture'):
+            case [str()]:
+                return found
+        raise ValueError('it has no description of a network')
 
     return _open(source, facts)
 
@@ -185,8 +187,10 @@ def read(source: str) -> Weights:
                 _from_tensors(tensors),
                 *(tuple(facts[name]) for name in ('classes', 'image_shape', 'mean', 'std')),
             )
-        except (KeyError, TypeError) as error:
-            raise UserError(f'{source}: has no description of its network ({error})') from None
+        except (LookupError, TypeError, ValueError) as error:
+            raise UserError(
+                f'{source}: has no valid description of its network ({error})'
+            ) from None
     architecture, (workdir, number) = architecture_of(source), _split(source)
     trained = read_run(workdir, [number], 'last')
     info = trained.images.info

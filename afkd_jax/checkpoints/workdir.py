@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from afkd_jax import config as config_lib
+from afkd_jax import studies
 from afkd_jax.checkpoints.files import write_json
 from afkd_jax.checkpoints.lock import held, locked
 from afkd_jax.config import Config
@@ -70,6 +71,10 @@ def check(workdir: pathlib.Path, config: Config, extend: bool = False) -> None:
         if not isinstance(theirs, dict):
             raise ValueError('it is not an object')
     except (FileNotFoundError, NotADirectoryError):
+        if (workdir / studies.NAME).exists():
+            raise UserError(
+                f'--workdir: {workdir} holds a study; name another directory, or add --mode study'
+            ) from None
         return  # new; or its checkpoints, which contain their config, will be compared
     except (OSError, ValueError) as error:
         raise UserError(

@@ -10,6 +10,7 @@ import dataclasses
 import io
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
@@ -19,6 +20,9 @@ from PIL import Image
 
 from afkd_jax.config import Data
 from afkd_jax.data import randaugment
+
+# Its warnings name no file and change nothing; what is wrong is an error.
+warnings.filterwarnings('ignore', module=r'PIL\.')
 
 _JPEG, _PNG = b'\xff\xd8', b'\x89PNG'
 # Beginnings of JPEG, PNG, GIF and BMP files, which have their header first, and how much is read of

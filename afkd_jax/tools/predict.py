@@ -35,7 +35,8 @@ def image_files(names: Sequence[str]) -> list[pathlib.Path]:
         inside = folder.find(os.fsencode(path)).images if path.is_dir() else []
         found += [path / os.fsdecode(file) for file in inside] if path.is_dir() else [path]
     if not found:
-        raise UserError(f'--images: there is no image in {", ".join(names) or "nothing"}')
+        where = f'there is no image in {", ".join(names)}' if names else 'name files or directories'
+        raise UserError(f'--images: {where}')
     return found
 
 

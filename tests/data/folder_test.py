@@ -223,11 +223,13 @@ def test_what_nas_and_archive_programs_leave_is_no_image(tmp_path):
     junk = ('train/__MACOSX/a/._0.png', 'train/a/@eaDir/0.png/THUMB_M.png', 'train/@eaDir/0.png')
     names = ('train/a/0.jfif', 'train/a/1.JPE', 'train/b/2.png', 'val/a/3.png', *junk)
     write(tmp_path, *names, 'train/a/Thumbs.db', 'train/a/4.heic', 'train/b/.x', 'train/5.png')
+    os.mkfifo(tmp_path / 'train' / 'a' / '5.png')
     of = source(tmp_path)
     assert of.classes == ('a', 'b')
     assert len(of.train) == 3
     (line,) = of.notes
-    reasons = '1 without the extension of an image (a/4.heic); 1 in no class folder (5.png)'
+    reasons = '2 no files with the extension of an image (a/4.heic, a/5.png)'
+    reasons += '; 1 in no class folder (5.png)'
     assert line == f'{tmp_path}/train: passed over: {reasons}'
 
 

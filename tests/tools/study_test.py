@@ -21,6 +21,7 @@ from conftest import tiny_config
 
 from afkd_jax import cli, studies
 from afkd_jax.checkpoints import lock
+from afkd_jax.checkpoints import workdir as workdir_lib
 from afkd_jax.checkpoints.workdir import State, state_of
 from afkd_jax.command import Command, Options
 from afkd_jax.config import Config
@@ -295,6 +296,12 @@ def test_a_study_needs_a_grid_and_a_directory_of_its_own(tmp_path):
         study.main(command(tmp_path), None)
     with pytest.raises(UserError, match='--study: name the fields'):
         study.main(command(tmp_path / 'x', None), None)
+
+
+def test_a_study_is_no_directory_for_a_run(finished):
+    workdir, _ = finished
+    with pytest.raises(UserError, match='holds a study; name another directory'):
+        workdir_lib.check(workdir, tiny_config(**BASE))
 
 
 def test_dry_run_lists_the_runs_and_trains_nothing(tmp_path, capsys, monkeypatch):

@@ -10,7 +10,8 @@ import jax
 import numpy as np
 import pytest
 from conftest import tiny_config
-from safetensors.numpy import save_file
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 import afkd_jax
 from afkd_jax.checkpoints import starts, weights
@@ -160,6 +161,26 @@ def test_weights_that_do_not_fit(source, exported, monkeypatch, tmp_path):
         with pytest.raises(UserError, match=words):
             trained(tmp_path / 'run', **frozen)
         monkeypatch.undo()
+
+
+def test_damaged_exports_are_rejected(exported, tmp_path):
+    with safe_open(exported, 'numpy') as file:
+        facts = file.metadata()
+    whole, path = load_file(exported), str(tmp_path / 'damaged.safetensors')
+    key = next(name for name in whole if whole[name].ndim == 4)
+    for tensors, words in [
+        (whole | {'more': whole[key]}, r'more is \(.*\), not there'),
+        (whole | {f'{key}/x': whole[key]}, 'has no valid description'),
+        (whole | {key: whole[key] * np.nan}, f'params/{key} holds float32 values that are no fin'),
+        (whole | {key: whole[key].astype(np.int32)}, f'params/{key} holds int32 values'),
+    ]:
+        save_file(tensors, path, facts)
+        with pytest.raises(UserError, match=words):
+            trained(tmp_path / 'run', networks=(path, 'tiny-8-2'))
+    for architecture in ('[]', '3', '[3]', '["a", "b"]', '"tiny-8-2"'):
+        save_file(whole, path, facts | {'architecture': architecture})
+        with pytest.raises(UserError, match='it has no description of a network'):
+            weights.architecture_of(path)
 
 
 def test_a_run_that_is_extended_equals_one_that_was_longer_from_the_start(tmp_path):

@@ -63,7 +63,7 @@ class Found:
     """What lies below a folder, as paths relative to it.
 
     Attributes:
-      others: files that are no images, by their extension, except those that are always left out.
+      others: what is no image file, by its extension or kind, except what is always left out.
       loops: links to a folder that contains them.
     """
 
@@ -89,7 +89,10 @@ def find(folder: bytes) -> Found:
                 if entry.is_dir():
                     walk(entry.path, name, {*above, here})
                 else:
-                    (found.images if _is_image(entry.name) else found.others).append(name)
+                    # A pipe or socket would be waited for; a link to nowhere is a broken image.
+                    file = entry.is_file(follow_symlinks=False) or entry.is_symlink()
+                    image = file and _is_image(entry.name)
+                    (found.images if image else found.others).append(name)
 
     above = {
         parent for one in (os.path.abspath, os.path.realpath) for parent in _above(one(folder))
@@ -169,7 +172,7 @@ def _notes(root: pathlib.Path, split: _Files) -> list[str]:
         beside = sorted(e.path for e in entries if _is_image(e.name) and not _left_out(e.name))
     reasons = []
     for found, why in (
-        (split.others, 'without the extension of an image'),
+        (split.others, 'no files with the extension of an image'),
         (beside, 'in no class folder'),
         (split.loops, 'links to a folder that contains them'),
     ):
