@@ -851,6 +851,11 @@ def test_a_broken_pipe_between_processes_is_an_error():
     assert cli._message(BrokenPipeError(32, 'Broken pipe'))[1] == 1
 
 
+def test_a_name_that_the_locale_cannot_encode_is_named():
+    message, code = cli._message(UnicodeEncodeError('ascii', 'é/seed=0', 0, 1, 'of a study'))
+    assert (message, code) == ('é/seed=0 is not valid ascii; use a UTF-8 locale', 1)
+
+
 @pytest.mark.parametrize(
     ('error', 'pattern', 'code'),
     [
