@@ -232,6 +232,7 @@ def test_devices_change_nothing_with_the_adversarys_switches(mapping, count, pee
     assert difference < 1e-9, where
 
 
+@pytest.mark.slow
 def test_devices_change_nothing_with_maps_of_several_stages(x64):
     whole, sharded = (
         after_three_steps('shard_map', *how, 2 * ('staged-4',), 'afd', stages=2)
