@@ -18,6 +18,11 @@ def options(platform: str) -> dict[str, str] | None:
     return _OPTIONS if platform == 'cpu' else None
 
 
+def init_options(platform: str) -> dict[str, str] | None:
+    """Returns those for initialising, which runs once: to compile takes longer than to run."""
+    return {'xla_backend_optimization_level': '1'} if platform == 'cpu' else None
+
+
 def computed_once(x: jax.Array) -> jax.Array:
     """Returns x; it and its gradient are computed once, however many operations read them.
 

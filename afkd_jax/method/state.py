@@ -196,43 +196,61 @@ def nonfinite(parts: Mapping[int | str, Any]) -> str | None:
 
 
 def create(
-    cohort: Cohort, key: jax.Array, starts: Mapping[int, dict[str, Any]] | None = None
+    cohort: Cohort,
+    key: jax.Array,
+    starts: Mapping[int, dict[str, Any]] | None = None,
+    options: dict[str, str] | None = None,
 ) -> TrainState:
     """Returns the state before the first step; every network starts from a key of its own.
+
+    Networks of one name are traced and compiled once.
 
     Args:
       cohort: of all networks.
       key: of the run.
       starts: network, counted from 0 -> the params and batch_stats that it starts from instead;
         without params of 'head', the classifier is random.
+      options: of the compiler; None inside a jitted function.
     """
-    count = range(len(cohort.networks))
-    parts = [_create_parts(cohort, k, key, (starts or {}).get(k, {})) for k in count]
+    create_parts = jax.jit(_create_parts, static_argnums=(0, 1), compiler_options=options)
+    parts = [
+        create_parts(cohort, first, key, k, (starts or {}).get(k, {}))
+        for k, first in enumerate(_firsts(cohort))
+    ]
     networks, discriminators = zip(*parts, strict=True)
     discriminators = discriminators if cohort.discriminators else ()
-    return TrainState(jnp.int32(0), networks, discriminators, _create_auxiliary(cohort, key))
+    auxiliary = None
+    if cohort.auxiliary:
+        create_auxiliary = jax.jit(_create_auxiliary, static_argnums=0, compiler_options=options)
+        auxiliary = create_auxiliary(cohort, key)
+    return TrainState(jnp.int32(0), networks, discriminators, auxiliary)
 
 
 @functools.lru_cache(maxsize=1)
 def abstract(cohort: Cohort) -> TrainState:
     """Returns the state's shapes and dtypes; makes no array."""
+    return jax.eval_shape(lambda: create(cohort, jax.random.key(0)))
+
+
+def _firsts(cohort: Cohort) -> list[int]:
+    """Returns per network the first whose state has the same arrays: of its name, frozen or not."""
     kinds = [(name, cohort.learns(k)) for k, name in enumerate(cohort.names)]
-    parts = {  # those of networks of one name are equal, but for the frozen
-        kind: jax.eval_shape(lambda k=k: _create_parts(cohort, k, jax.random.key(0), {}))
-        for k, kind in enumerate(kinds)
-        if kind not in kinds[:k]
-    }
-    networks, discriminators = zip(*(parts[kind] for kind in kinds), strict=True)
-    step = jax.eval_shape(lambda: jnp.int32(0))
-    auxiliary = jax.eval_shape(lambda: _create_auxiliary(cohort, jax.random.key(0)))
-    return TrainState(step, networks, discriminators if cohort.discriminators else (), auxiliary)
+    return [kinds.index(kind) for kind in kinds]
 
 
 def _create_parts(
-    cohort: Cohort, index: int, key: jax.Array, start: dict[str, Any]
+    cohort: Cohort, index: int, key: jax.Array, number: int, start: dict[str, Any]
 ) -> tuple[NetworkState, DiscriminatorState | None]:
-    """Returns a network and its discriminator, None if it has none."""
-    own = jax.random.fold_in(key, index)
+    """Returns a network and its discriminator, None if it has none.
+
+    Args:
+      cohort: of all networks.
+      index: of the first network of its kind (_firsts).
+      key: of the run.
+      number: of the network itself, counted from 0; its key depends on it.
+      start: what it starts from, see create().
+    """
+    own = jax.random.fold_in(key, number)
     discriminator = None
     if cohort.discriminators and cohort.learns(index):
         discriminator = _create_discriminator(cohort, index, own)
@@ -283,9 +301,8 @@ def _create_discriminator(cohort: Cohort, index: int, key: jax.Array) -> Discrim
     return DiscriminatorState(params, rule.init(params), stats)
 
 
-def _create_auxiliary(cohort: Cohort, key: jax.Array) -> AuxiliaryState | None:
-    if cohort.auxiliary is None:
-        return None
+def _create_auxiliary(cohort: Cohort, key: jax.Array) -> AuxiliaryState:
+    assert cohort.auxiliary
     count = len(cohort.networks)
     maps = [jnp.zeros((1, *(cohort.shared_map or shape))) for shape in cohort.map_shapes]
     logits = jnp.zeros((count, 1, cohort.num_classes))

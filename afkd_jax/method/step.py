@@ -28,6 +28,7 @@ from afkd_jax.method.adversary import Discriminator
 from afkd_jax.method.auxiliary import error_products
 from afkd_jax.method.cohort import Cohort
 from afkd_jax.method.objective import AuxiliaryFn, DiscriminatorFn
+from afkd_jax.method.optim import Optimizer
 from afkd_jax.method.state import (
     AuxiliaryState,
     DiscriminatorState,
@@ -84,11 +85,9 @@ def _forward(
     """Returns (outputs, pullback to (params, inputs), new batch statistics)."""
 
     def apply(params: Any, inputs: jax.Array) -> Any:
-        both, rngs = variables | {'params': params}, {'dropout': key}
-        return module.apply(both, inputs, True, mutable=['batch_stats'], rngs=rngs)
+        return _trained(module, variables | {'params': params}, inputs, key)
 
-    outputs, pullback, updated = jax.vjp(apply, varying(variables['params']), inputs, has_aux=True)
-    return outputs, pullback, updated.get('batch_stats', {})
+    return jax.vjp(apply, varying(variables['params']), inputs, has_aux=True)
 
 
 _zeros = functools.partial(jax.tree.map, jnp.zeros_like)
@@ -98,6 +97,22 @@ def _added(one: Sequence[Any], other: Sequence[Any]) -> list[Any]:
     return jax.tree.map(jnp.add, list(one), list(other))
 
 
+# K networks of one architecture are traced, differentiated and lowered once.
+_once = functools.partial(jax.jit, static_argnums=0)
+_norm = jax.jit(optax.tree.norm)
+
+
+@_once
+def _trained(
+    module: nn.Module, variables: dict, inputs: jax.Array, key: jax.Array
+) -> tuple[Any, Any]:
+    outputs, updated = module.apply(
+        variables, inputs, True, mutable=['batch_stats'], rngs={'dropout': key}
+    )
+    return outputs, updated.get('batch_stats', {})
+
+
+@_once
 def _evaluated(module: nn.Module, variables: dict, inputs: jax.Array) -> Any:
     return module.apply(variables, inputs, False)
 
@@ -141,6 +156,11 @@ def _pass(
     return _Pass(logits, maps, batch_stats, pull, to_trunk, taught)
 
 
+@_once
+def _stepped(rule: Optimizer, *arguments: Any) -> tuple[Any, Any]:
+    return rule.apply(*arguments)
+
+
 def _updated(
     cohort: Cohort,
     state: TrainState,
@@ -160,7 +180,7 @@ def _updated(
         for name, parts in cohort.updated_parts().items():
             old = {part: params[part] for part in parts}
             rule, gradient = rules[name].of(k), gradients[name][k]
-            new, opt[name] = rule.apply(gradient, network.opt[name], old, state.step)
+            new, opt[name] = _stepped(rule, gradient, network.opt[name], old, state.step)
             params = params | new
         if paused is not None:
             keep = functools.partial(jnp.where, paused[k])
@@ -174,8 +194,8 @@ def _updated(
             discriminators.append(None)
             continue
         gradient = gradients['discriminator'][k]
-        new, opt = rules['discriminator'].apply(
-            gradient, discriminator.opt, discriminator.params, state.step
+        new, opt = _stepped(
+            rules['discriminator'], gradient, discriminator.opt, discriminator.params, state.step
         )
         discriminators.append(DiscriminatorState(new, opt, discriminator_stats[k]))
     auxiliary = state.auxiliary
@@ -203,11 +223,18 @@ def _discriminator_fn(module: Discriminator | None, batch_stats: Any) -> Discrim
 
     def discriminate(params: Any, maps: jax.Array, condition: Any) -> tuple[jax.Array, Any]:
         variables = {'params': params, 'batch_stats': batch_stats}
-        outputs, updated = module.apply(variables, maps, condition, mutable=['batch_stats'])
-        # The running statistics of batch norms are dropped.
-        return outputs, updated['batch_stats'] if module.has_state else {}
+        return _discriminated(module, variables, maps, condition)
 
     return discriminate
+
+
+@_once
+def _discriminated(
+    module: Discriminator, variables: dict, maps: jax.Array, condition: Any
+) -> tuple[jax.Array, Any]:
+    outputs, updated = module.apply(variables, maps, condition, mutable=['batch_stats'])
+    # The running statistics of batch norms are dropped.
+    return outputs, updated['batch_stats'] if module.has_state else {}
 
 
 def _of_adversaries(
@@ -399,7 +426,7 @@ def update(
     if cohort.local_statistics:
         batch_stats, auxiliary_stats = jax.lax.pmean((batch_stats, auxiliary_stats), DATA)
     for name in used:
-        values[f'grad_norm_{name}'] = jnp.stack([optax.tree.norm(own) for own in gradients[name]])
+        values[f'grad_norm_{name}'] = jnp.stack([_norm(own) for own in gradients[name]])
     if cohort.auxiliary:  # then no network is sharded
         values['grad_norm_auxiliary'] = optax.tree.norm(gradients['auxiliary'])
     values, paused = ring.gathered(values), None
@@ -473,7 +500,7 @@ def eval_step(
     """
     ring = cohort.ring
     log_p = [
-        jax.nn.log_softmax(module.apply(state.variables(), pixels_BxHxWxC, False)[0])
+        jax.nn.log_softmax(_evaluated(module, state.variables(), pixels_BxHxWxC)[0])
         for module, state in zip(cohort.networks, networks, strict=True)
     ]
     log_p_KxBxC = jnp.stack(log_p)

@@ -6,14 +6,14 @@ import os
 import pathlib
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import rich.console
 import rich.progress
 
-_SILENT_S = 3.0  # elsewhere than on a terminal, work that takes longer is announced
-
+_SILENT_S = 3.0  # elsewhere than on a terminal, work that is silent for longer is announced
 
 _LEAST, _NO_LIMIT = 80, 10_000  # columns: of tables on a terminal, and in files
 
@@ -21,12 +21,19 @@ _LEAST, _NO_LIMIT = 80, 10_000  # columns: of tables on a terminal, and in files
 class _Console(rich.console.Console):
     needs_reader = True  # False: the mode continues when nobody reads its output any more
     least = 0  # columns, even where the terminal has fewer
+    said = 0.0  # when the last line was printed
+    silent_s = 0.0  # of work since then
 
     @property
     def size(self) -> rich.console.ConsoleDimensions:
         """The size of the terminal; COLUMNS=0 means that it is not known."""
         columns, lines = super().size
         return rich.console.ConsoleDimensions(max(columns or _LEAST, self.least), lines)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Prints a line."""
+        self.said, self.silent_s = time.monotonic(), 0.0
+        super().print(*objects, **options)
 
     def on_broken_pipe(self) -> None:
         """Discards the output from here on, or raises the BrokenPipeError that is handled."""
@@ -102,7 +109,7 @@ def bar(*columns: Any, expand: bool = False) -> rich.progress.Progress:
 def working(on: str) -> Iterator[None]:
     """Shows what the program works on: a moving line with the seconds, only on a terminal.
 
-    Elsewhere a plain line appears if it takes more than 3 s.
+    Elsewhere a plain line appears once work, also of several kinds, has been silent for 3 s.
 
     Args:
       on: e.g. 'compiling'.
@@ -112,10 +119,12 @@ def working(on: str) -> Iterator[None]:
             line.add_task(on, total=None)
             yield
         return
-    announcement = threading.Timer(_SILENT_S, log, [f'{on} ...'])
+    begin = time.monotonic()
+    announcement = threading.Timer(_SILENT_S - console.silent_s, log, [f'{on} ...'])
     announcement.daemon = True
     announcement.start()
     try:
         yield
     finally:
         announcement.cancel()
+        console.silent_s += time.monotonic() - max(begin, console.said)

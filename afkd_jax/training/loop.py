@@ -153,10 +153,13 @@ class Loop:
                 break
             with self._session.spent.on('data'):
                 batch = next(batches)
-            self._take_step(batch)
-            if self.step == first + 1:  # the first step also warms up: it is not timed
-                self._sums.steps.block_until_ready()
+            if self.step == first:  # it also warms up, so it is not timed
+                with working('training'):
+                    self._take_step(batch)
+                    self._sums.steps.block_until_ready()
                 self._clock.restart(self.step)
+            else:
+                self._take_step(batch)
             self._lines.write()  # of earlier steps: only now that the next one is dispatched
             if self._epoch() or self.step % self._run.config.log_every == 0:
                 self._lines.add(self.step, self._sums)

@@ -18,7 +18,7 @@ from afkd_jax.config import Config
 from afkd_jax.data import dataset, pipelines
 from afkd_jax.data.images import DeviceImages
 from afkd_jax.data.order import Order
-from afkd_jax.devices import arrays, mesh
+from afkd_jax.devices import arrays, mesh, xla_cpu
 from afkd_jax.devices.mesh import BATCH_SHARDED, PEER_SHARDED, REPLICATED
 from afkd_jax.devices.spmd import DATA
 from afkd_jax.errors import field_error
@@ -118,13 +118,11 @@ class Run:
         Args:
           random: all weights, also where config.init_from names some; to time steps.
         """
+        options = xla_cpu.init_options(self.devices.first.platform)
         starts = {} if random else self.starts
-
-        def create(key: jax.Array, starts: Any) -> State:
-            return self.layout.pack(state_lib.create(self.cohort, key, starts))
-
+        state = state_lib.create(self.cohort, self.init_key, starts, options)
         shardings = self.devices.shardings(self.layout.specs)
-        return jax.jit(create, out_shardings=shardings)(self.init_key, starts)
+        return jax.jit(self.layout.pack, out_shardings=shardings)(state)
 
     def zero_sums(self) -> metrics.Sums:
         """Returns empty sums of a step's values, on the devices."""

@@ -43,7 +43,8 @@ def lowered(platform, networks=('resnet8', 'wrn-10-1'), method='vanilla'):
     config = tiny_config(networks, method=method)
     devices = take_devices(1)
     arguments = state_lib.abstract(tiny_cohort(config)), *random_batch(8)
-    step = mapped_update.__wrapped__(config, devices)  # traced anew each time
+    jax.clear_caches()  # traced anew each time, the networks too
+    step = mapped_update.__wrapped__(config, devices)
     return step.trace(*arguments).lower(lowering_platforms=(platform,))
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +28,8 @@ from afkd_jax.method import metrics, optim, presets
 from afkd_jax.method import state as state_lib
 from afkd_jax.method import step as step_lib
 from afkd_jax.method.auxiliary import AUXILIARIES
+from afkd_jax.models import layers
+from afkd_jax.registry import NETWORKS, register_network
 
 # Maps of 4x4x4, 8x8x6 and 3x3x4: the shared one is 3x3x6, and every network has a transfer layer.
 TRIPLE = ('tiny-4-2', 'tiny-6-1', 'tiny-4-3')
@@ -468,6 +471,39 @@ def test_dropout_differs_between_networks_and_steps():
         )
     ]
     assert len(set(entropies)) == 4
+
+
+TRACES = []
+
+
+class Traced(nn.Module):
+    """A trunk that notes when it is traced."""
+
+    networks: int
+    layers: layers.Layers
+
+    @nn.compact
+    def __call__(self, images, train):
+        TRACES.append(train)
+        return self.layers.conv(4, (3, 3), 2, padding=1)(images)
+
+
+def test_networks_of_one_architecture_are_traced_and_lowered_once(monkeypatch):
+    monkeypatch.setattr(NETWORKS, '_patterns', list(NETWORKS._patterns))
+    register_network(pattern='traced(.)')(lambda name, *parts: Traced(int(name[-1]), parts[0]))
+    convolutions = []
+    for networks in (2, 4):
+        config = tiny_config((f'traced{networks}',) * networks)
+        cohort, step = tiny_cohort(config), mapped_update(config, take_devices(1))
+        TRACES.clear()
+        state = state_lib.abstract(cohort)
+        jax.eval_shape(functools.partial(state_lib.create, cohort), jax.random.key(0))
+        assert TRACES == [False]
+        TRACES.clear()
+        program = step.lower(state, *random_batch(BATCH)).as_text()
+        assert TRACES == [True]
+        convolutions.append(program.count('stablehlo.convolution'))
+    assert convolutions[0] == convolutions[1]  # also those of gradients and discriminators
 
 
 @pytest.mark.parametrize(('pad', 'flip', 'differs'), [(2, True, True), (0, False, False)])

@@ -5,7 +5,6 @@ import re
 import time
 
 import pytest
-import rich.console
 from conftest import tiny_config
 
 from afkd_jax.method.metrics import Evaluation
@@ -20,7 +19,7 @@ CONTROL = re.compile(r'\x1b\[[?\d;]*[A-Za-z]')
 def screen(request, monkeypatch):
     """Returns (whether it is a terminal, what was printed so far)."""
     file = io.StringIO()
-    console = rich.console.Console(
+    console = console_lib._Console(
         file=file,
         width=80,
         force_terminal=request.param,
@@ -98,6 +97,36 @@ def test_long_work_shows_a_sign_of_life(screen, monkeypatch, capsys):
         while not printed() and time.monotonic() < deadline:
             time.sleep(0.01)
     assert printed() == 'thinking ...\n'
+
+
+def test_pieces_of_silent_work_add_up(monkeypatch):
+    now, delays = [100.0], []
+
+    class Timer:
+        def __init__(self, delay, *_):
+            delays.append(delay)
+
+        def start(self):
+            pass
+
+        cancel = start
+
+    def work(seconds, line=None):
+        with console_lib.working('thinking'):
+            if line:
+                console_lib.log(line)
+            now[0] += seconds
+
+    monkeypatch.setattr(console_lib, 'console', console_lib._Console(file=io.StringIO()))
+    monkeypatch.setattr(console_lib.time, 'monotonic', lambda: now[0])
+    monkeypatch.setattr(console_lib.threading, 'Timer', Timer)
+    work(2.0)
+    work(0.5)
+    now[0] += 50.0  # other things
+    work(0.25)
+    work(1.0, 'a line')
+    work(0.0)
+    assert delays == [3.0, 1.0, 0.5, 0.25, 2.0]
 
 
 class Screen(io.StringIO):
