@@ -93,8 +93,8 @@ def read(
             del variables['params']['head']
             line += ', with a new classifier: the classes are others'
         expected = abstract.networks[k].variables()
-        kept = expected['params'].keys() & variables['params'].keys()
-        expected['params'] = {part: expected['params'][part] for part in kept}
+        params = expected['params'].items()
+        expected['params'] = {part: own for part, own in params if part in variables['params']}
         _check_arrays(weights, cohort.names[k], expected, variables)
         variables = jax.tree.map(lambda own, like: np.asarray(own, like.dtype), variables, expected)
         log(line)

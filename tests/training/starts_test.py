@@ -141,7 +141,7 @@ def test_weights_that_do_not_fit(source, exported, monkeypatch, tmp_path):
         ({'init_from': ('x', '')}, r"init_from: must name a network of a run, .* but is 'x'"),
         (
             {'init_from': (f'{source}:1', '')},
-            r'is a tiny-4-1 and does not fit "tiny-8-2": params/head/.* is \(4, 10\), not',
+            r'is a tiny-4-1 and does not fit "tiny-8-2": params/trunk/.* is \(4,\), not',
         ),
         (
             {'networks': (exported, 'tiny-8-2'), 'init_from': ('other:1', '')},
