@@ -28,13 +28,13 @@ SAFETENSORS = '.safetensors'  # the ending of an exported network
 # Fields that may differ when a run resumes: no bit that it computes depends on them, except that
 # mesh.* changes the rounding, as the number of devices does.
 _MAY_CHANGE = re.compile(
-    r'mesh\..*|checkpoint\..*|on_nonfinite|saturation_steps|trackers'
+    r'mesh\..*|checkpoint\..*|on_nonfinite|saturation_steps|trackers|profile'
     r'|data\.(manual_dir|data_dir|workers|placement|max_corrupt)'
 )
 
 # Fields that are newer than the first runs, which did what the default does.
 _ADDED = re.compile(
-    r'accumulate|stages|teacher|ema\.decay|data\.views|adversarial\..*'
+    r'accumulate|profile|stages|teacher|ema\.decay|data\.views|adversarial\..*'
     r'|discriminator\.(loss|norm|condition|input|layers|width|r1|r1_every)'
     r'|logit\.(rule|nesterov|learning_rates|weight_decays|warm_up|clip_norm|decay_all)'
 )
@@ -327,6 +327,12 @@ class Config:
         'a tuple of names, each quoted, as in "(\'tensorboard\',)", or ()',
         lambda v: all(isinstance(x, str) and x for x in v),
     )
+    # Steps, counted from 1, of which a trace for TensorBoard or Perfetto is written; (): none.
+    profile: tuple[int, ...] = _field(
+        (),
+        'two whole numbers from 1 on, the first and the last step, as in "(10,12)", or ()',
+        lambda v: not v or (len(v) == 2 and all(_is(x, int) for x in v) and 1 <= v[0] <= v[1]),
+    )
     checkpoint: Checkpoint = Checkpoint()
     # After a step with a loss or gradient that is not finite: 'stop' the run, or 'skip' the step,
     # which changes no array and is counted.
@@ -519,7 +525,8 @@ def completed(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def extended(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the run_fields `old`, completed, with the epochs of `new` where those are more."""
-    old, epochs = completed(old), old.get('epochs')
+    old = {name: value for name, value in completed(old).items() if defines_run(name)}
+    epochs = old.get('epochs')
     longer = isinstance(epochs, int) and epochs < new['epochs']
     return {**old, 'epochs': new['epochs']} if longer else dict(old)
 

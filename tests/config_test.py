@@ -73,6 +73,10 @@ def test_shipped_configs_are_valid(module):
         ('checkpoint.every_minutes', '10', "must be a number, but is '10'"),
         ('on_nonfinite', 'ignore', "one of stop, skip, but is 'ignore'"),
         ('saturation_steps', -1, 'at least 0'),
+        ('profile', (3,), r'two whole numbers .*but is \(3,\)'),
+        ('profile', (3, 4.0), 'two whole numbers'),
+        ('profile', (0, 4), 'two whole numbers from 1 on'),
+        ('profile', (4, 3), 'the first and the last step'),
     ],
 )
 def test_impossible_values_are_refused(field, value, message):

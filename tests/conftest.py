@@ -148,7 +148,7 @@ def compiled_once():
 
         def cached(self, *arguments):
             run = getattr(self, '_run', self)
-            config = dataclasses.replace(run.config, checkpoint=None)
+            config = dataclasses.replace(run.config, checkpoint=None, profile=())
             key = (config, run.devices, step_lib.update, *arguments)
             if key not in kept:
                 kept[key] = method(self, *arguments)

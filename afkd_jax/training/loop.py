@@ -4,6 +4,8 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+import jax
+
 from afkd_jax.checkpoints import files
 from afkd_jax.checkpoints import workdir as workdir_lib
 from afkd_jax.checkpoints.progress import EpochSums
@@ -137,8 +139,12 @@ class Loop:
         self._session.interrupt.effect = 'stops after this step, with a checkpoint'
         with self._session.spent.on('train'):
             self._end_epoch()  # of an epoch that was stopped before its evaluation
-            with self._run.pipeline.training(self.step) as batches:
-                self._train(batches)
+            try:
+                with self._run.pipeline.training(self.step) as batches:
+                    self._train(batches)
+            finally:
+                if self._session.profile.on:
+                    self._end_profile()
             if self.step > self._saved_step:
                 self._save()
         with self._session.spent.on('save'):
@@ -153,6 +159,8 @@ class Loop:
                 break
             with self._session.spent.on('data'):
                 batch = next(batches)
+            if self._session.profile.starts_with(self.step + 1):
+                self._start_profile()
             if self.step == first:  # it also warms up, so it is not timed
                 with working('training'):
                     self._take_step(batch)
@@ -161,6 +169,8 @@ class Loop:
             else:
                 self._take_step(batch)
             self._lines.write()  # of earlier steps: only now that the next one is dispatched
+            if self._session.profile.ends_with(self.step):
+                self._end_profile()
             if self._epoch() or self.step % self._run.config.log_every == 0:
                 self._lines.add(self.step, self._sums)
                 self._sums = self._zero_sums
@@ -172,10 +182,22 @@ class Loop:
 
     def _take_step(self, batch: Any) -> None:
         before = self._sums
-        self.state, self._sums = self._session.train_step(self.state, before, *batch)
+        with jax.profiler.StepTraceAnnotation('train', step_num=self.step + 1):
+            self.state, self._sums = self._session.train_step(self.state, before, *batch)
         self.step += 1
         # At most two steps are in flight, so that a signal does not wait for many.
         before.steps.block_until_ready()
+
+    def _start_profile(self) -> None:
+        self._lines.write()
+        with self._session.spent.on('other'):
+            self._session.profile.start((self.state, self._sums))
+        self._clock.restart(self.step)
+
+    def _end_profile(self) -> None:
+        with self._session.spent.on('other'):
+            self._session.profile.stop((self.state, self._sums))
+        self._clock.restart(self.step)
 
     def _epoch(self) -> int:
         """Returns the number of the epoch that ends with this step, counted from 1; 0 if none."""

@@ -18,6 +18,7 @@ from afkd_jax.report.versions import versions
 from afkd_jax.training import resume
 from afkd_jax.training.clock import Spent
 from afkd_jax.training.evaluate import Evaluator
+from afkd_jax.training.profile import Profile
 from afkd_jax.training.run import Run
 
 
@@ -28,6 +29,7 @@ class Session:
     Attributes:
       snapshot: from which it starts; its progress is updated while it trains.
       train_step: compiled, see Run.compiled_step.
+      profile: of config.profile.
       check_held: raises if the workdir's lock was lost.
       spent: the time of the whole run.
     """
@@ -39,6 +41,7 @@ class Session:
     train_step: Callable[..., Any]
     evaluator: Evaluator
     tracker: Tracker
+    profile: Profile
     check_held: Callable[[], None]
     interrupt: Interrupt
     spent: Spent
@@ -71,10 +74,11 @@ def opened(
       extend: whether config.epochs may be more than the run in the workdir has.
 
     Raises:
-      UserError: the workdir or its checkpoints cannot be used.
+      UserError: the workdir or its checkpoints cannot be used, or config.profile does not fit.
     """
     primary, config = processes.is_primary(), run.config
     last_step = run.order.end_of(config.epochs)
+    profile = Profile(config, workdir, last_step)
     with contextlib.ExitStack() as stack:
         claim = workdir_lib.claimed(workdir, config, log, extend) if primary else None
         check_held = processes.raise_on_all(
@@ -122,6 +126,7 @@ def opened(
             train_step,
             evaluator,
             tracker,
+            profile,
             check_held,
             interrupt,
             spent,

@@ -182,6 +182,48 @@ def test_same_seed_same_bits_whatever_a_tracker_does(uninterrupted, tmp_path):
     assert (warning['step'], warning['text']) == (4, f'{text}; the run continues without it')
 
 
+def traced_steps(workdir):
+    """Returns the numbers of the steps in a run's trace, and how often the step was executed."""
+    (path,) = workdir.glob('profile/**/*.xplane.pb')
+    steps, executions = [], set()
+    for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+        for event in (event for line in plane.lines for event in line.events):
+            values = dict(event.stats)
+            if event.name == 'train':
+                steps.append(values['step_num'])
+            if 'hlo_op' in values:
+                executions.add(values['run_id'])
+    return steps, len(executions)
+
+
+def test_a_trace_has_the_steps_of_the_config_and_changes_nothing(uninterrupted, tmp_path):
+    again = fit(short_config(profile=(3, 5)), tmp_path)  # the evaluation after step 5 is left out
+    assert traced_steps(tmp_path) == ([3, 4, 5], 3)
+    assert_same_run(tmp_path, again, uninterrupted)
+
+
+def test_a_run_that_resumes_amid_its_steps_traces_the_others(every_step, uninterrupted, tmp_path):
+    config, workdir = every_step
+    shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
+    again = fit(config.replace(profile=(1, 9)), tmp_path, step=8)
+    assert traced_steps(tmp_path) == ([9], 1)
+    assert_same_run(tmp_path, again, uninterrupted)
+
+
+def test_a_trace_that_fails_is_a_warning(uninterrupted, tmp_path, capsys):
+    (tmp_path / 'profile').write_text('a file')
+    again = fit(short_config(profile=(3, 5)), tmp_path)
+    assert_same_run(tmp_path, again, uninterrupted)
+    assert f'warning: {tmp_path}/profile: no trace is written (' in capsys.readouterr().out
+
+
+def test_a_trace_of_steps_that_the_run_does_not_have_is_rejected(tmp_path):
+    message = r'config.profile: must be steps of the run, which has 10, but is \(9, 11\)'
+    with pytest.raises(UserError, match=message):
+        fit(short_config(profile=(9, 11)), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_another_seed_another_run(uninterrupted, tmp_path):
     other = fit(short_config(seed=1), tmp_path)
     assert other['fingerprint'] != uninterrupted[1]['fingerprint']
