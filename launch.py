@@ -28,7 +28,7 @@ flags.DEFINE_enum('format', None, ['safetensors', 'stablehlo'], 'Export: the for
 flags.DEFINE_string('coordinator_address', None, 'HOST:PORT of process 0, among several.')
 flags.DEFINE_integer('num_processes', None, 'Number of processes of the run.', lower_bound=1)
 flags.DEFINE_integer('process_id', None, "This process's number, from 0.", lower_bound=0)
-flags.DEFINE_string('topology', None, 'A TPU to plan for, e.g. v5e-16 [the devices at hand].')
+flags.DEFINE_string('topology', None, 'To plan for, e.g. v5e-16 or h100-8 [the devices at hand].')
 flags.DEFINE_bool('largest_batch', False, 'Plan: search the largest batch that fits.')
 flags.DEFINE_string(
     'sweep',

@@ -203,7 +203,7 @@ def _run(config_flag: flags.FlagHolder, options: Options) -> int:
     mode, command = MODES[options.mode], _command(config_flag, options)
     _check_options(options)
     environment.check()
-    if options.topology:  # the TPU need not be attached; one that is stays free
+    if options.topology:  # the devices need not be attached; those that are stay free
         _set_platform('cpu')
     warning = compile_cache.enable() if mode.cached else None
     from afkd_jax.report.console import console, keep_stdout_for_json, log, working

@@ -7,14 +7,18 @@ from typing import Any
 
 import jax
 
-# Bytes of one device where the runtime does not report them: per chip from v4 on, per core before.
-_TPU_BYTES = {
+# Bytes of one absent device; of a TPU, per chip from v4 on, per core before.
+ABSENT_BYTES = {
     'TPU v2': 8 * 2**30,
     'TPU v3': 16 * 2**30,
     'TPU v4': 32 * 2**30,
     'TPU v5 lite': 16 * 2**30,
     'TPU v5': 95 * 2**30,
     'TPU v6 lite': 32 * 2**30,
+    'NVIDIA A100-SXM4-40GB': 42331013120,
+    'NVIDIA H100 80GB HBM3': 84942979072,
+    'NVIDIA H200 141GB HBM3e': 151397597184,
+    'NVIDIA B200': 191514411008,
 }
 
 
@@ -24,7 +28,7 @@ def device_bytes(device: Any) -> int | None:
         return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
     with contextlib.suppress(Exception):  # an absent device (a topology) has no statistics
         return device.memory_stats()['bytes_limit']
-    return _TPU_BYTES.get(device.device_kind)
+    return ABSENT_BYTES.get(device.device_kind)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,13 +30,15 @@ from afkd_jax.devices.mesh import BATCH_SHARDED, REPLICATED
 from afkd_jax.report.console import log, print_json, working
 from afkd_jax.report.tables import table as empty_table
 from afkd_jax.report.versions import versions
+from afkd_jax.tools import plan
 from afkd_jax.tools import sweep as sweeps
 from afkd_jax.training.run import Run
 
-_BLOCKS = 7
-_BLOCK_S = 0.5  # of steps in a block, at least; one step if it takes longer
+BLOCKS = 7
+BLOCK_S = 0.5  # of steps in a block, at least; one step if it takes longer
 _MOST_BYTES = 1 << 30  # of random images
-_PRODUCT = 2048  # side of the matrices of the reference product
+PRODUCT = {'cpu': 2048}  # platform -> side of the matrices of the reference product
+_LARGE_PRODUCT = 8192  # elsewhere, or dispatching would take longer
 
 
 def _run(config: Config) -> Run:
@@ -59,7 +61,7 @@ def _median_of(function: Callable[[], Any]) -> float:
     """Returns the median seconds of some calls, after one that warms up."""
     jax.block_until_ready(function())
     seconds = []
-    for _ in range(_BLOCKS):
+    for _ in range(BLOCKS):
         begin = time.perf_counter()
         jax.block_until_ready(function())
         seconds.append(time.perf_counter() - begin)
@@ -68,7 +70,7 @@ def _median_of(function: Callable[[], Any]) -> float:
 
 def _product_flops(devices: mesh.Devices, dtype: str) -> float:
     """Returns the operations per second of a large matrix product on every device at once."""
-    n = _PRODUCT
+    n = PRODUCT.get(devices.first.platform, _LARGE_PRODUCT)
     ones = np.ones((n * devices.shards, n), jnp.dtype(dtype))
     product = devices.map(lambda a, b: a @ b, (BATCH_SHARDED, REPLICATED), BATCH_SHARDED)
     rows, square = devices.split(ones), devices.replicate(ones[:n])
@@ -83,7 +85,7 @@ def _peak_bytes(device: mesh.Device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte
 
 
-class _Loop:
+class Loop:
     """The training loop without logging and saving.
 
     Attributes:
@@ -127,20 +129,28 @@ def step_time(config: Config) -> float:
     """Returns the seconds of a step, of three after two that warm up."""
     run = _run(config)
     step = run.lowered_step(*run.abstract_arguments()).compile()
-    loop = _Loop(run, step, run.devices.replicate(run.step_key))
+    loop = Loop(run, step, run.devices.replicate(run.step_key))
     loop.block(2)
     return loop.block(3)
 
 
-def benchmark(config: Config) -> dict[str, Any]:
+def benchmark(
+    config: Config, more: Callable[[Loop, int], dict[str, Any]] = lambda loop, steps: {}
+) -> dict[str, Any]:
     """Returns the times, operations and memory of one step, as JSON; seconds, bytes, operations.
 
     `step_s` is the median block's time per step in the training loop, `step_s_quartiles` its
     spread; `queued_step_s` that of steps that are dispatched all at once, so that the devices never
     wait for the host. `host_s` is the host's time between two steps: order, transfer and dispatch.
     `augment_s` is gathering and augmenting a batch. `flops_per_s` counts the operations of XLA's
-    own analysis. `matmul_flops_per_s` is of a product of matrices of 2048 x 2048 in the same dtype,
-    in the same process.
+    own analysis; on GPUs, where it does not see those of cuDNN, by plan.image_flops.
+    `matmul_flops_per_s` is of a product of matrices of 2048 x 2048, not on CPUs of 8192 x 8192, in
+    the same dtype, in the same process.
+
+    Args:
+      config: checked.
+      more: takes the warm loop and the number of steps in a block, when all else is measured;
+        returns what is added to the result.
 
     Raises:
       UserError: the config does not fit its images or devices.
@@ -154,12 +164,12 @@ def benchmark(config: Config) -> dict[str, Any]:
     compiled = lowered.compile()
     compile_s = time.perf_counter() - begin
 
-    loop = _Loop(run, compiled, key)
+    loop = Loop(run, compiled, key)
     loop.block(2)
-    steps = max(1, round(_BLOCK_S / loop.block(2)))
+    steps = max(1, round(BLOCK_S / loop.block(2)))
     loop.dispatch_s.clear()
     # Alternating, because a machine's speed drifts.
-    both = [(loop.block(steps), loop.block(steps, queued=True)) for _ in range(_BLOCKS)]
+    both = [(loop.block(steps), loop.block(steps, queued=True)) for _ in range(BLOCKS)]
     blocks, queued = zip(*both, strict=True)
     step_s, quartiles = statistics.median(blocks), statistics.quantiles(blocks, n=4)
 
@@ -169,9 +179,12 @@ def benchmark(config: Config) -> dict[str, Any]:
         BATCH_SHARDED,
     )
     batch = loop.batch(0)
-    cost = compiled.cost_analysis()
-    assert cost
-    flops = cost['flops'] * devices.mesh.size
+    if devices.first.platform == 'gpu':
+        flops = plan.image_flops(run.cohort) * config.batch_size
+    else:
+        cost = compiled.cost_analysis()
+        assert cost
+        flops = cost['flops'] * devices.mesh.size
     product = _product_flops(devices, config.dtype)
     return {
         'networks': list(config.networks),
@@ -186,7 +199,7 @@ def benchmark(config: Config) -> dict[str, Any]:
         'images_per_s': config.batch_size / step_s,
         'step_s': step_s,
         'step_s_quartiles': [quartiles[0], quartiles[2]],
-        'steps': steps * _BLOCKS,
+        'steps': steps * BLOCKS,
         'lower_s': lower_s,
         'compile_s': compile_s,
         'flops_per_step': flops,
@@ -198,6 +211,7 @@ def benchmark(config: Config) -> dict[str, Any]:
         'augment_s': _median_of(lambda: augmented(*batch, key)),
         'planned_bytes': StepBytes.of(compiled).total,
         'peak_bytes': _peak_bytes(devices.first),
+        **more(loop, steps),
     }
 
 

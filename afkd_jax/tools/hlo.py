@@ -1,5 +1,6 @@
-"""The collectives of a compiled step, read in its optimised HLO."""
+"""The collectives and kernels of a compiled step, read in its optimised HLO."""
 
+import collections
 import dataclasses
 import re
 
@@ -21,6 +22,17 @@ _ARRAY = re.compile(r'([a-z]+)(\d+)?(?:[a-z]\w*)?\[([\d,]*)\]')
 _GROUPS = re.compile(r'replica_groups=\{\{([\d,]*)\}')
 _IOTA = re.compile(r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?')
 _PAIRS = re.compile(r'source_target_pairs=\{(.*?)\}\}')
+
+_INSTRUCTION = re.compile(r'^  (?:ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\(', re.MULTILINE)
+_NO_KERNEL = ('parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'after-all')
+# Kind of kernel -> what its names contain; the first that fits.
+_KINDS = {
+    'collective': 'nccl|all-?reduce|all-?gather|all-to-all|reduce-scatter|collective',
+    'copy or transpose': 'copy|transpose|memcpy|memset|nchwto|nhwcto',
+    'convolution': 'conv(?!ert)|[fdw](prop|grad)|winograd|cudnn',
+    'matrix product': r'gemm|gemv|cublas|cutlass|(\b|_)dot(\b|_)',
+    'elementwise or sum': 'fusion|reduce|wrapped|broadcast|concatenate|scatter|gather|select|pad',
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,3 +116,33 @@ def _axis(members: list[int], shape: tuple[int, int]) -> str:
     if along_peer and along_data:
         return 'all'
     return PEER if along_peer else DATA
+
+
+def kind(name: str) -> str:
+    """Returns the kind of a kernel by its name: XLA's, or that of a library for GPUs."""
+    name = name.lower()
+    return next((kind for kind, words in _KINDS.items() if re.search(words, name)), 'other')
+
+
+def kernels(hlo: str) -> dict[str, int]:
+    """Returns how many kernels of each kind a program for GPUs launches, most first.
+
+    Args:
+      hlo: its optimised text. Loops count once.
+    """
+    entry = hlo[hlo.index('\nENTRY ') :]
+    names = (
+        name
+        for name, _, operation in _INSTRUCTION.findall(entry)
+        if operation not in _NO_KERNEL and not operation.endswith('-done')
+    )
+    return dict(collections.Counter(map(kind, names)).most_common())
+
+
+def convolutions(hlo: str) -> dict[str, int]:
+    """Returns 'output type, layouts' -> the number of convolutions in a program for GPUs.
+
+    The layouts are input_kernel->output, as in 'b01f_o01i->b01f' for NHWC.
+    """
+    found = re.findall(r' = \(?(\w+)\[.* custom-call\(.*dim_labels=([\w>-]+), custom_call_t', hlo)
+    return dict(collections.Counter(', '.join(each) for each in found).most_common())

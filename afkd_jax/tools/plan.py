@@ -1,6 +1,6 @@
 """--mode plan: what the train step needs on devices that need not exist.
 
-The step is compiled ahead of time, for a TPU topology or for the devices at hand. All figures are
+The step is compiled ahead of time, for TPUs, GPUs or the devices at hand. All figures are
 the compiler's estimates; nothing is run.
 """
 
@@ -24,7 +24,7 @@ from afkd_jax.method import cohort as cohort_lib
 from afkd_jax.method import state as state_lib
 from afkd_jax.report.console import log, print_json, working
 from afkd_jax.report.tables import shape, size, table
-from afkd_jax.tools import hlo, tpu
+from afkd_jax.tools import gpu, hlo, tpu
 from afkd_jax.tools.flops import multiply_adds
 from afkd_jax.training.run import Run
 
@@ -176,7 +176,7 @@ def plan(
 
     Args:
       config: checked.
-      topology: a TPU's name; None for the devices at hand.
+      topology: a name of TPUs or GPUs; None for the devices at hand.
       search: whether to search the largest batch that fits.
       log: takes a line where one has to wait.
 
@@ -186,7 +186,10 @@ def plan(
     if config.mapping == 'pmap':
         raise UserError("config.mapping: a plan is of 'shard_map'; 'pmap' maps the same step")
     info = dataset.info(config)
-    devices = mesh.devices_of(config, tpu.devices(topology) if topology else None)
+    found = None
+    if topology:
+        found = gpu.devices(topology) if gpu.is_name(topology) else tpu.devices(topology)
+    devices = mesh.devices_of(config, found)
     it = Plan(config, info, devices)
     whole = cohort_lib.assemble(config, info.image_shape, info.num_classes, info.train)
     result: dict[str, Any] = {
@@ -219,9 +222,7 @@ def plan(
             'why': f'{used[1]} are needed, {used[2]} exist' if used else words[:300],
         }
     else:
-        cost, needed = step.cost_analysis(), StepBytes.of(step)
-        assert cost
-        flops = cost['flops'] * devices.mesh.size
+        needed = StepBytes.of(step)
         result |= {
             'fits': it.memory is None or needed.total <= it.memory,
             'bytes_per_device': {
@@ -231,14 +232,20 @@ def plan(
                 'program': needed.program,
                 'total': needed.total,
             },
-            'flops_per_step': flops,
-            'flops_per_image': flops / config.batch_size,
             'collectives': [
                 dataclasses.asdict(row)
                 for row in hlo.collectives(step, (devices.peers, devices.shards))
             ],
             'compile_s': seconds,
         }
+        if devices.first.platform == 'gpu':  # where the compiler counts no operations of cuDNN
+            text = step.as_text() or ''
+            result |= {'kernels': hlo.kernels(text), 'convolutions': hlo.convolutions(text)}
+        else:
+            cost = step.cost_analysis()
+            assert cost
+            flops = cost['flops'] * devices.mesh.size
+            result |= {'flops_per_step': flops, 'flops_per_image': flops / config.batch_size}
     if search:
         result['largest_batch'] = it.largest_batch(log)
     return result
@@ -276,6 +283,14 @@ def tables(result: dict[str, Any]) -> list[Any]:
             sent.add_row(row['operation'], *values)
         parts += [sent if result['collectives'] else 'no collectives']
         parts.append(f'compiled in {result["compile_s"]:.1f} s')
+    if 'kernels' in result:
+        launched = table('kernels per step', ('',))
+        for name, count in {**result['kernels'], 'total': sum(result['kernels'].values())}.items():
+            launched.add_row(name, f'{count:,}')
+        layouts = table('convolutions: type of the output, layouts', ('',))
+        for name, count in result['convolutions'].items():
+            layouts.add_row(name, f'{count:,}')
+        parts += [launched, layouts]
     if 'largest_batch' in result:
         largest = result['largest_batch']
         parts.append(

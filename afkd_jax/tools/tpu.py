@@ -59,7 +59,7 @@ def layout_of(name: str) -> tuple[str, str]:
             raise UserError(f'--topology: there is no {name}; there are {sizes}')
     raise UserError(
         f'--topology: {name} is not known; name a TPU by generation and size, as v5e-16, or by its '
-        f'layout, as v5e:4x4; generations: {", ".join(_GENERATIONS)}'
+        f'layout, as v5e:4x4; generations: {", ".join(_GENERATIONS)}; or GPUs, as h100-8'
     )
 
 

@@ -17,9 +17,9 @@ from afkd_jax.tools import benchmark, sweep
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(benchmark, '_BLOCKS', 2)
-    monkeypatch.setattr(benchmark, '_BLOCK_S', 0.01)
-    monkeypatch.setattr(benchmark, '_PRODUCT', 64)
+    monkeypatch.setattr(benchmark, 'BLOCKS', 2)
+    monkeypatch.setattr(benchmark, 'BLOCK_S', 0.01)
+    monkeypatch.setattr(benchmark, 'PRODUCT', {'cpu': 64})
     monkeypatch.setattr(mesh, 'available', lambda: jax.devices()[:2])
 
 

@@ -84,3 +84,52 @@ def test_operations_of_one_kind_are_added_and_the_largest_mover_comes_first():
 def test_unknown_groups_raise():
     with pytest.raises(ValueError, match='no groups are known'):
         hlo.parse('%a = f32[64]{0} all-reduce(%x), replica_groups={}, to_apply=%s', (1, 2))
+
+
+@pytest.mark.parametrize(
+    ('name', 'kind'),
+    [
+        ('input_reduce_fusion.7', 'elementwise or sum'),
+        ('loop_convert_fusion', 'elementwise or sum'),
+        ('input_transpose_fusion.3', 'copy or transpose'),
+        ('copy.12', 'copy or transpose'),
+        ('void cudnn::ops::nchwToNhwcKernel<float>', 'copy or transpose'),
+        ('cudnn-conv-bw-filter.1', 'convolution'),
+        ('sm90_xmma_dgrad_implicit_gemm_bf16bf16_bf16f32', 'convolution'),
+        ('conv_general_dilated.4', 'convolution'),
+        ('gemm_fusion_dot.5', 'matrix product'),
+        ('ampere_sgemm_128x64_nn', 'matrix product'),
+        ('dot.3', 'matrix product'),
+        ('all-reduce-start.2', 'collective'),
+        ('ncclDevKernel_AllReduce_Sum_f32', 'collective'),
+        ('reduce-scatter.1', 'collective'),
+        ('rng_bits', 'other'),
+    ],
+)
+def test_kernels_are_sorted_by_their_names(name, kind):
+    assert hlo.kind(name) == kind
+
+
+GPU = """
+%fused (p: f32[4]) -> f32[4] {
+  ROOT %copy.9 = f32[4]{0} copy(%p)
+}
+
+ENTRY %main.1 (x: bf16[8]) -> (f32[8], f32[8]) {
+  %x = bf16[8]{0} parameter(0)
+  %one = f32[] constant(1)
+  %loop_add_fusion = f32[8]{0} fusion(%x), kind=kLoop, calls=%fused
+  %cudnn-conv.2 = (bf16[2,8,8,4]{3,2,1,0}, u8[0]{0}) custom-call(%x, %x), window={size=3x3}, dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$convForward"
+  %get-tuple-element.1 = bf16[2,8,8,4]{3,2,1,0} get-tuple-element(%cudnn-conv.2), index=0
+  %all-reduce-start.1 = f32[8]{0} all-reduce-start(%loop_add_fusion), replica_groups={{0,1}}
+  %all-reduce-done.1 = f32[8]{0} all-reduce-done(%all-reduce-start.1)
+  %copy.3 = f32[8]{0} copy(%all-reduce-done.1)
+  ROOT %tuple.1 = (f32[8]{0}, f32[8]{0}) tuple(%copy.3, %loop_add_fusion)
+}
+"""  # noqa: E501
+
+
+def test_the_kernels_and_convolutions_of_a_program_for_gpus():
+    kinds = ('elementwise or sum', 'convolution', 'collective', 'copy or transpose')
+    assert hlo.kernels(GPU) == dict.fromkeys(kinds, 1)
+    assert hlo.convolutions(GPU) == {'bf16, b01f_o01i->b01f': 1}

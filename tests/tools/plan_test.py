@@ -14,9 +14,10 @@ from afkd_jax.data import dataset
 from afkd_jax.devices import memory as memory_lib
 from afkd_jax.devices import mesh
 from afkd_jax.errors import UserError
-from afkd_jax.tools import plan, tpu
+from afkd_jax.tools import gpu, plan, tpu
 
 HAVE_TPU_COMPILER = importlib.util.find_spec('libtpu') is not None
+HAVE_GPU_COMPILER = importlib.util.find_spec('jax_cuda13_plugin') is not None
 
 
 def planned(monkeypatch, config, count=8, memory=None, **arguments):
@@ -185,6 +186,38 @@ def test_a_tpu_that_is_not_attached():
     assert ('all-reduce', 'data') in kinds
     assert result['fits']
     assert np.isfinite(result['flops_per_step'])
+
+
+@pytest.mark.parametrize(
+    ('name', 'known'),
+    [('h100', True), ('a100-16', True), ('h100-0', False), ('h100:8', False), ('v5e-8', False)],
+)
+def test_names_of_gpus(name, known):
+    assert gpu.is_name(name) == known
+
+
+@pytest.mark.skipif(HAVE_GPU_COMPILER, reason='the compiler for GPUs is installed')
+def test_without_the_compiler_for_gpus_the_error_message_names_the_command():
+    message = (
+        '--topology: h100-8 needs the compiler for GPUs, .*install "jax.cuda13.==' + jax.__version__
+    )
+    with pytest.raises(UserError, match=message):
+        plan.plan(tiny_config(), 'h100-8', False)
+
+
+@pytest.mark.skipif(not HAVE_GPU_COMPILER, reason='needs pip install "jax[cuda13]"')
+def test_gpus_that_are_not_attached():
+    result = plan.plan(tiny_config(batch_size=16, dtype='bfloat16'), 'h100-2', False)
+    assert result['device'] == '2 x NVIDIA H100 80GB HBM3'
+    assert result['memory_per_device'] > 80e9
+    assert {row['operation'] for row in result['collectives']} == {'all-reduce'}
+    assert result['kernels']['convolution'] == sum(result['convolutions'].values())
+    assert set(result['convolutions']) == {'bf16, b01f_o01i->b01f'}  # NHWC
+    assert any(
+        'kernels per step' in str(part.columns[0].header)
+        for part in plan.tables(result)[3:]
+        if not isinstance(part, str)
+    )
 
 
 def test_the_command_prints_tables_and_json(forked):
