@@ -50,6 +50,7 @@ class Profile:
         options.python_tracer_level = 0  # it would slow down the host
         jax.block_until_ready(arrays)
         try:
+            self._folder.mkdir(exist_ok=True)  # JAX would fail when it stops, and never trace again
             jax.profiler.start_trace(self._folder, profiler_options=options)
             self.on = True
         except Exception as error:
