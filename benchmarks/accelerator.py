@@ -11,6 +11,7 @@ runs in alternation with the step here. --out writes all figures, after each cas
 """
 
 import argparse
+import collections
 import contextlib
 import functools
 import gc
@@ -150,7 +151,8 @@ def correctness(small, _):
         rows.add_row(name, *(f'{error[key]:.1e}' if key in error else '' for key in columns))
     log(rows)
     exact = (max(error.values()) for name, error in errors.items() if name != 'float32')
-    return {'differences': errors, 'ok': max(exact) < 1e-3}
+    # One of 10,000 activations on the other side of 0 changes a gradient by about 1e-3.
+    return {'differences': errors, 'ok': max(exact) < 1e-2}
 
 
 def demo(small, _):
@@ -178,23 +180,32 @@ def profile(measured, steps=3):
 def kernels(planes):
     """Returns (name, start, seconds) of the kernels of the first device, by their start.
 
-    On a CPU these are the operations that the host's threads run; several run at once.
+    On a CPU these are the operations that the host's threads run; several run at once, and one that
+    other threads continue ends with an event of its own.
     """
     planes = sorted(planes, key=lambda plane: plane.name)
     device = next((one.name for one in planes if one.name.startswith('/device:')), None)
     lines = itertools.chain.from_iterable(
         plane.lines for plane in planes if plane.name == (device or '/host:CPU')
     )
-    found = []
+    found, ends = [], collections.defaultdict(list)
     for line in lines:
         if device and not line.name.startswith(('Stream', 'XLA Ops')):
             continue
         for event in line.events:
+            if event.name.startswith('end: '):
+                ends[event.name[5:]].append(event.start_ns / 1e9)
+                continue
             operation = next((value for key, value in event.stats if key == 'hlo_op'), '')
             if device or operation:
                 seconds = (event.start_ns / 1e9, event.duration_ns / 1e9)
                 found.append((f'{event.name} {operation}', *seconds))
-    return sorted(found, key=lambda event: event[1])
+    found.sort(key=lambda event: event[1])
+    later = {name: iter(sorted(times)) for name, times in ends.items()}
+    return [
+        (name, start, max(seconds, next(later.get(name.split()[0], iter(())), 0) - start))
+        for name, start, seconds in found
+    ]
 
 
 def summarised(found, steps):

@@ -72,12 +72,15 @@ def test_kernels_are_those_of_the_first_device_or_of_the_hosts_threads():
     conv = Event('sm90_xmma_fprop_implicit_gemm', 5, 10)
     copy = Event('MemcpyD2D', 2, 1, [('hlo_op', 'copy.1')])
     lines = [Line('Stream #1(Compute)', [conv]), Line('Stream #2(Memcpy)', [copy])]
-    host = Plane('/host:CPU', [Line('thread', [Event('python', 0, 9), copy])])
+    ends = [Event('end: MemcpyD2D', 8, 0), Event('end: other', 9, 0)]
+    host = Plane('/host:CPU', [Line('a', ends), Line('b', [Event('python', 0, 9), copy])])
     gpu = Plane('/device:GPU:0', [*lines, Line('Steps', [Event('1', 0, 99)])])
     other = Plane('/device:GPU:1', lines)
     found = accelerator.kernels([other, host, gpu])
     assert found == [('MemcpyD2D copy.1', 2e-9, 1e-9), (f'{conv.name} ', 5e-9, 1e-8)]
-    assert accelerator.kernels([host]) == [('MemcpyD2D copy.1', 2e-9, 1e-9)]
+    ((name, start, seconds),) = accelerator.kernels([host])
+    assert (name, start) == ('MemcpyD2D copy.1', 2e-9)
+    assert seconds == pytest.approx(6e-9)  # another thread ended it
 
 
 def test_a_trace_is_summarised_by_kind():
