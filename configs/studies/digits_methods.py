@@ -4,8 +4,8 @@ Command: python launch.py --mode study --config configs/studies/digits_methods.p
 
 220 runs of a pair of ResNet-8. 50 more images are for validation, which `kdcl_general` needs and
 configs/studies/digits_adversary.py tunes on. Averages of the weights are evaluated for every
-method. `okddip` needs three networks: configs/studies/digits_three.py. For a pair, `kd_ring`,
-`loo_mean` and `dml` are the same. Result and time: docs/results.md.
+method. `okddip` needs three networks and is left out. For a pair, `kd_ring`, `loo_mean` and `dml`
+are the same. Result and time: docs/results.md.
 """
 
 from ml_collections import ConfigDict
