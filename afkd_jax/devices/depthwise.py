@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from afkd_jax.devices.xla_cpu import computed_once
+from afkd_jax.devices.xla_cpu import computed_once, transposed
 
 
 def convolution(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
@@ -56,20 +56,14 @@ def _to_images(g: jax.Array, kernel: jax.Array, stride: int, side: Any, size: in
     def forward(x: jax.Array) -> jax.Array:
         return _convolved(x, kernel, stride, side, size)
 
-    return _transposed(forward, g, (len(g), *side, g.shape[-1]))
+    return transposed(forward, g, (len(g), *side, g.shape[-1]))
 
 
 def _to_kernel(x: jax.Array, g: jax.Array, stride: int, side: Any, size: int) -> jax.Array:
     def forward(kernel: jax.Array) -> jax.Array:
         return _convolved(x, kernel, stride, side, size)
 
-    return _transposed(forward, g, (size, size, 1, g.shape[-1]))
-
-
-def _transposed(linear: Callable[..., Any], g: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Returns the transpose of a linear function of an array of this shape, applied to g."""
-    like: Any = jax.typeof(g).update(shape=shape)  # varies over the mesh as g: no sum over devices
-    return jax.linear_transpose(linear, like)(g)[0]
+    return transposed(forward, g, (size, size, 1, g.shape[-1]))
 
 
 # On CPUs. Sums are in single precision or better.
@@ -102,7 +96,7 @@ def _to_images_cpu(g: jax.Array, kernel: jax.Array, stride: int, side: Any, size
     def forward(x: jax.Array) -> jax.Array:
         return _convolved_cpu(x, weights, stride, side, size)
 
-    return _transposed(forward, _precise(g), (len(g), *side, g.shape[-1])).astype(g.dtype)
+    return transposed(forward, _precise(g), (len(g), *side, g.shape[-1])).astype(g.dtype)
 
 
 def _to_kernel_cpu(x: jax.Array, g: jax.Array, stride: int, side: Any, size: int) -> jax.Array:

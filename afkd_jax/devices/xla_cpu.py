@@ -4,7 +4,7 @@ What each gives is measured in docs/performance.md.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +25,12 @@ def options(platform: str) -> dict[str, str] | None:
 def init_options(platform: str) -> dict[str, str] | None:
     """Returns those for initialising, which runs once: to compile takes longer than to run."""
     return {'xla_backend_optimization_level': '1'} if platform == 'cpu' else None
+
+
+def transposed(linear: Callable[..., Any], g: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Returns the transpose of a linear function of an array of this shape, applied to g."""
+    like: Any = jax.typeof(g).update(shape=shape)  # varies over the mesh as g: no sum over devices
+    return jax.linear_transpose(linear, like)(g)[0]
 
 
 _MANY = 256  # channels; with fewer the gradient below is quick
@@ -71,8 +77,7 @@ def _gradient_to_x(
     def forward(x: jax.Array) -> jax.Array:
         return _convolved(x, kernel, padding=larger, **sizes)[:, :height, :width]
 
-    like: Any = jax.typeof(g).update(shape=(len(g), *side, kernel.shape[2]))
-    return jax.linear_transpose(forward, like)(g)[0]
+    return transposed(forward, g, (len(g), *side, kernel.shape[2]))
 
 
 def _plain_gradient(g: jax.Array, kernel: jax.Array, missing: int, **sizes: Any) -> jax.Array:
@@ -80,8 +85,7 @@ def _plain_gradient(g: jax.Array, kernel: jax.Array, missing: int, **sizes: Any)
 
 
 def _gradient_to_kernel(x: jax.Array, g: jax.Array, kernel: Any, **sizes: Any) -> jax.Array:
-    like: Any = jax.typeof(g).update(shape=kernel.aval.shape)
-    return jax.linear_transpose(lambda kernel: _convolved(x, kernel, **sizes), like)(g)[0]
+    return transposed(lambda kernel: _convolved(x, kernel, **sizes), g, kernel.aval.shape)
 
 
 _to_x = Primitive('gradient_to_x')

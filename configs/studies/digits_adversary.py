@@ -3,7 +3,7 @@
 Commands:
 
   python launch.py --mode study --config configs/studies/digits_adversary.py:tuning --jobs 2
-  python -m benchmarks.tuned runs/digits_adversary_tuning
+  python -m benchmarks.tuned runs/studies/digits_adversary-tuning
   python launch.py --mode study --config configs/studies/digits_adversary.py --jobs 2
 
 The first tries three values of one field for every arm, with seeds 100 and 101. The second prints

@@ -2,10 +2,9 @@
 
 Command: python launch.py --mode study --config configs/studies/digits_methods.py --jobs 2
 
-220 runs of a pair of ResNet-8. 50 more images are for validation, which `kdcl_general` needs and
-configs/studies/digits_adversary.py tunes on. Averages of the weights are evaluated for every
-method. `okddip` needs three networks and is left out. For a pair, `kd_ring`, `loo_mean` and `dml`
-are the same. Result and time: docs/results.md.
+220 runs of a pair of ResNet-8. 50 more images are for validation, which `kdcl_general` needs.
+Averages of the weights are evaluated for every method. `okddip` needs three networks and is left
+out. For a pair, `kd_ring`, `loo_mean` and `dml` are the same. Result and time: docs/results.md.
 """
 
 from ml_collections import ConfigDict
@@ -13,7 +12,7 @@ from ml_collections import ConfigDict
 from afkd_jax import Study
 from configs.studies import digits
 
-SAME_NAME = (
+METHODS = (
     'dml',
     'shuffled',
     'kdcl_naive',
@@ -50,7 +49,7 @@ def get_config(networks: str = 'resnet8,resnet8') -> ConfigDict:
             'vanilla, smoothing': {'method': 'vanilla', 'loss.label_smoothing': 0.1},
             # As many operations as `afd`, which takes 1.72 times those of `vanilla`.
             'vanilla, longer': {'method': 'vanilla', 'epochs': 69},
-            **{method: {'method': method} for method in SAME_NAME},
+            **{method: {'method': method} for method in METHODS},
             'dml, ema': {'method': 'dml', 'teacher': 'ema'},
             'afd, ema': {'method': 'afd', 'teacher': 'ema'},
             'kdcl_mean, own views': {'method': 'kdcl_mean', 'data.views': 'own'},
