@@ -1,10 +1,16 @@
-"""Trees of arrays: their fingerprint, layout and size."""
+"""Arrays in single precision; trees of arrays: their fingerprint, layout and size."""
 
 import hashlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+
+
+def at_least_float32(x: jax.Array) -> jax.Array:
+    """Returns x in single precision; what is in double stays so."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def fingerprint(arrays: Any) -> str:

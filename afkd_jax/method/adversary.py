@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from afkd_jax import config
-from afkd_jax.devices import xla_cpu
-from afkd_jax.models.layers import Layers, at_least_float32, relu
+from afkd_jax.devices.arrays import at_least_float32
+from afkd_jax.models.layers import Layers, relu
 
 
 class Discriminator(nn.Module):
@@ -57,14 +57,7 @@ class Discriminator(nn.Module):
             x, kernel, stride, padding = x.mean((1, 2), keepdims=True), (1, 1), 1, 0
         width = own.width or x.shape[-1]
         for _ in range(own.layers):
-            conv = self.layers.conv(
-                width,
-                kernel,
-                stride,
-                padding=padding,
-                use_bias=not normed,
-                conv_general_dilated=xla_cpu.conv_general_dilated,
-            )
+            conv = self.layers.conv(width, kernel, stride, padding=padding, use_bias=not normed)
             x, stride = apply(conv, x), 1
             if normed:
                 x = self.layers.norm(use_running_average=False)(x)

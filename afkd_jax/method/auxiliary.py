@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from afkd_jax.devices.arrays import at_least_float32
 from afkd_jax.devices.spmd import batch_index, whole_batch
 from afkd_jax.method.adversary import average_pool
-from afkd_jax.models.layers import Layers, at_least_float32
+from afkd_jax.models.layers import Layers
 
 Values = dict[str, jax.Array]
 

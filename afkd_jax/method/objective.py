@@ -17,12 +17,12 @@ import numpy as np
 
 from afkd_jax.config import Adversarial, Discriminator, Loss
 from afkd_jax.data.augment import Mixed
+from afkd_jax.devices.arrays import at_least_float32
 from afkd_jax.errors import UserError
 from afkd_jax.method import losses
 from afkd_jax.method.auxiliary import Terms
 from afkd_jax.method.presets import Method
 from afkd_jax.method.ring import Ring
-from afkd_jax.models.layers import at_least_float32
 
 # A discriminator: (parameters, maps [B, H, W, C], conditions [B, E] or None) -> (outputs [B] or
 # [B, h, w], new state).

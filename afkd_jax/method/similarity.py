@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from afkd_jax.devices.arrays import at_least_float32
 from afkd_jax.devices.spmd import DATA
 from afkd_jax.method.cohort import Cohort
 from afkd_jax.method.state import NetworkState
-from afkd_jax.models.layers import at_least_float32, last
+from afkd_jax.method.step import evaluated
+from afkd_jax.models.layers import last
 
 
 def sums(
@@ -31,8 +33,9 @@ def sums(
     layers if there are any: l1, l2 and cosine, see figures(). Arguments as of step.eval_step.
     """
     ring = cohort.ring
+    pixels = ring.marked(pixels_BxHxWxC)
     outputs = [
-        module.apply(state.variables(), pixels_BxHxWxC, False)
+        evaluated(module, state.variables(), pixels)
         for module, state in zip(cohort.networks, networks, strict=True)
     ]
     logits, maps_K = zip(*outputs, strict=True)
@@ -62,7 +65,7 @@ def _in_one_shape(
     if not cohort.method.uses_maps and len(set(cohort.map_shapes)) > 1:
         return None
     shared: list[Any] = [
-        module.apply(state.transfer_variables(), own, False) if module else own
+        evaluated(module, state.transfer_variables(), own) if module else own
         for own, module, state in zip(maps, cohort.transfers, networks, strict=True)
     ]
     return at_least_float32(jnp.stack(list(map(last, shared))))

@@ -22,6 +22,7 @@ import optax
 from afkd_jax.config import Data
 from afkd_jax.data import augment
 from afkd_jax.data.images import DeviceImages
+from afkd_jax.devices.arrays import at_least_float32
 from afkd_jax.devices.spmd import DATA, varying
 from afkd_jax.method import losses, metrics
 from afkd_jax.method.adversary import Discriminator
@@ -37,7 +38,6 @@ from afkd_jax.method.state import (
     stack,
     unstack,
 )
-from afkd_jax.models import layers
 
 
 def value_shapes(cohort: Cohort) -> dict[str, tuple[int, ...]]:
@@ -113,7 +113,8 @@ def _trained(
 
 
 @_once
-def _evaluated(module: nn.Module, variables: dict, inputs: jax.Array) -> Any:
+def evaluated(module: nn.Module, variables: dict, inputs: jax.Array) -> Any:
+    """Returns a module's outputs in evaluation mode, traced once for equal modules and shapes."""
     return module.apply(variables, inputs, False)
 
 
@@ -121,14 +122,14 @@ def _pass(
     cohort: Cohort, k: int, state: NetworkState, images_BxHxWxC: jax.Array, key: jax.Array
 ) -> _Pass:
 
-    def evaluated(state: NetworkState) -> tuple[jax.Array, Any]:
-        logits, maps = _evaluated(cohort.networks[k], state.variables(), images_BxHxWxC)
+    def taught_by(state: NetworkState) -> tuple[jax.Array, Any]:
+        logits, maps = evaluated(cohort.networks[k], state.variables(), images_BxHxWxC)
         if module := cohort.transfers[k]:
-            maps = _evaluated(module, state.transfer_variables(), maps)
+            maps = evaluated(module, state.transfer_variables(), maps)
         return logits, maps
 
     if not cohort.learns(k):
-        logits, maps = evaluated(state)
+        logits, maps = taught_by(state)
         nothing = _zeros(maps)
         return _Pass(logits, maps, None, lambda *_: {}, lambda *_: nothing, (logits, maps))
     (logits, own_maps), pull_network, stats = _forward(
@@ -152,7 +153,7 @@ def _pass(
         _, pull_head = jax.vjp(lambda maps: head.apply(variables, maps), own_maps)
         return pull_head(to_logits)[0] + (pull_transfer(to_maps)[1] if pull_transfer else to_maps)
 
-    taught = evaluated(state.averaged()) if cohort.ema_teaches else (logits, maps)
+    taught = taught_by(state.averaged()) if cohort.ema_teaches else (logits, maps)
     return _Pass(logits, maps, batch_stats, pull, to_trunk, taught)
 
 
@@ -316,7 +317,7 @@ def _balance(
     """
 
     def squares(gradient: jax.Array) -> jax.Array:
-        return jnp.square(layers.at_least_float32(gradient)).sum()
+        return jnp.square(at_least_float32(gradient)).sum()
 
     pairs = [
         (own.to_trunk(*pair), own.to_trunk(jnp.zeros_like(own.logits), to_map))
@@ -360,12 +361,13 @@ def update(
     objective, ring, used = cohort.objective, cohort.ring, cohort.optimizers.used()
     first = ring.first(len(state.networks))
     own_views = images_BxHxWxC.ndim == 5
+    images = images_BxHxWxC if own_views else ring.marked(images_BxHxWxC)
     passes = [
         _pass(
             cohort,
             k,
             network,
-            images_BxHxWxC[k] if own_views else images_BxHxWxC,
+            images[k] if own_views else images,
             jax.random.fold_in(key, first + k),
         )
         for k, network in enumerate(state.networks)
@@ -499,8 +501,9 @@ def eval_step(
       mask_B: bool; False leaves an image out of every sum.
     """
     ring = cohort.ring
+    pixels = ring.marked(pixels_BxHxWxC)
     log_p = [
-        jax.nn.log_softmax(_evaluated(module, state.variables(), pixels_BxHxWxC)[0])
+        jax.nn.log_softmax(evaluated(module, state.variables(), pixels)[0])
         for module, state in zip(cohort.networks, networks, strict=True)
     ]
     log_p_KxBxC = jnp.stack(log_p)

@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from afkd_jax.devices.arrays import at_least_float32
 from afkd_jax.models import layers
 from afkd_jax.models.layers import Dtype, Layers
 from afkd_jax.registry import NETWORKS
@@ -39,7 +40,7 @@ class Classifier(nn.Module):
     def __call__(self, maps_BxHxWxC: jax.Array) -> jax.Array:
         """Returns the logits, [B, num_classes], in at least single precision."""
         dense = nn.Dense(self.num_classes, dtype=self.dtype)
-        return layers.at_least_float32(dense(maps_BxHxWxC.mean((1, 2))))
+        return at_least_float32(dense(maps_BxHxWxC.mean((1, 2))))
 
 
 class Network(nn.Module):

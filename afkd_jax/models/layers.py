@@ -9,8 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from afkd_jax.devices import depthwise as depthwise_lib
-from afkd_jax.devices import xla_cpu
+from afkd_jax.devices import convolution, xla_cpu
+from afkd_jax.models.norm import BatchNorm
 
 Conv = Callable[..., nn.Module]
 Norm = Callable[..., nn.Module]
@@ -18,12 +18,12 @@ Norm = Callable[..., nn.Module]
 Dtype = str | None  # of the computation; None: that of the parameters
 
 # He et al. 2015; weights drawn by fan in. A norm follows every convolution, so none has a bias.
-conv = functools.partial(nn.Conv, use_bias=False, kernel_init=nn.initializers.he_normal())
-
-
-def at_least_float32(x: jax.Array) -> jax.Array:
-    """Returns x in single precision; what is in double stays so."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+conv = functools.partial(
+    nn.Conv,
+    use_bias=False,
+    kernel_init=nn.initializers.he_normal(),
+    conv_general_dilated=convolution.conv_general_dilated,
+)
 
 
 def last(maps: Any) -> jax.Array:
@@ -75,9 +75,7 @@ def layers(axis_name: str | None, dtype: str = 'float32', local_statistics: bool
     # None, not 'float32': then tests can run the whole computation in double precision.
     compute = None if dtype == 'float32' else dtype
     axis = None if local_statistics else axis_name
-    norm = functools.partial(
-        nn.BatchNorm, momentum=0.9, epsilon=1e-5, axis_name=axis, dtype=compute
-    )
+    norm = functools.partial(BatchNorm, momentum=0.9, epsilon=1e-5, axis_name=axis, dtype=compute)
     dropout = functools.partial(Dropout, axis_name=axis_name)
     return Layers(functools.partial(conv, dtype=compute), norm, dropout, compute)
 
@@ -113,17 +111,13 @@ class ConvNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Returns the normalised output, not activated."""
-        depthwise: dict[str, Any] = {}
-        if self.depthwise:
-            depthwise['feature_group_count'] = self.channels
-            depthwise['conv_general_dilated'] = depthwise_lib.conv_general_dilated
         x = self.layers.conv(
             self.channels,
             (self.kernel, self.kernel),
             self.stride,
             padding=self.kernel // 2,
+            feature_group_count=self.channels if self.depthwise else 1,
             name='conv',
-            **depthwise,
         )(x)
         return self.layers.norm(use_running_average=not train, name='norm')(x)
 

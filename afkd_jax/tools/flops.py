@@ -6,13 +6,6 @@ from typing import Any
 import jax
 import jax.extend.core
 
-# devices.depthwise: primitive -> which of its arrays are the outputs of the convolution.
-_DEPTHWISE = {
-    'depthwise': lambda equation: equation.outvars[0],
-    'depthwise_to_images': lambda equation: equation.invars[0],
-    'depthwise_to_kernel': lambda equation: equation.invars[1],
-}
-
 
 def multiply_adds(function: Any, *arguments: Any) -> int:
     """Returns the multiply-adds of a function's convolutions and matrix products.
@@ -30,8 +23,10 @@ def _count(jaxpr: Any) -> int:
             kernel = equation.invars[1].aval.shape
             out_channels = kernel[equation.params['dimension_numbers'].rhs_spec[0]]
             total += outputs * math.prod(kernel) // out_channels
-        elif find := _DEPTHWISE.get(equation.primitive.name):
-            total += equation.params['size'] ** 2 * math.prod(find(equation).aval.shape)
+        elif form := equation.params.get('form'):  # devices.convolution
+            arrays, end = equation.invars, equation.primitive.name[-9:]
+            g = {'to_images': arrays[0], 'to_kernel': arrays[1]}.get(end, equation.outvars[0])
+            total += math.prod(form.kernel[:3]) * math.prod(g.aval.shape)
         elif equation.primitive.name == 'dot_general':
             (contracted, _), _ = equation.params['dimension_numbers']
             shape = equation.invars[0].aval.shape

@@ -10,15 +10,15 @@ import pytest
 from conftest import (
     mapped_update,
     random_batch,
-    relative_difference,
     take_devices,
     tiny_cohort,
     tiny_config,
 )
 
-from afkd_jax.devices import depthwise, xla_cpu
+from afkd_jax.devices import xla_cpu
 from afkd_jax.devices.mesh import REPLICATED
 from afkd_jax.method import state as state_lib
+from afkd_jax.models import layers
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float64'])
@@ -62,9 +62,11 @@ def test_programs_for_other_platforms_contain_no_workaround(monkeypatch, platfor
     program = lowered(platform, networks).as_text()
     assert re.search(r'feature_group_count = \d\d', program)
     monkeypatch.setattr(xla_cpu, 'computed_once', lambda x: x)
-    monkeypatch.setattr(depthwise, 'computed_once', lambda x: x)
-    monkeypatch.setattr(depthwise, 'conv_general_dilated', jax.lax.conv_general_dilated)
+    plain = functools.partial(layers.conv, conv_general_dilated=jax.lax.conv_general_dilated)
+    monkeypatch.setattr(layers, 'conv', plain)
+    layers.layers.cache_clear()
     assert program == lowered(platform, networks).as_text()
+    layers.layers.cache_clear()
     assert xla_cpu.options(platform) is None
 
 
@@ -76,55 +78,6 @@ def test_no_activation_is_computed_twice_on_a_cpu():
     text = step.compile().as_text()
     found = re.findall(r'= f32\[8,\d+,\d+,\d\d+\]\S* divide\(', text)
     assert 0.9 * len(wanted) < len(found) <= len(wanted)  # equal ones may have become one
-
-
-def gradients(x, kernel, platform):
-    """Returns the gradients of a strided convolution, as compiled, and as lowered text."""
-
-    def loss(convolve, x, kernel):
-        y = convolve(
-            x, kernel, (2, 2), ((1, 1), (1, 1)), dimension_numbers=('NHWC', 'HWIO', 'NHWC')
-        )
-        return jnp.sin(y).sum()
-
-    for convolve in (xla_cpu.conv_general_dilated, jax.lax.conv_general_dilated):
-        both = jax.jit(jax.grad(functools.partial(loss, convolve), argnums=(0, 1)))
-        yield both(x, kernel), both.trace(x, kernel).lower(lowering_platforms=(platform,)).as_text()
-
-
-@pytest.mark.parametrize(('side', 'channels'), [(4, 256), (3, 256), (4, 8), (8, 256)])
-def test_gradients_of_small_outputs_are_those_of_larger_ones_on_a_cpu(x64, side, channels):
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((2, side, side, channels))
-    kernel = rng.standard_normal((3, 3, channels, 4)) / 30
-    (ours, text), (plain, plain_text) = gradients(x, kernel, 'cpu')
-    assert relative_difference(ours, plain)[0] < 1e-12
-    larger = side < 8 and channels >= 256
-    assert ('x3x3x4x' in text) == larger
-    assert 'x3x3x4xf64>, tensor<3x3' not in plain_text
-    (_, text), (_, plain_text) = gradients(x, kernel, 'cuda')
-    assert text.count('stablehlo.convolution') == plain_text.count('stablehlo.convolution')
-    assert 'x3x3x4x' not in text
-
-
-def test_gradients_of_small_outputs_can_be_differentiated(x64):
-    rng = np.random.default_rng(0)
-    x, kernel = rng.standard_normal((2, 4, 4, 256)), rng.standard_normal((3, 3, 256, 4)) / 30
-    layout = ('NHWC', 'HWIO', 'NHWC')
-
-    def penalty(convolve, x, kernel):
-        def total(x):
-            return jnp.sin(
-                convolve(x, kernel, (2, 2), ((1, 1), (1, 1)), dimension_numbers=layout)
-            ).sum()
-
-        return jnp.square(jax.grad(total)(x)).sum()
-
-    ours, plain = (
-        jax.jit(jax.grad(functools.partial(penalty, convolve), argnums=(0, 1)))(x, kernel)
-        for convolve in (xla_cpu.conv_general_dilated, jax.lax.conv_general_dilated)
-    )
-    assert relative_difference(ours, plain)[0] < 1e-12
 
 
 def test_the_mapped_step_is_compiled_with_the_options(monkeypatch):

@@ -9,6 +9,7 @@ from conftest import tiny_config
 
 from afkd_jax import models
 from afkd_jax.config import Config
+from afkd_jax.devices import convolution
 from afkd_jax.registry import NETWORKS
 from afkd_jax.tools import describe
 from afkd_jax.tools.flops import multiply_adds as count_multiply_adds
@@ -85,6 +86,24 @@ def test_the_switches_are_described():
         'gradients averaged over 2 steps' in text
     )
     assert describe.describe(tiny_config(method='dml'))['adversary'] is None
+
+
+@pytest.mark.parametrize('groups', [1, 6])
+def test_a_gradient_has_as_many_multiply_adds_as_its_convolution(groups):
+    x, kernel = jnp.ones((2, 8, 8, 6)), jnp.ones((3, 3, 6 // groups, 6))
+    dims = jax.lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
+
+    def forward(x, kernel):
+        options = {'dimension_numbers': dims, 'feature_group_count': groups}
+        return convolution.conv_general_dilated(x, kernel, (2, 2), ((1, 1), (1, 1)), **options)
+
+    def gradients(x, kernel):
+        y, pull = jax.vjp(forward, x, kernel)
+        return pull(y)
+
+    expected = (2 * 4 * 4 * 6) * (3 * 3 * 6 // groups)
+    assert count_multiply_adds(forward, x, kernel) == expected
+    assert count_multiply_adds(gradients, x, kernel) == 3 * expected
 
 
 def test_multiply_adds_of_a_matrix_product_by_hand():

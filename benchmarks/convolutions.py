@@ -1,11 +1,12 @@
-"""Times the gradient of a network with depthwise convolutions, with and without their CPU form.
+"""Times the gradient of a network with and without the CPU's forms of its convolutions.
 
-python -m benchmarks.depthwise NETWORK BATCH
+python -m benchmarks.convolutions NETWORK BATCH
 
-Random images of 32x32. Prints the median of 5 times of each form, in alternation, in seconds, and
-their ratio. Results: docs/performance.md.
+Random images of 32x32. Prints the median of 5 times of each, in alternation, in seconds, and their
+ratio. Results: docs/performance.md.
 """
 
+import functools
 import statistics
 import sys
 import time
@@ -14,7 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from afkd_jax import models
-from afkd_jax.devices import depthwise, xla_cpu
+from afkd_jax.devices import xla_cpu
+from afkd_jax.models import layers
 
 
 def compiled(name, images):
@@ -34,9 +36,11 @@ def compiled(name, images):
 
 def main(name, batch):
     images = jnp.asarray(jax.random.normal(jax.random.key(1), (int(batch), 32, 32, 3)))
-    products = compiled(name, images)
-    depthwise.conv_general_dilated = jax.lax.conv_general_dilated
-    steps = {'products': products, 'convolution': compiled(name, images)}
+    steps = {'own forms': compiled(name, images)}
+    plain = jax.lax.conv_general_dilated
+    layers.conv = functools.partial(layers.conv, conv_general_dilated=plain)
+    layers.layers.cache_clear()
+    steps['XLA'] = compiled(name, images)
     times = {form: [] for form in steps}
     for _ in range(6):
         for form, step in steps.items():
@@ -44,7 +48,7 @@ def main(name, batch):
             step()
             times[form].append(time.perf_counter() - start)
     medians = {form: statistics.median(found[1:]) for form, found in times.items()}
-    ratio = medians['convolution'] / medians['products']
+    ratio = medians['XLA'] / medians['own forms']
     print(name, batch, {form: round(s, 3) for form, s in medians.items()}, f'ratio {ratio:.1f}')
 
 

@@ -1,0 +1,152 @@
+"""Convolutions: their forms on CPUs against XLA's convolution."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from afkd_jax.devices import convolution, mesh
+from afkd_jax.devices.mesh import BATCH_SHARDED, REPLICATED
+from afkd_jax.devices.spmd import DATA
+
+
+def convolve(function, x, kernel, stride):
+    """Calls the function as Flax does; depthwise where the kernel has one input channel."""
+    size = len(kernel)
+    return function(
+        x,
+        kernel,
+        (stride, stride),
+        [(size // 2, size // 2)] * 2,
+        dimension_numbers=jax.lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2)),
+        feature_group_count=x.shape[-1] // kernel.shape[2],
+    )
+
+
+ours = functools.partial(convolve, convolution.conv_general_dilated)
+reference = functools.partial(convolve, jax.lax.conv_general_dilated)
+
+
+def random(shape, dtype='float64', seed=0):
+    return jnp.asarray(np.random.RandomState(seed).normal(size=shape), dtype)
+
+
+SHAPES = [  # x, kernel, stride
+    ((16, 6, 6, 5), (3, 3, 1, 5), 1),  # depthwise
+    ((16, 6, 6, 5), (3, 3, 1, 5), 2),
+    ((3, 5, 7, 4), (3, 3, 1, 4), 2),
+    ((2, 1, 1, 3), (3, 3, 1, 3), 1),
+    ((2, 8, 5, 3), (5, 5, 1, 3), 3),
+    ((3, 4, 5, 6), (1, 1, 6, 2), 1),  # a matrix product, in either order, and in parts
+    ((3, 4, 5, 2), (1, 1, 2, 6), 1),
+    ((8, 32, 32, 2), (1, 1, 2, 3), 1),
+    ((3, 5, 5, 6), (1, 1, 6, 2), 2),
+    ((2, 4, 4, 256), (3, 3, 256, 4), 2),  # an output smaller than the kernel
+    ((2, 3, 3, 256), (3, 3, 256, 4), 2),
+    ((3, 5, 7, 4), (3, 3, 4, 3), 2),
+]
+
+
+@pytest.mark.parametrize(('shape', 'kernel', 'stride'), SHAPES)
+def test_values_and_gradients_are_those_of_xla(x64, shape, kernel, stride):
+    arrays = random(shape), random(kernel, seed=1)
+    results = []
+    for function in (reference, ours):
+
+        def both(x, kernel, function=function):
+            y, pull = jax.vjp(lambda *args: function(*args, stride), x, kernel)
+            return y, *pull(jnp.cos(y))
+
+        results.append(jax.jit(both)(*arrays))
+    for theirs, mine in zip(*results, strict=True):
+        assert mine.shape == theirs.shape
+        np.testing.assert_allclose(mine, theirs, rtol=1e-11, atol=1e-11)
+
+
+def gradient_text(function, shape, kernel, stride, platform):
+    def total(*arrays):
+        return jnp.sin(function(*arrays, stride)).sum()
+
+    traced = jax.jit(jax.grad(total, argnums=(0, 1))).trace(random(shape), random(kernel))
+    return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize(
+    ('shape', 'kernel', 'stride', 'convolutions'),
+    [
+        ((16, 6, 6, 5), (3, 3, 1, 5), 1, 0),
+        ((3, 4, 5, 6), (1, 1, 6, 2), 1, 2),
+        ((2, 4, 4, 256), (3, 3, 256, 4), 2, 3),
+        ((2, 3, 3, 256), (3, 3, 256, 4), 2, 3),
+        ((2, 4, 4, 8), (3, 3, 8, 4), 2, 3),
+    ],
+)
+def test_only_programs_for_cpus_have_other_forms(x64, shape, kernel, stride, convolutions):
+    def texts(platform):
+        return [gradient_text(each, shape, kernel, stride, platform) for each in (ours, reference)]
+
+    mine, plain = texts('cuda')
+    assert mine.count('stablehlo.convolution') == plain.count('stablehlo.convolution') == 3
+    cpu, _ = texts('cpu')
+    assert cpu.count('stablehlo.convolution') == convolutions
+    larger = 'x3x3x4xf64>, tensor<3x3'  # an output of 3 x 3 instead of 2 x 2
+    assert [larger in text for text in (cpu, mine)] == [kernel[2] == 256, False]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('shape', 'kernel'), [(shape, kernel) for shape, kernel, _ in SHAPES[::3]])
+def test_it_can_be_differentiated_again_and_vmapped(x64, shape, kernel):
+    x, kernel = random(shape), random(kernel, seed=1)
+
+    def of(function):
+        def squared_gradients(x, kernel):
+            def cube(x, kernel):
+                return (function(x, kernel, 2) ** 3).sum()
+
+            return sum((g**2).sum() for g in jax.grad(cube, (0, 1))(x, kernel))
+
+        return jax.grad(squared_gradients, (0, 1))
+
+    for mine, theirs in zip(*(of(f)(x, kernel) for f in (ours, reference)), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-10)
+    kernels = random((5, *kernel.shape), seed=2)
+    for axes in ((None, 0), (0, 0)):
+        xs = x if axes[0] is None else random((5, *x.shape), seed=3)
+        mine, theirs = (jax.vmap(of(function), axes)(xs, kernels) for function in (ours, reference))
+        np.testing.assert_allclose(mine[0], theirs[0], rtol=1e-10)
+        np.testing.assert_allclose(mine[1], theirs[1], rtol=1e-10)
+
+
+def test_half_precision_is_summed_in_single():
+    x, kernel = random((8, 4, 4, 3), 'bfloat16'), random((3, 3, 1, 3), 'bfloat16', seed=1)
+    y, pull = jax.vjp(jax.jit(lambda x, k: ours(x, k, 1)), x, kernel)
+    exact, exact_pull = jax.vjp(lambda x, k: reference(x, k, 1), *map(jnp.float32, (x, kernel)))
+    for mine, theirs in zip(
+        (y, *pull(jnp.ones_like(y))), (exact, *exact_pull(jnp.ones_like(exact))), strict=True
+    ):
+        assert mine.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(mine, theirs.astype(jnp.bfloat16))
+
+
+def test_its_gradients_are_those_of_each_device(x64):
+    x, kernel = random((4, 6, 6, 3)), random((3, 3, 1, 3), seed=1)
+    devices = mesh.arrange(jax.devices()[:2], 'shard_map')
+
+    def gradients(function):
+        def loss(x, kernel):
+            return (function(x, kernel, 2) ** 2).sum()
+
+        def step(x, kernel):
+            kernel = jax.lax.pcast(kernel, DATA, to='varying')
+            to_x, to_kernel = jax.grad(loss, (0, 1))(x, kernel)
+            return to_x, jax.lax.psum(to_kernel, DATA)
+
+        specs = BATCH_SHARDED, REPLICATED
+        return jax.grad(loss, (0, 1))(x, kernel), devices.map(step, specs, specs)(x, kernel)
+
+    alone, mapped = gradients(ours)
+    for one, two, theirs in zip(alone, mapped, gradients(reference)[1], strict=True):
+        np.testing.assert_allclose(two, one, rtol=1e-12)
+        np.testing.assert_allclose(two, theirs, rtol=1e-12)
