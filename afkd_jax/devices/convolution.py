@@ -19,19 +19,40 @@ def conv_general_dilated(
     padding: str | Sequence[tuple[int, int]],
     **options: Any,
 ) -> jax.Array:
-    """Is jax.lax.conv_general_dilated, as flax.linen.Conv calls it for [N, H, W, C].
+    """Is jax.lax.conv_general_dilated, as flax.linen.Conv calls it.
 
-    Grouped convolutions are depthwise. Inside shard_map, x varies over every mesh axis over which
-    the kernel does.
+    Those of images, ordinary or depthwise and not dilated, have forms of their own. Inside
+    shard_map their x must vary over every mesh axis over which the kernel does.
     """
+    plain, depthwise = _kind(x, kernel, **options)
+    if not (plain or depthwise):
+        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
     if isinstance(padding, str):
         padding = jax.lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
     pads = tuple((before, after) for before, after in padding)
     form = Form(x.shape[1:], kernel.shape, tuple(strides), pads, tuple(options.items()))
-    if options['feature_group_count'] == 1:
+    if plain:
         return _convolution.bind(x, kernel, form=form)
     # On CPUs the gradient would be computed for each tap of the kernel.
     return computed_once(_depthwise.bind(x, kernel, form=form))
+
+
+def _kind(
+    x: jax.Array,
+    kernel: jax.Array,
+    feature_group_count: int = 1,
+    lhs_dilation: Sequence[int] = (),
+    rhs_dilation: Sequence[int] = (),
+    dimension_numbers: Any = None,
+    precision: Any = None,
+    **others: Any,
+) -> tuple[bool, bool]:
+    """Returns whether a convolution is an ordinary one, and whether it is depthwise."""
+    del dimension_numbers, precision  # Flax has one layout
+    if x.ndim != 4 or others or {*lhs_dilation, *rhs_dilation} - {1}:
+        return False, False
+    depthwise = kernel.shape[2] == 1 and feature_group_count == x.shape[-1] == kernel.shape[3]
+    return feature_group_count == 1, depthwise and feature_group_count > 1
 
 
 Function = Callable[[jax.Array, jax.Array, Form], jax.Array]

@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,6 +64,36 @@ def test_values_and_gradients_are_those_of_xla(x64, shape, kernel, stride):
     for theirs, mine in zip(*results, strict=True):
         assert mine.shape == theirs.shape
         np.testing.assert_allclose(mine, theirs, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ('side', 'settings'),
+    [
+        (2, {'kernel_size': (3, 3), 'feature_group_count': 2}),
+        (2, {'kernel_size': (3, 3), 'feature_group_count': 4, 'features': 8}),
+        (2, {'kernel_size': (3, 3), 'kernel_dilation': 2}),
+        (2, {'kernel_size': (1, 1), 'input_dilation': 2, 'padding': 0}),
+        (2, {'kernel_size': (3, 3), 'kernel_dilation': 2, 'feature_group_count': 4}),
+        (1, {'kernel_size': (3,)}),
+        (3, {'kernel_size': (1, 1, 1)}),
+        (2, {'kernel_size': (1, 1), 'padding': 'CIRCULAR', 'strides': 2}),
+        (2, {'kernel_size': (3, 3), 'padding': 'CIRCULAR'}),
+    ],
+)
+def test_every_layer_of_flax_is_the_same(x64, side, settings):
+    """Whatever a network of one's own asks of `Layers.conv`."""
+    x = random((2, *side * (6,), 4))
+    results = []
+    for function in (None, convolution.conv_general_dilated):
+        layer = nn.Conv(**{'features': 4} | settings, conv_general_dilated=function)
+        variables = layer.init(jax.random.key(0), x)
+
+        def both(variables, x, layer=layer):
+            y, pull = jax.vjp(layer.apply, variables, x)
+            return y, pull(jnp.cos(y))
+
+        results.append(jax.jit(both)(variables, x))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-11), *results)
 
 
 def gradient_text(function, shape, kernel, stride, platform):
