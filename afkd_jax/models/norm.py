@@ -25,11 +25,11 @@ class BatchNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns x normalised, [..., C]."""
-        shape = x.shape[-1:]
-        scale = self.param('scale', nn.initializers.ones, shape)
-        bias = self.param('bias', nn.initializers.zeros, shape)
-        running_mean = self.variable('batch_stats', 'mean', jnp.zeros, shape)
-        running_var = self.variable('batch_stats', 'var', jnp.ones, shape)
+        kind = x.shape[-1:], jnp.float32  # as Flax's, also where doubles are enabled
+        scale = self.param('scale', nn.initializers.ones, *kind)
+        bias = self.param('bias', nn.initializers.zeros, *kind)
+        running_mean = self.variable('batch_stats', 'mean', jnp.zeros, *kind)
+        running_var = self.variable('batch_stats', 'var', jnp.ones, *kind)
         dtype = self.dtype or jnp.result_type(x, scale)
         x, axes = at_least_float32(x), tuple(range(x.ndim - 1))
         mean, var = running_mean.value, running_var.value

@@ -52,11 +52,15 @@ def test_values_statistics_and_gradients_are_those_of_flax(x64, shape, train):
     )
 
 
-def test_initial_variables_are_those_of_flax():
-    x = jnp.ones((2, 3, 3, 4))
-    mine, theirs = (module.init(jax.random.key(0), x) for module in both(use_running_average=False))
+@pytest.mark.parametrize('double', [False, True])
+def test_initial_variables_are_those_of_flax(double):
+    """In single precision, also where JAX_ENABLE_X64 is set."""
+    modules = both(use_running_average=False)
+    with jax.enable_x64(double):
+        x = jnp.ones((2, 3, 3, 4), 'float32')
+        mine, theirs = (module.init(jax.random.key(0), x) for module in modules)
     assert jax.tree.structure(mine) == jax.tree.structure(theirs)
-    jax.tree.map(np.testing.assert_array_equal, mine, theirs)
+    jax.tree.map(functools.partial(np.testing.assert_array_equal, strict=True), mine, theirs)
 
 
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
