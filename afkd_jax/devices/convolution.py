@@ -21,8 +21,7 @@ def conv_general_dilated(
 ) -> jax.Array:
     """Is jax.lax.conv_general_dilated, as flax.linen.Conv calls it.
 
-    Those of images, ordinary or depthwise and not dilated, have forms of their own. Inside
-    shard_map their x must vary over every mesh axis over which the kernel does.
+    Those of images, ordinary or depthwise and not dilated, have forms of their own.
     """
     plain, depthwise = _kind(x, kernel, **options)
     if not (plain or depthwise):
@@ -31,6 +30,7 @@ def conv_general_dilated(
         padding = jax.lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
     pads = tuple((before, after) for before, after in padding)
     form = Form(x.shape[1:], kernel.shape, tuple(strides), pads, tuple(options.items()))
+    x, kernel = _varying_over_the_same_axes(x, kernel)
     if plain:
         return _convolution.bind(x, kernel, form=form)
     # On CPUs the gradient would be computed for each tap of the kernel.
@@ -53,6 +53,19 @@ def _kind(
         return False, False
     depthwise = kernel.shape[2] == 1 and feature_group_count == x.shape[-1] == kernel.shape[3]
     return feature_group_count == 1, depthwise and feature_group_count > 1
+
+
+def _varying_over_the_same_axes(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Marks each array as varying over the mesh axes over which the other does, in shard_map.
+
+    JAX does so before its own primitives; the transpose sums the gradient over the added axes.
+    """
+
+    def marked(array: jax.Array, other: jax.Array) -> jax.Array:
+        own, others = (jax.typeof(each).manual_axis_type.varying for each in (array, other))
+        return jax.lax.pcast(array, tuple(sorted(others - own)), to='varying')
+
+    return marked(x, kernel), marked(kernel, x)
 
 
 Function = Callable[[jax.Array, jax.Array, Form], jax.Array]

@@ -52,10 +52,6 @@ class Ring:
         """Returns the index of this device's first network, given how many it has."""
         return jax.lax.axis_index(PEER) * local if self.peers > 1 else 0
 
-    def marked(self, images: jax.Array) -> jax.Array:
-        """Marks images that all devices along PEER have as this device's, as its networks are."""
-        return jax.lax.pcast(images, PEER, to='varying') if self.peers > 1 else images
-
     def gathered(self, values: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """Returns name -> [K, ...] of all networks, on every device, from [L, ...] of its own.
 

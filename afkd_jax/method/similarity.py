@@ -33,9 +33,8 @@ def sums(
     layers if there are any: l1, l2 and cosine, see figures(). Arguments as of step.eval_step.
     """
     ring = cohort.ring
-    pixels = ring.marked(pixels_BxHxWxC)
     outputs = [
-        evaluated(module, state.variables(), pixels)
+        evaluated(module, state.variables(), pixels_BxHxWxC)
         for module, state in zip(cohort.networks, networks, strict=True)
     ]
     logits, maps_K = zip(*outputs, strict=True)

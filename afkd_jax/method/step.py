@@ -361,13 +361,12 @@ def update(
     objective, ring, used = cohort.objective, cohort.ring, cohort.optimizers.used()
     first = ring.first(len(state.networks))
     own_views = images_BxHxWxC.ndim == 5
-    images = images_BxHxWxC if own_views else ring.marked(images_BxHxWxC)
     passes = [
         _pass(
             cohort,
             k,
             network,
-            images[k] if own_views else images,
+            images_BxHxWxC[k] if own_views else images_BxHxWxC,
             jax.random.fold_in(key, first + k),
         )
         for k, network in enumerate(state.networks)
@@ -501,9 +500,8 @@ def eval_step(
       mask_B: bool; False leaves an image out of every sum.
     """
     ring = cohort.ring
-    pixels = ring.marked(pixels_BxHxWxC)
     log_p = [
-        jax.nn.log_softmax(evaluated(module, state.variables(), pixels)[0])
+        jax.nn.log_softmax(evaluated(module, state.variables(), pixels_BxHxWxC)[0])
         for module, state in zip(cohort.networks, networks, strict=True)
     ]
     log_p_KxBxC = jnp.stack(log_p)

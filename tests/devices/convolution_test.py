@@ -181,3 +181,24 @@ def test_its_gradients_are_those_of_each_device(x64):
     for one, two, theirs in zip(alone, mapped, gradients(reference)[1], strict=True):
         np.testing.assert_allclose(two, one, rtol=1e-12)
         np.testing.assert_allclose(two, theirs, rtol=1e-12)
+
+
+@pytest.mark.parametrize('shape', [(3, 3, 3, 3), (3, 3, 1, 3)])
+def test_images_or_kernels_may_be_the_same_on_every_device(x64, shape):
+    """As in a network that convolves a constant, and in a loss of replicated kernels."""
+    x, kernel, grid = random((4, 5, 5, 3)), random(shape, seed=1), random((1, 5, 5, 3), seed=2)
+    devices = mesh.arrange(jax.devices()[:2], 'shard_map')
+
+    def loss(kernel, x):
+        return (x * ours(grid, kernel, 1) ** 2 + ours(x, kernel, 1)).sum((1, 2, 3)).mean()
+
+    def of_own_kernels(kernel, x):
+        own = jax.lax.pcast(kernel, DATA, to='varying')
+        return jax.lax.pmean(jax.grad(loss)(own, x), DATA)
+
+    def of_replicated_kernels(kernel, x):
+        return jax.grad(lambda *arrays: jax.lax.pmean(loss(*arrays), DATA))(kernel, x)
+
+    for step in (of_own_kernels, of_replicated_kernels):
+        found = devices.map(step, (REPLICATED, BATCH_SHARDED))(kernel, x)
+        np.testing.assert_allclose(found, jax.grad(loss)(kernel, x), rtol=1e-12)

@@ -189,6 +189,17 @@ def test_own_views_do_not_depend_on_the_devices(x64):
     assert relative_difference(others[1], one)[0] > 1e-3
 
 
+def test_own_views_without_augmentation_do_not_depend_on_the_devices(x64):
+    fields = {'data__views': 'own', 'data__pad': 0, 'data__flip': False}
+    difference, where = relative_difference(
+        *(
+            after_three_steps('shard_map', *how, ('tiny-8-2',) * 2, 'dml', **fields)
+            for how in ((4, 2), (1, 1))
+        )
+    )
+    assert difference < 1e-9, where
+
+
 @pytest.mark.parametrize(
     ('peers', 'count', 'method'),
     [
