@@ -130,7 +130,8 @@ def depthwise_to_kernel_cpu(x: jax.Array, g: jax.Array, form: Form) -> jax.Array
 def _shifted(x: jax.Array, form: Form) -> Iterator[tuple[int, int, jax.Array]]:
     """Yields (i, j, what tap (i, j) of the kernel is multiplied with: [N, h, w, C])."""
     (down, right), (rows, columns) = form.strides, form.kernel[:2]
-    x = jnp.pad(x, ((0, 0), *form.padding, (0, 0)))
+    pads = [(*pad, 0) for pad in ((0, 0), *form.padding, (0, 0))]
+    x = jax.lax.pad(x, jnp.zeros((), x.dtype), pads)  # unlike jnp.pad also by less than 0
     height, width = x.shape[1] - rows + 1, x.shape[2] - columns + 1  # of the output of stride 1
     for i in range(rows):
         for j in range(columns):

@@ -78,6 +78,8 @@ def test_values_and_gradients_are_those_of_xla(x64, shape, kernel, stride):
         (3, {'kernel_size': (1, 1, 1)}),
         (2, {'kernel_size': (1, 1), 'padding': 'CIRCULAR', 'strides': 2}),
         (2, {'kernel_size': (3, 3), 'padding': 'CIRCULAR'}),
+        (2, {'kernel_size': (3, 3), 'padding': ((-1, 0), (2, -2))}),
+        (2, {'kernel_size': (3, 3), 'padding': ((-1, 0), (2, -2)), 'feature_group_count': 4}),
     ],
 )
 def test_every_layer_of_flax_is_the_same(x64, side, settings):
