@@ -77,8 +77,8 @@ def _primitive(name: str, default: Function, cpu: Function) -> Primitive:
     primitive.def_impl(lambda a, b, form: jax.jit(default, static_argnums=2)(a, b, form))
 
     def abstract(a: Any, b: Any, form: Form) -> Any:
-        like = [jax.ShapeDtypeStruct(each.shape, each.dtype) for each in (a, b)]
-        out = jax.eval_shape(lambda a, b: default(a, b, form), *like)
+        shapes = [jax.ShapeDtypeStruct(each.shape, each.dtype) for each in (a, b)]
+        out = jax.eval_shape(lambda a, b: default(a, b, form), *shapes)
         return a.update(shape=out.shape, dtype=out.dtype)  # varies over the mesh as `a`
 
     def batched(arrays: Any, axes: Any, form: Form) -> tuple[jax.Array, int]:

@@ -53,8 +53,9 @@ def _transposed(
     linear: Callable[[jax.Array], jax.Array], g: jax.Array, shape: tuple[int, ...]
 ) -> jax.Array:
     """Returns the transpose of a linear function of an array of this shape, applied to g."""
-    like: Any = jax.typeof(g).update(shape=shape)  # varies over the mesh as g: no sum over devices
-    return jax.linear_transpose(linear, like)(g)[0]
+    # It varies over the mesh as g does, so there is no sum over devices.
+    abstract: Any = jax.typeof(g).update(shape=shape)
+    return jax.linear_transpose(linear, abstract)(g)[0]
 
 
 # On CPUs.
