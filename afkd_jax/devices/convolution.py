@@ -61,9 +61,12 @@ def _varying_over_the_same_axes(x: jax.Array, kernel: jax.Array) -> tuple[jax.Ar
     JAX does so before its own primitives; the transpose sums the gradient over the added axes.
     """
 
+    def axes(array: jax.Array) -> frozenset[str]:
+        kind: Any = jax.typeof(array)  # the name of the field depends on the version of JAX
+        return kind.vma if hasattr(kind, 'vma') else kind.manual_axis_type.varying
+
     def marked(array: jax.Array, other: jax.Array) -> jax.Array:
-        own, others = (jax.typeof(each).manual_axis_type.varying for each in (array, other))
-        return jax.lax.pcast(array, tuple(sorted(others - own)), to='varying')
+        return jax.lax.pcast(array, tuple(sorted(axes(other) - axes(array))), to='varying')
 
     return marked(x, kernel), marked(kernel, x)
 

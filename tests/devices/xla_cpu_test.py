@@ -57,7 +57,7 @@ def lowered(platform, networks=('resnet8', 'wrn-10-1'), method='vanilla'):
 
 
 @pytest.mark.parametrize('platform', [pytest.param('tpu', marks=pytest.mark.slow), 'cuda'])
-def test_programs_for_other_platforms_contain_no_workaround(monkeypatch, platform):
+def test_programs_for_other_platforms_contain_no_workaround(monkeypatch, request, platform):
     networks = 'resnet8', 'mobilenet_v2x0.5'
     program = lowered(platform, networks).as_text()
     assert re.search(r'feature_group_count = \d\d', program)
@@ -65,8 +65,8 @@ def test_programs_for_other_platforms_contain_no_workaround(monkeypatch, platfor
     plain = functools.partial(layers.conv, conv_general_dilated=jax.lax.conv_general_dilated)
     monkeypatch.setattr(layers, 'conv', plain)
     layers.layers.cache_clear()
+    request.addfinalizer(layers.layers.cache_clear)
     assert program == lowered(platform, networks).as_text()
-    layers.layers.cache_clear()
     assert xla_cpu.options(platform) is None
 
 

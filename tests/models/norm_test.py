@@ -53,6 +53,39 @@ def test_values_statistics_and_gradients_are_those_of_flax(x64, shape, train):
 
 
 @pytest.mark.parametrize('double', [False, True])
+@pytest.mark.parametrize(
+    'settings',
+    [
+        {'use_scale': False},
+        {'use_bias': False},
+        {'use_scale': False, 'use_bias': False},
+        {'scale_init': nn.initializers.zeros, 'bias_init': nn.initializers.ones},
+        {'axis': 1},
+        {'use_fast_variance': False},
+        {'param_dtype': 'float64'},
+    ],
+)
+def test_the_options_are_those_of_flax(x64, settings):
+    x = jnp.asarray(3 + np.random.default_rng(0).normal(size=(4, 3, 5, 6)))
+    results = []
+    for module in both(use_running_average=None, **settings):
+        given = module.init(jax.random.key(0), x, use_running_average=False)
+        y, new = module.apply(given, x, use_running_average=False, mutable=['batch_stats'])
+        results.append((given, y, new, module.apply(given | new, x, use_running_average=True)))
+    mine, theirs = results
+    assert jax.tree.structure(mine) == jax.tree.structure(theirs)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-12), *results)
+
+
+def test_masked_statistics_are_those_of_flax(x64):
+    x, mask = jnp.arange(24.0).reshape(4, 6), jnp.arange(24).reshape(4, 6) % 3 > 0
+    mine, theirs = (
+        module.apply(variables(6), x, mask=mask, mutable=['batch_stats'])
+        for module in both(use_running_average=False)
+    )
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-11), mine, theirs)
+
+
 def test_initial_variables_are_those_of_flax(double):
     """In single precision, also where JAX_ENABLE_X64 is set."""
     modules = both(use_running_average=False)
