@@ -52,7 +52,6 @@ def test_values_statistics_and_gradients_are_those_of_flax(x64, shape, train):
     )
 
 
-@pytest.mark.parametrize('double', [False, True])
 @pytest.mark.parametrize(
     'settings',
     [
@@ -86,6 +85,7 @@ def test_masked_statistics_are_those_of_flax(x64):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-11), mine, theirs)
 
 
+@pytest.mark.parametrize('double', [False, True])
 def test_initial_variables_are_those_of_flax(double):
     """In single precision, also where JAX_ENABLE_X64 is set."""
     modules = both(use_running_average=False)
