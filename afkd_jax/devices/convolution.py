@@ -23,21 +23,19 @@ def conv_general_dilated(
 
     Those of images, ordinary or depthwise and not dilated, have forms of their own.
     """
-    plain, depthwise = _kind(x, kernel, **options)
-    if not (plain or depthwise):
+    primitive = _primitive_of(x, kernel, **options)
+    if primitive is None:
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
     if isinstance(padding, str):
         padding = jax.lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
     pads = tuple((before, after) for before, after in padding)
     form = Form(x.shape[1:], kernel.shape, tuple(strides), pads, tuple(options.items()))
-    x, kernel = _varying_over_the_same_axes(x, kernel)
-    if plain:
-        return _convolution.bind(x, kernel, form=form)
+    g = primitive.bind(*_varying_over_the_same_axes(x, kernel), form=form)
     # On CPUs the gradient would be computed for each tap of the kernel.
-    return computed_once(_depthwise.bind(x, kernel, form=form))
+    return computed_once(g) if primitive is _depthwise else g
 
 
-def _kind(
+def _primitive_of(
     x: jax.Array,
     kernel: jax.Array,
     feature_group_count: int = 1,
@@ -46,13 +44,15 @@ def _kind(
     dimension_numbers: Any = None,
     precision: Any = None,
     **others: Any,
-) -> tuple[bool, bool]:
-    """Returns whether a convolution is an ordinary one, and whether it is depthwise."""
+) -> Primitive | None:
+    """Returns the primitive of an ordinary or a depthwise convolution; None of any other."""
     del dimension_numbers, precision  # Flax has one layout
     if x.ndim != 4 or others or {*lhs_dilation, *rhs_dilation} - {1}:
-        return False, False
+        return None
+    if feature_group_count == 1:
+        return _convolution
     depthwise = kernel.shape[2] == 1 and feature_group_count == x.shape[-1] == kernel.shape[3]
-    return feature_group_count == 1, depthwise and feature_group_count > 1
+    return _depthwise if depthwise else None
 
 
 def _varying_over_the_same_axes(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:

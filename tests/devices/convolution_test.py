@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import relative_difference
 
 from afkd_jax.devices import convolution, mesh
 from afkd_jax.devices.mesh import BATCH_SHARDED, REPLICATED
@@ -63,7 +64,7 @@ def test_values_and_gradients_are_those_of_xla(x64, shape, kernel, stride):
         results.append(jax.jit(both)(*arrays))
     for theirs, mine in zip(*results, strict=True):
         assert mine.shape == theirs.shape
-        np.testing.assert_allclose(mine, theirs, rtol=1e-11, atol=1e-11)
+        np.testing.assert_allclose(mine, theirs, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +141,7 @@ def test_it_can_be_differentiated_again_and_vmapped(x64, shape, kernel):
 
             return sum((g**2).sum() for g in jax.grad(cube, (0, 1))(x, kernel))
 
-        return jax.grad(squared_gradients, (0, 1))
+        return jax.jit(jax.grad(squared_gradients, (0, 1)))  # eager calls have XLA's forms
 
     for mine, theirs in zip(*(of(f)(x, kernel) for f in (ours, reference)), strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-10)
@@ -204,3 +205,52 @@ def test_images_or_kernels_may_be_the_same_on_every_device(x64, shape):
     for step in (of_own_kernels, of_replicated_kernels):
         found = devices.map(step, (REPLICATED, BATCH_SHARDED))(kernel, x)
         np.testing.assert_allclose(found, jax.grad(loss)(kernel, x), rtol=1e-12)
+
+
+def gradients(x, kernel, platform):
+    """Returns the gradients of a strided convolution, as compiled, and as lowered text."""
+
+    def loss(convolve, x, kernel):
+        y = convolve(
+            x, kernel, (2, 2), ((1, 1), (1, 1)), dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+        )
+        return jnp.sin(y).sum()
+
+    for convolve in (convolution.conv_general_dilated, jax.lax.conv_general_dilated):
+        both = jax.jit(jax.grad(functools.partial(loss, convolve), argnums=(0, 1)))
+        yield both(x, kernel), both.trace(x, kernel).lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize(('side', 'channels'), [(4, 256), (3, 256), (4, 8), (8, 256)])
+def test_gradients_of_small_outputs_are_those_of_larger_ones_on_a_cpu(x64, side, channels):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, side, side, channels))
+    kernel = rng.standard_normal((3, 3, channels, 4)) / 30
+    (ours, text), (plain, plain_text) = gradients(x, kernel, 'cpu')
+    assert relative_difference(ours, plain)[0] < 1e-12
+    larger = side < 8 and channels >= 256
+    assert ('x3x3x4x' in text) == larger
+    assert 'x3x3x4xf64>, tensor<3x3' not in plain_text
+    (_, text), (_, plain_text) = gradients(x, kernel, 'cuda')
+    assert text.count('stablehlo.convolution') == plain_text.count('stablehlo.convolution')
+    assert 'x3x3x4x' not in text
+
+
+def test_gradients_of_small_outputs_can_be_differentiated(x64):
+    rng = np.random.default_rng(0)
+    x, kernel = rng.standard_normal((2, 4, 4, 256)), rng.standard_normal((3, 3, 256, 4)) / 30
+    layout = ('NHWC', 'HWIO', 'NHWC')
+
+    def penalty(convolve, x, kernel):
+        def total(x):
+            return jnp.sin(
+                convolve(x, kernel, (2, 2), ((1, 1), (1, 1)), dimension_numbers=layout)
+            ).sum()
+
+        return jnp.square(jax.grad(total)(x)).sum()
+
+    ours, plain = (
+        jax.jit(jax.grad(functools.partial(penalty, convolve), argnums=(0, 1)))(x, kernel)
+        for convolve in (convolution.conv_general_dilated, jax.lax.conv_general_dilated)
+    )
+    assert relative_difference(ours, plain)[0] < 1e-12
